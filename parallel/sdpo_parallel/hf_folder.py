@@ -1,0 +1,77 @@
+"""Hugging Face model folders: what must be there, what is copied to an export, what is broken."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ASSETS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+"""Files beside the weights that make a folder loadable by transformers, copied where present."""
+
+
+def read_config(folder: str) -> dict:
+    """config.json of a model folder.
+
+    Raises:
+        ValueError: the folder, its config.json or its safetensors are missing or unreadable.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"{folder}: no such model folder; give a local Hugging Face folder")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no config.json; is this a Hugging Face model?") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder}/config.json: not valid JSON ({error})") from error
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(f"{folder}: no *.safetensors; save the model with save_pretrained")
+    return config
+
+
+def copy_assets(source: str, target: str) -> None:
+    """Config, generation config and tokenizer of ``source`` beside the weights in ``target``."""
+    for name in ASSETS:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
+
+
+def replace_folder(written: str, final: str) -> None:
+    """Put a completely written folder in its place; an older one there goes only then."""
+    old = f"{final}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(final):
+        os.rename(final, old)
+    os.rename(written, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], folder: str) -> None:
+    """Refuse weights with NaN or infinity.
+
+    Raises:
+        ValueError: names the folder, the first such tensor and how many of its values are bad.
+    """
+    for name, tensor in tensors:
+        bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if bad:
+            raise ValueError(
+                f"{folder}: {bad} of {tensor.numel()} values of {name} are NaN or infinite; "
+                "the checkpoint is broken, take another copy of it"
+            )

@@ -1,0 +1,177 @@
+"""The hindsight prompt, and the tokens of both passes.
+
+An interaction is (x, y, o): the prompt history, the model's answer, the user's follow-up.
+
+  policy pass     chat(x)                        then y
+  hindsight pass  chat(x with o appended)        then y
+
+Both end in the *same* ids of y, tokenized once, end-of-sequence included: they are aligned by
+construction, whatever the tokenizer would merge at the border.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .conversations import DataError, Message
+from .interactions import Interaction
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATES = {
+    "paper-offline": (
+        "\n\n[HINDSIGHT CONTEXT]\n"
+        "The following is a user response to your previous, insufficient attempt. "
+        "Improve your response to the user prompt.\n"
+        "Future User Message: {followup}"
+    ),
+    "paper-online": (
+        "\n\n=== HINDSIGHT CONTEXT ===\n"
+        "[The following is a future user message. "
+        "Use this to guide your answer to the user prompt.]\n"
+        "{followup}"
+    ),
+}
+"""The published templates (arXiv:2603.12273): appended to the last user message of x."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HindsightConfig:
+    """How an interaction becomes tokens."""
+
+    template: str = "paper-offline"
+    """A preset (``paper-offline``, ``paper-online``) or any text with a ``{followup}`` field."""
+    max_prompt_tokens: int = 2048
+    """Longer prompts lose tokens on the left, counted in ``truncated/policy``."""
+    max_hindsight_prompt_tokens: int = 4096
+    """The same limit for the prompt with the follow-up; counted in ``truncated/hindsight``."""
+    max_response_tokens: int = 2048
+    """Longer responses lose tokens, and their end, on the right; ``truncated/response``."""
+
+    def __post_init__(self):
+        resolve_template(self.template)
+        for name in ("max_prompt_tokens", "max_hindsight_prompt_tokens", "max_response_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """Token ids of one interaction: ``policy + response`` and ``hindsight + response``."""
+
+    id: str
+    policy: tuple[int, ...]
+    hindsight: tuple[int, ...]
+    response: tuple[int, ...]
+    old_logprobs: tuple[float, ...] | None
+    """log-probabilities of ``response`` under the policy that sampled it, where known."""
+    ends: bool
+    """The response's last token is its end, not where it was cut."""
+    truncated: tuple[bool, bool, bool]
+    """Tokens were lost in the policy prompt, the hindsight prompt, the response."""
+
+
+def resolve_template(template: str) -> str:
+    """The text of a preset, or ``template`` itself.
+
+    Raises:
+        ValueError: it is neither a preset nor a text with exactly one ``{followup}``.
+    """
+    text = TEMPLATES.get(template, template)
+    if text.count("{followup}") != 1:
+        raise ValueError(
+            f"template {template!r} is no preset ({', '.join(TEMPLATES)}) and does not hold "
+            "exactly one {followup} field: name a preset or write the text with {followup}"
+        )
+    return text
+
+
+def hindsight_prompt(
+    prompt: Sequence[Message], followup: str, template: str = "paper-offline"
+) -> list[Message]:
+    """x with o appended to its last user message; o is stripped, x is not touched."""
+    note = resolve_template(template).replace("{followup}", followup.strip())
+    *history, last = prompt
+    return [*history, Message(last.role, last.content + note)]
+
+
+def load_tokenizer(folder: str) -> "PreTrainedTokenizerBase":
+    """A Hugging Face folder's tokenizer, fit for training.
+
+    Raises:
+        DataError: there is no tokenizer, no chat template or no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(
+            f"{folder}: no tokenizer could be loaded ({type(error).__name__}: {error}); copy "
+            "tokenizer.json and tokenizer_config.json of the model into this folder"
+        ) from error
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{folder}: the tokenizer has no chat template; use an instruction-tuned model, or put "
+            "a chat_template.jinja into the folder"
+        )
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"{folder}: the tokenizer names no eos_token; set it in its config")
+    return tokenizer
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
+    """Chat-templated ids up to where the assistant begins; thinking off where that is an option."""
+    text = tokenizer.apply_chat_template(
+        [{"role": m.role, "content": m.content} for m in messages],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
+    )
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore
+
+
+def response_ids(tokenizer: "PreTrainedTokenizerBase", completion: str) -> list[int]:
+    """Ids of the right-stripped response and its end-of-sequence token."""
+    ids = tokenizer(completion.rstrip(), add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]  # pyright: ignore
+
+
+def encode(
+    interaction: Interaction, tokenizer: "PreTrainedTokenizerBase", config: HindsightConfig
+) -> Encoded:
+    """Tokens of both passes of one interaction, cut to the limits.
+
+    Prompts keep their right end, as published. A response that came with its sampled ids is used
+    as sampled.
+
+    Raises:
+        DataError: the response holds no text; the interaction's id is named.
+    """
+    policy = prompt_ids(tokenizer, interaction.prompt)
+    with_note = hindsight_prompt(interaction.prompt, interaction.user_response, config.template)
+    hindsight = prompt_ids(tokenizer, with_note)
+    if interaction.completion_token_ids is not None:
+        response = list(interaction.completion_token_ids)
+    else:
+        response = response_ids(tokenizer, interaction.completion)
+        if len(response) == 1:
+            raise DataError(
+                f"interaction {interaction.id}, field completion: it has no tokens; remove the row"
+            )
+    kept = response[: config.max_response_tokens]
+    old = interaction.completion_logprobs
+    return Encoded(
+        id=interaction.id,
+        policy=tuple(policy[-config.max_prompt_tokens :]),
+        hindsight=tuple(hindsight[-config.max_hindsight_prompt_tokens :]),
+        response=tuple(kept),
+        old_logprobs=None if old is None else tuple(old[: len(kept)]),
+        ends=kept[-1] == tokenizer.eos_token_id,
+        truncated=(
+            len(policy) > config.max_prompt_tokens,
+            len(hindsight) > config.max_hindsight_prompt_tokens,
+            len(response) > config.max_response_tokens,
+        ),
+    )

@@ -1,0 +1,140 @@
+"""The two passes: a micro-batch and a model -> loss and metric sums. For any training loop.
+
+    from sdpo.step import two_pass_loss
+    out = two_pass_loss(model, batch, ReverseKL())
+    out.loss.backward()
+
+``model`` is anything with ``hidden_states`` and ``lm_head``: ``TransformersModel`` wraps any
+causal LM of transformers, ``sdpo_parallel.titan.TitanModel`` a sharded torchtitan model.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from sdpo_kernels import TokenStats
+from torch import Tensor
+
+from .batching import Batch
+from .objective import Layout, Objective, Streams, total_loss
+
+NEAR_ZERO = 0.01
+"""Nats. Below it a token's advantage counts as nothing learned."""
+
+SUMS = (
+    "loss",
+    "tokens",
+    "interactions",
+    "ended",
+    "advantage_abs",
+    "advantage_near_zero",
+    "advantage_at_end",
+    "entropy_policy",
+    "entropy_hindsight",
+    "logp_policy",
+    "logp_hindsight",
+    "truncated_policy",
+    "truncated_hindsight",
+    "truncated_response",
+)
+"""What ``StepOutput.sums`` holds, in order. They add over micro-batches and ranks."""
+
+
+class CausalModel(Protocol):
+    """The seam between the method and an engine."""
+
+    def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
+        """(N, D): what the head reads at the flat slots ``index_N``. Documents begin wherever
+        ``positions_BT`` restarts at 0 and do not see each other."""
+        ...
+
+    def lm_head(self) -> Tensor:
+        """(V, D): the head's whole weight; its gradient finds its way back to the parameter."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """``loss``: this micro-batch's share, to be summed. ``sums``: (len(SUMS),) float64."""
+
+    loss: Tensor
+    sums: Tensor
+    stats: TokenStats
+
+
+def two_pass_loss(
+    policy: CausalModel, batch: Batch, objective: Objective, teacher: CausalModel | None = None
+) -> StepOutput:
+    """Read the responses with and without the follow-up; distil the one into the other.
+
+    The hindsight pass runs first and without gradient: FSDP2's backward prefetch follows the
+    order of the last forward.
+
+    Args:
+        policy: the model in training.
+        batch: on the model's device.
+        teacher: reads the hindsight prompt; None: the policy itself, as it is now.
+    """
+    teacher = teacher or policy
+    with torch.no_grad():
+        rows = batch.hindsight
+        hindsight_ND = teacher.hidden_states(rows.tokens_BT, rows.positions_BT, rows.index_N)
+        hindsight_VD = teacher.lm_head() if teacher is not policy else None
+    rows = batch.policy
+    hidden_ND = policy.hidden_states(rows.tokens_BT, rows.positions_BT, rows.index_N)
+    weight_VD = policy.lm_head()
+    if hindsight_VD is None:
+        hindsight_VD = weight_VD.detach()
+    streams = Streams(hidden_ND, weight_VD, hindsight_ND, hindsight_VD, batch.targets_N)
+    layout = Layout(batch.sequence_N, batch.offset_N, batch.weight_S, batch.old_logp_N)
+    loss, stats = total_loss(objective, streams, layout)
+    return StepOutput(loss, _sums(loss, stats, batch), stats)
+
+
+@torch.no_grad()
+def score(policy: CausalModel, batch: Batch, teacher: CausalModel | None = None) -> TokenStats:
+    """Both log-probabilities and entropies of every response token, without gradient."""
+    from .objective import SampledToken
+
+    return two_pass_loss(policy, batch, SampledToken(), teacher).stats
+
+
+def metrics(sums: Tensor) -> dict[str, float]:
+    """Sums over a step -> what is logged. Means are over response tokens; lengths in tokens."""
+    s = dict(zip(SUMS, sums.tolist(), strict=True))
+    tokens, n = max(s["tokens"], 1.0), max(s["interactions"], 1.0)
+    return {
+        "loss": s["loss"],
+        "advantage/mean_abs": s["advantage_abs"] / tokens,
+        "advantage/near_zero": s["advantage_near_zero"] / tokens,
+        "advantage/at_end": s["advantage_at_end"] / max(s["ended"], 1.0),
+        "entropy/policy": s["entropy_policy"] / tokens,
+        "entropy/hindsight": s["entropy_hindsight"] / tokens,
+        "logp/policy": s["logp_policy"] / tokens,
+        "logp/hindsight": s["logp_hindsight"] / tokens,
+        "response/tokens": s["tokens"],
+        "response/length": s["tokens"] / n,
+        "truncated/policy": s["truncated_policy"],
+        "truncated/hindsight": s["truncated_hindsight"],
+        "truncated/response": s["truncated_response"],
+    }
+
+
+@torch.no_grad()
+def _sums(loss: Tensor, stats: TokenStats, batch: Batch) -> Tensor:
+    advantage_N = stats.logp_hindsight - stats.logp_policy
+    values = [
+        loss.detach(),
+        torch.full_like(loss, batch.targets_N.numel()),
+        torch.full_like(loss, batch.weight_S.numel()),
+        batch.end_N.sum(),
+        advantage_N.abs().sum(),
+        (advantage_N.abs() < NEAR_ZERO).sum(),
+        (advantage_N * batch.end_N).sum(),
+        stats.entropy_policy.sum(),
+        stats.entropy_hindsight.sum(),
+        stats.logp_policy.sum(),
+        stats.logp_hindsight.sum(),
+        *batch.truncated_3,
+    ]
+    return torch.stack([v.to(loss.device, torch.float64) for v in values])

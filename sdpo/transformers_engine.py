@@ -1,0 +1,226 @@
+"""transformers as an engine: scoring, small runs on one device, other people's loops.
+
+    model = TransformersModel(AutoModelForCausalLM.from_pretrained(folder))
+    out = two_pass_loss(model, batch, ReverseKL())
+
+``TransformersModel`` takes any causal LM whose logits are ``hidden @ lm_head.weight.T``.
+``TransformersEngine`` trains one on a single device, with the trainer's checkpoints and export.
+"""
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed.checkpoint as dcp
+from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
+from sdpo_parallel.hf_folder import check_finite, copy_assets, read_config, replace_folder
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+class TransformersModel:
+    """A causal LM of transformers as ``hidden_states`` and ``lm_head``.
+
+    Raises:
+        ValueError: its logits are more than a product with the head's weight (a bias, a softcap,
+            a scale), which the objectives would get wrong.
+    """
+
+    def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None):
+        """``compute_dtype``: of both passes, where it is not that of the weights."""
+        self.model, self.dtype = model, compute_dtype or model.dtype
+        self.decoder: Any = model.get_decoder()
+        self._check_head()
+
+    def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
+        """(N, D). transformers masks documents wherever positions restart; its flash attention
+        does so for a single row only, so rows are laid end to end there."""
+        if "flash" in (self.model.config._attn_implementation or ""):
+            tokens_BT, positions_BT = tokens_BT.view(1, -1), positions_BT.view(1, -1)
+        mixed = self.dtype != self.model.dtype
+        with torch.autocast(tokens_BT.device.type, self.dtype, enabled=mixed):
+            out = self.decoder(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False)
+        return out.last_hidden_state.flatten(0, 1)[index_N].to(self.dtype)
+
+    def lm_head(self) -> Tensor:
+        """(V, D)."""
+        return self.model.get_output_embeddings().weight.to(self.dtype)  # pyright: ignore
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        head = self.model.get_output_embeddings()
+        name = type(self.model).__name__
+        if head is None or getattr(head, "bias", None) is not None:
+            raise ValueError(f"{name}: no lm_head without a bias; such models are not supported")
+        probe = torch.tensor([[0, 1, 2]], device=self.model.device)
+        positions, index = torch.arange(3, device=probe.device)[None], probe[0]
+        ours = (self.hidden_states(probe, positions, index) @ self.lm_head().T).float()
+        theirs = self.model(input_ids=probe, use_cache=False).logits[0].float()
+        if not torch.isfinite(theirs).all():
+            return  # broken weights are check_finite's to name
+        if (ours - theirs).abs().max() > 0.02 * theirs.abs().max():
+            raise ValueError(
+                f"{name}: its logits are not hidden @ lm_head.weight.T (a softcap or a scale?); "
+                "such models are not supported"
+            )
+
+
+def load_model(
+    folder: str,
+    *,
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    device: str | None = None,
+    attention: str | None = None,
+) -> TransformersModel:
+    """A local Hugging Face folder as a model of the two passes.
+
+    Args:
+        dtype: of the weights; ``auto``: bfloat16 on an accelerator, float32 on a CPU.
+        device: where to; None: the first accelerator, else the CPU.
+        attention: transformers' ``attn_implementation``; None: flash_attention_2 where flash-attn
+            is installed and the model runs on a GPU in bfloat16, else sdpa.
+
+    Raises:
+        ValueError: no such folder, no weights in it, or weights that are not finite.
+    """
+    read_config(folder)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    if attention is None:
+        flash = device.startswith("cuda") and dtype == "bfloat16" and _has_flash_attn()
+        attention = "flash_attention_2" if flash else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation=attention
+    )
+    check_finite(model.named_parameters(), folder)
+    return TransformersModel(model.to(device).eval())  # pyright: ignore
+
+
+def _has_flash_attn() -> bool:
+    from transformers.utils import is_flash_attn_2_available
+
+    return is_flash_attn_2_available()
+
+
+class TransformersEngine:
+    """Training of one model on one device; the contract of ``sdpo_parallel.titan.TitanEngine``.
+
+    Weights, gradients and optimizer state are float32; the passes run under autocast where
+    ``parallel.compute_dtype`` says bfloat16.
+    """
+
+    rank, ranks, is_main = 0, 1, True
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        run_folder: str,
+        total_steps: int,
+        max_tokens: int,
+        state: Stateful,
+        optimizer: OptimizerConfig,
+        parallel: ParallelConfig,
+        checkpoint: CheckpointConfig,
+    ):
+        limit = read_config(folder).get("max_position_embeddings")
+        if limit is not None and max_tokens > limit:
+            raise ValueError(
+                f"prompt and response limits allow {max_tokens} tokens, but {folder} has "
+                f"max_position_embeddings={limit}: lower the limits"
+            )
+        self.folder, self.run_folder, self.state = folder, Path(run_folder), state
+        self.checkpoint, self.max_grad_norm = checkpoint, optimizer.max_grad_norm
+        self.module = load_model(folder, dtype="float32").model.train()
+        if parallel.activation_checkpoint != "none":
+            self.module.gradient_checkpointing_enable({"use_reentrant": False})
+        self.device = self.module.device
+        dtype = getattr(torch, parallel.resolve_dtype(self.device.type))
+        self.policy = TransformersModel(self.module, dtype)
+        self.optimizer = torch.optim.AdamW(
+            self.module.parameters(),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+        self.schedule = LambdaLR(self.optimizer, lambda s: optimizer.factor(s, total_steps))
+
+    def context(self) -> contextlib.AbstractContextManager:
+        """What a step runs in: nothing special."""
+        return contextlib.nullcontext()
+
+    def load(self) -> bool:
+        """The newest finished checkpoint of the run, else what the folder held."""
+        done = [s for s in self._steps() if (self._step_folder(s) / ".metadata").is_file()]
+        if done:
+            saved = self._checkpoint_state()
+            dcp.load(saved, checkpoint_id=str(self._step_folder(max(done))))
+            set_model_state_dict(self.module, saved["model"])
+            set_optimizer_state_dict(self.module, self.optimizer, saved["optimizer"])
+            self.schedule.load_state_dict(saved["schedule"])
+        return bool(done)
+
+    def save(self, step: int, last: bool = False) -> bool:
+        """Write a checkpoint if ``step`` is due one."""
+        if not last and step % self.checkpoint.interval:
+            return False
+        dcp.save(self._checkpoint_state(), checkpoint_id=str(self._step_folder(step)))
+        if self.checkpoint.keep:
+            for old in self._steps()[: -self.checkpoint.keep]:
+                shutil.rmtree(self._step_folder(old))
+        return True
+
+    def optimizer_step(self) -> tuple[float, float]:
+        """Clip, update, zero; returns (gradient norm before clipping, learning rate used)."""
+        lr = self.schedule.get_last_lr()[0]
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        return float(norm), lr
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """There is one rank."""
+        return x
+
+    def max_over_ranks(self, x: int) -> int:
+        """There is one rank."""
+        return x
+
+    def export(self, folder: str) -> None:
+        """Write a Hugging Face folder: weights, configs, tokenizer."""
+        partial = f"{folder}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        self.module.save_pretrained(partial)
+        copy_assets(self.folder, partial)
+        replace_folder(partial, folder)
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        return {
+            "model": get_model_state_dict(self.module),
+            "optimizer": get_optimizer_state_dict(self.module, self.optimizer),
+            "schedule": self.schedule.state_dict(),
+            "run": self.state,
+        }
+
+    def _step_folder(self, step: int) -> Path:
+        return self.run_folder / "checkpoints" / f"step-{step}"
+
+    def _steps(self) -> list[int]:
+        folders = (self.run_folder / "checkpoints").glob("step-*")
+        return sorted(int(f.name.removeprefix("step-")) for f in folders)

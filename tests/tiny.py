@@ -1,0 +1,107 @@
+"""Tiny real models, tokenizers and logs that tests make for themselves."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
+)
+WORDS = (
+    "please tell me a short story about the red fox who lives in paris and eats green apples "
+    "thanks no shorter longer list five things user message hindsight context improve response"
+).split()
+
+
+def make_tokenizer(pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a Qwen-like chat template: any text round-trips."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 8, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>" if pad_is_eos else "<|pad|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(folder: Path, kind: str = "qwen3", *, pad_is_eos: bool = False, seed: int = 0) -> str:
+    """A random model with peaky logits and its tokenizer: qwen3, qwen3-tied, llama, llama-tied."""
+    family, _, tied = kind.partition("-")
+    common = dict(
+        vocab_size=448,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=bool(tied),
+    )
+    if family == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**common, head_dim=24))
+    else:
+        rope = {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256,
+        }
+        model = LlamaForCausalLM(LlamaConfig(**common, rms_norm_eps=1e-5, rope_parameters=rope))
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        std = 0.4 if "embed" in name or "lm_head" in name else 0.1
+        p.data.normal_(0.0 if p.ndim > 1 else 1.0, std, generator=generator)
+    model.save_pretrained(folder)
+    make_tokenizer(pad_is_eos).save_pretrained(folder)
+    return str(folder)
+
+
+def text(rng: random.Random, low: int, high: int) -> str:
+    """Some words."""
+    return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+
+def make_interactions(path: Path, n: int, seed: int = 0) -> str:
+    """``n`` triples of very mixed lengths."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(n):
+        prompt = [{"role": "user", "content": text(rng, 1, 20)}]
+        if rng.random() < 0.4:
+            prompt.append({"role": "assistant", "content": text(rng, 1, 10)})
+            prompt.append({"role": "user", "content": text(rng, 1, 10)})
+        rows.append(
+            {
+                "id": f"c{i}",
+                "prompt": prompt,
+                "completion": {"role": "assistant", "content": text(rng, 1, 30)},
+                "user_response": {"role": "user", "content": text(rng, 1, 12)},
+            }
+        )
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return str(path)
