@@ -116,7 +116,9 @@ def token_weights(layout: Layout, ignore_first: int = 0) -> Tensor:
 
 def centred(advantage_N: Tensor, layout: Layout, ignore_first: int = 0) -> Tensor:
     """Advantages less the mean over the counted tokens of their interaction."""
-    share_N = token_weights(layout._replace(weight_S=torch.ones_like(layout.weight_S)), ignore_first)
+    share_N = token_weights(
+        layout._replace(weight_S=torch.ones_like(layout.weight_S)), ignore_first
+    )
     zero_S = torch.zeros_like(layout.weight_S, dtype=advantage_N.dtype)
     mean_S = zero_S.index_add_(0, layout.sequence_N, share_N.to(advantage_N.dtype) * advantage_N)
     return advantage_N - mean_S[layout.sequence_N]
@@ -198,15 +200,11 @@ def _sampled_token(
         ppo_clip=objective.ppo_clip,
         importance_clip=objective.importance_clip,
     )
-    stats = TokenStats(
-        policy.logp.detach(), hindsight.logp, policy.entropy, hindsight.entropy
-    )
+    stats = TokenStats(policy.logp.detach(), hindsight.logp, policy.entropy, hindsight.entropy)
     return losses_N, stats
 
 
-def total_loss(
-    objective: Objective, streams: Streams, layout: Layout
-) -> tuple[Tensor, TokenStats]:
+def total_loss(objective: Objective, streams: Streams, layout: Layout) -> tuple[Tensor, TokenStats]:
     """The micro-batch's share of the step's loss (a scalar) and per-token statistics."""
     losses_N, stats = token_losses(objective, streams, layout)
     weight_N = token_weights(layout, objective.ignore_first).to(losses_N.dtype)

@@ -91,8 +91,8 @@ def _refuse_changes(stored: Path, config: Mapping) -> None:
     ]
     if changed:
         raise ValueError(
-            f"cannot resume {stored.parent}: the config differs from the run's ({'; '.join(changed)});"
-            " use the same settings, or another --out"
+            f"cannot resume {stored.parent}: the config differs from the run's "
+            f"({'; '.join(changed)}); use the same settings, or another --out"
         )
 
 

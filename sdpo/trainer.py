@@ -76,19 +76,20 @@ class RunState:
             "cursor": self.cursor.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint.
 
         Raises:
             ValueError: the data is not what the checkpoint was trained on.
         """
-        if state["fingerprint"] != self.fingerprint:
+        then = state_dict["fingerprint"]
+        if then != self.fingerprint:
             raise ValueError(
                 "cannot resume: the interactions file has changed since the checkpoint was written "
-                f"(sha256 {state['fingerprint'][:12]} then, {self.fingerprint[:12]} now)"
+                f"(sha256 {then[:12]} then, {self.fingerprint[:12]} now)"
             )
-        self.step = state["step"]
-        self.cursor.load_state_dict(state["cursor"])
+        self.step = state_dict["step"]
+        self.cursor.load_state_dict(state_dict["cursor"])
 
 
 def load_data(config: TrainConfig) -> list[Interaction]:

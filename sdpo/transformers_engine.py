@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
 from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
 from sdpo_parallel.hf_folder import check_finite, copy_assets, read_config, replace_folder
 from torch import Tensor
@@ -23,9 +22,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 
 class TransformersModel:
@@ -94,6 +96,7 @@ def load_model(
         ValueError: no such folder, no weights in it, or weights that are not finite.
     """
     read_config(folder)
+    disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
@@ -108,7 +111,7 @@ def load_model(
 
 
 def _has_flash_attn() -> bool:
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils.import_utils import is_flash_attn_2_available
 
     return is_flash_attn_2_available()
 
@@ -144,7 +147,7 @@ class TransformersEngine:
         self.checkpoint, self.max_grad_norm = checkpoint, optimizer.max_grad_norm
         self.module = load_model(folder, dtype="float32").model.train()
         if parallel.activation_checkpoint != "none":
-            self.module.gradient_checkpointing_enable({"use_reentrant": False})
+            self.module.activation_checkpointing_enable({"use_reentrant": False})
         self.device = self.module.device
         dtype = getattr(torch, parallel.resolve_dtype(self.device.type))
         self.policy = TransformersModel(self.module, dtype)
@@ -166,7 +169,7 @@ class TransformersEngine:
         done = [s for s in self._steps() if (self._step_folder(s) / ".metadata").is_file()]
         if done:
             saved = self._checkpoint_state()
-            dcp.load(saved, checkpoint_id=str(self._step_folder(max(done))))
+            dcp_load(saved, checkpoint_id=str(self._step_folder(max(done))))
             set_model_state_dict(self.module, saved["model"])
             set_optimizer_state_dict(self.module, self.optimizer, saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
@@ -176,7 +179,7 @@ class TransformersEngine:
         """Write a checkpoint if ``step`` is due one."""
         if not last and step % self.checkpoint.interval:
             return False
-        dcp.save(self._checkpoint_state(), checkpoint_id=str(self._step_folder(step)))
+        dcp_save(self._checkpoint_state(), checkpoint_id=str(self._step_folder(step)))
         if self.checkpoint.keep:
             for old in self._steps()[: -self.checkpoint.keep]:
                 shutil.rmtree(self._step_folder(old))
@@ -189,7 +192,7 @@ class TransformersEngine:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        return float(norm), lr
+        return float(norm), float(lr)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """There is one rank."""

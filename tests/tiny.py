@@ -20,10 +20,11 @@ CHAT_TEMPLATE = (
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
     "{% endif %}"
 )
-WORDS = (
+TEXT = (
     "please tell me a short story about the red fox who lives in paris and eats green apples "
     "thanks no shorter longer list five things user message hindsight context improve response"
-).split()
+)
+WORDS = TEXT.split()
 
 
 def make_tokenizer(pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
@@ -47,7 +48,9 @@ def make_tokenizer(pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(folder: Path, kind: str = "qwen3", *, pad_is_eos: bool = False, seed: int = 0) -> str:
+def make_model(
+    folder: Path, kind: str = "qwen3", *, pad_is_eos: bool = False, seed: int = 0
+) -> str:
     """A random model with peaky logits and its tokenizer: qwen3, qwen3-tied, llama, llama-tied."""
     family, _, tied = kind.partition("-")
     common = dict(

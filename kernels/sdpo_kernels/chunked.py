@@ -94,7 +94,7 @@ class LinearDivergence(torch.autograd.Function):
         return value, *stats
 
     @staticmethod
-    def backward(ctx, upstream_N, *_):
+    def backward(ctx, upstream_N, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_ND, weight_VD, hindsight_ND, hindsight_VD, value_N = ctx.saved_tensors
 
         def dlogits(c: slice) -> Tensor:
@@ -124,7 +124,7 @@ class LinearLogProb(torch.autograd.Function):
         return logp_N, entropy_N
 
     @staticmethod
-    def backward(ctx, upstream_N, _):
+    def backward(ctx, upstream_N, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_ND, weight_VD, targets_N = ctx.saved_tensors
 
         def dlogits(c: slice) -> Tensor:

@@ -106,10 +106,10 @@ def linear_jsd(
     targets: Tensor | None = None,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
 ) -> Divergence:
-    """Generalised Jensen-Shannon divergence per token (GKD, arXiv:2306.13649, hindsight as teacher).
+    """Generalised Jensen-Shannon divergence per token, with hindsight as GKD's teacher.
 
     beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p. ``beta`` lies strictly
-    between 0 and 1, where it vanishes; the KLs which other systems call beta = 0 and 1 are
+    between 0 and 1, where it vanishes (arXiv:2306.13649, eq. 1); the KLs which other systems call beta = 0 and 1 are
     ``linear_forward_kl`` and ``linear_reverse_kl``. Other arguments as ``linear_reverse_kl``.
     """
     if not 0 < beta < 1:

@@ -68,5 +68,6 @@ class CheckpointConfig:
             raise ValueError(f"checkpoint interval must be at least 1, got {self.interval}")
         if self.keep == 1 or self.keep < 0:
             raise ValueError(
-                f"keep must be 0 (all) or at least 2, as the newest may be unfinished; got {self.keep}"
+                "keep must be 0 (all) or at least 2, as the newest may be unfinished; "
+                f"got {self.keep}"
             )

@@ -5,6 +5,7 @@
 
 import os
 import types
+import warnings
 
 import torch
 
@@ -19,6 +20,7 @@ def prepare() -> None:
     # torchtitan.tools.utils falls back to "cuda" where no accelerator is found
     _utils._get_available_device_type = lambda: "cpu"
     # metrics and garbage collection ask for these; barrier(device_ids=...) refuses the string "cpu"
+    warnings.filterwarnings("ignore", message="DTensor random operators may not have complete")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     properties = types.SimpleNamespace(name="cpu", total_memory=memory)
     for name, answer in {

@@ -28,7 +28,7 @@ class DenseMaskAttention(FlexAttention):
     class Config(FlexAttention.Config):
         """No settings of its own."""
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         q_BLNH: Tensor,
         k_BLNH: Tensor,
@@ -47,7 +47,7 @@ class DenseMaskAttention(FlexAttention):
                 q, k, v, attn_mask=attention_masks, scale=scale, enable_gqa=enable_gqa
             )
         if spmd.is_type_checking():
-            spmd.assert_type(out, spmd.get_local_type(q), get_partition_spec(q))
+            spmd.assert_type(out, spmd.get_local_type(q), get_partition_spec(q))  # pyright: ignore
         return out.transpose(1, 2)
 
 

@@ -9,10 +9,10 @@ import logging
 import os
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -143,7 +143,7 @@ def _qwen3(folder: str, c: dict) -> ModelSpec:
     )
     for layer in layers:  # the builder knows one eps
         layer.attention_norm = layer.ffn_norm = _norm(c, c["hidden_size"])
-        layer.attention.qk_norm = _norm(c, head_dim)
+        layer.attention.qk_norm = _norm(c, head_dim)  # pyright: ignore
     spec = qwen3.model_registry("debugmodel")
     spec.model = qwen3.Qwen3Model.Config(**_decoder(c, qwen3, layers))
     return spec
@@ -186,7 +186,7 @@ def reshard(model: torch.nn.Module) -> None:
 class TitanModel:
     """A torchtitan decoder as ``hidden_states`` and ``lm_head``."""
 
-    def __init__(self, module: torch.nn.Module):
+    def __init__(self, module: Any):
         self.module = module
         module._skip_lm_head = True  # forward then ends at the final norm
 
@@ -220,13 +220,13 @@ def init_distributed(timeout_seconds: int = 600) -> int:
         return dist.get_world_size()
     utils.device_module.set_device(utils.get_local_device())
     comm = CommConfig(init_timeout_seconds=timeout_seconds, trace_buf_size=0)
-    with _quiet_stderr_of_env_notes():
+    with _quiet():
         return dist_utils.init_distributed(comm, base_folder="")
 
 
 @contextlib.contextmanager
-def _quiet_stderr_of_env_notes() -> Iterator[None]:
-    """torchtitan warns of each environment variable it sets; they are not the user's."""
+def _quiet() -> Iterator[None]:
+    """Mute torchtitan's warnings about settings that are ours, not the user's."""
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)
     try:
@@ -260,10 +260,11 @@ class TitanEngine:
     ):
         self.folder, self.run_folder = folder, run_folder
         spec = spec_from_hf(folder)
-        if max_tokens > spec.model.max_seq_len:
+        longest: int = spec.model.max_seq_len  # pyright: ignore
+        if max_tokens > longest:
             raise ValueError(
                 f"prompt and response limits allow {max_tokens} tokens, but {folder} has "
-                f"max_position_embeddings={spec.model.max_seq_len}: lower the limits"
+                f"max_position_embeddings={longest}: lower the limits"
             )
         world = init_distributed()
         if world % parallel.replicate:
@@ -271,8 +272,8 @@ class TitanEngine:
         titan = ParallelismConfig(data_parallel_replicate_degree=parallel.replicate)
         self.dims = ParallelDims.from_config(titan, world)
         dist_utils.set_spmd_backend(titan.spmd_backend)
-        self.context: Callable[[], contextlib.AbstractContextManager] = (
-            dist_utils.get_spmd_context(parallel_dims=self.dims)
+        self.context: Callable[[], contextlib.AbstractContextManager] = dist_utils.get_spmd_context(
+            parallel_dims=self.dims
         )
         self.device = utils.get_local_device()
         module = self._build(spec, titan, parallel, max_tokens)
@@ -282,22 +283,23 @@ class TitanEngine:
         self.schedules = LRSchedulersContainer(
             self.optimizers, lambda step: optimizer.factor(step, total_steps)
         )
-        self.checkpointer = CheckpointManager.Config(
-            enable=True,
-            folder=CHECKPOINTS,
-            interval=checkpoint.interval,
-            keep_latest_k=checkpoint.keep,
-            initial_load_in_hf=True,
-            last_save_model_only=False,
-        ).build(
-            dataloader=None,
-            model_parts=[module],
-            optimizers=self.optimizers,
-            lr_schedulers=self.schedules,
-            states={"run": state},
-            sd_adapter=spec.state_dict_adapter(spec.model, folder),
-            base_folder=run_folder,
-        )
+        with _quiet():
+            self.checkpointer = CheckpointManager.Config(
+                enable=True,
+                folder=CHECKPOINTS,
+                interval=checkpoint.interval,
+                keep_latest_k=checkpoint.keep,
+                initial_load_in_hf=True,
+                last_save_model_only=False,
+            ).build(
+                dataloader=None,
+                model_parts=[module],
+                optimizers=self.optimizers,
+                lr_schedulers=self.schedules,
+                states={"run": state},
+                sd_adapter=spec.state_dict_adapter(spec.model, folder),  # pyright: ignore
+                base_folder=run_folder,
+            )
         self.checkpointer.states.pop("dataloader")  # the cursor in ``state`` is ours
         mesh = self.dims.get_optional_mesh("batch")
         self.group = mesh.get_group() if mesh is not None else None
@@ -305,18 +307,21 @@ class TitanEngine:
         self.ranks = mesh.size() if mesh is not None else 1
         self.is_main = dist.get_rank() == 0
 
-    def _build(self, spec: ModelSpec, titan, parallel: ParallelConfig, max_tokens: int):
+    def _build(
+        self, spec: ModelSpec, titan: ParallelismConfig, parallel: ParallelConfig, max_tokens: int
+    ) -> torch.nn.Module:
         dtype = parallel.resolve_dtype(self.device.type)
         training = TrainingConfig(seq_len=max_tokens, mixed_precision_param=dtype)
         checkpointing = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}
-        spec.model.update_from_config(config=_Runtime(parallelism=titan))
-        for layer in spec.model.layers:
+        model: Any = spec.model
+        model.update_from_config(config=_Runtime(parallelism=titan))
+        for layer in model.layers:
             layer.attention.rope = replace(layer.attention.rope, max_seq_len=max_tokens)
         if self.device.type == "cpu":
             dense = OverrideConfig(imports=["sdpo_parallel.cpu_attention.flex_to_dense"])
-            apply_overrides(dense, spec.model)
+            apply_overrides(dense, model)
         with torch.device("meta"), utils.set_default_dtype(TORCH_DTYPE_MAP[training.dtype]):
-            module = spec.model.build()
+            module = model.build()
         module = spec.parallelize_fn(
             module,
             parallel_dims=self.dims,
@@ -358,7 +363,7 @@ class TitanEngine:
         self.optimizers.step()
         self.schedules.step()
         self.optimizers.zero_grad()
-        return float(norm), lr
+        return float(norm), float(lr)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over data-parallel ranks."""
@@ -416,4 +421,5 @@ def _optimizer(config: OptimizerConfig, module, device: torch.device) -> Optimiz
 
 
 def _local(p: Tensor) -> Tensor:
-    return p.detach().to_local() if isinstance(p, DTensor) else p.detach()
+    p = p.detach()
+    return p.to_local() if isinstance(p, DTensor) else p

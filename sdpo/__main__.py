@@ -1,0 +1,5 @@
+"""`python -m sdpo …` is `sdpo …`."""
+
+from .cli import main
+
+main()

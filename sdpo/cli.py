@@ -1,0 +1,50 @@
+"""`sdpo …`: each command is a module's `main`, imported when it is called."""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+COMMANDS = {
+    "data": ("sdpo.data_cli", "prepare interactions from conversation logs, and look at them"),
+    "train": ("sdpo.train", "train a model on interactions; run it under torchrun on many GPUs"),
+    "signal": ("sdpo.signal", "what each follow-up says about each token of a response"),
+    "demo": ("sdpo.demo.main", "the whole method on a tiny chat world, on any machine"),
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Dispatch to a command; what the user can mend ends in one line and exit status 2."""
+    args = sys.argv[1:] if args is None else list(args)
+    if not args or args[0] not in COMMANDS:
+        asked_for_help = bool(args) and args[0] in ("-h", "--help")
+        out = sys.stdout if asked_for_help else sys.stderr
+        print("usage: sdpo COMMAND …   (sdpo COMMAND --help tells more)\n", file=out)
+        for name, (_, says) in COMMANDS.items():
+            print(f"  {name:8} {says}", file=out)
+        raise SystemExit(0 if asked_for_help else 2)
+    module = importlib.import_module(COMMANDS[args[0]][0])
+    run(lambda: module.main(args[1:]))
+
+
+def run(command) -> None:
+    """Call ``command``; a ValueError of our own code is the user's to mend, told in one line."""
+    try:
+        command()
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        rank = os.environ.get("RANK")
+        print(f"sdpo: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _is_ours(error: BaseException) -> bool:
+    import sdpo_kernels
+    import sdpo_parallel
+
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    packages = (__file__, sdpo_kernels.__file__, sdpo_parallel.__file__)
+    return any(Path(p).parent in raised_in.parents for p in packages if p)

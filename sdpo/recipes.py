@@ -1,0 +1,94 @@
+"""Runs by name: functions that return a whole config. Model and data are always the user's."""
+
+from collections.abc import Callable
+
+import tyro
+from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
+
+from .batching import BatchConfig
+from .hindsight import HindsightConfig
+from .objective import JSD, ForwardKL, ReverseKL, SampledToken
+from .trainer import TrainConfig
+
+
+def reverse_kl(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/reverse-kl"
+) -> TrainConfig:
+    """Reverse KL on all of the vocabulary: the stable choice, also in continual runs."""
+    return TrainConfig(model=model, data=data, out=out, objective=ReverseKL())
+
+
+def forward_kl(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/forward-kl"
+) -> TrainConfig:
+    """Forward KL on all of the vocabulary: covers all that hindsight would say."""
+    return TrainConfig(model=model, data=data, out=out, objective=ForwardKL())
+
+
+def jsd(model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/jsd") -> TrainConfig:
+    """Jensen-Shannon divergence: between the two."""
+    return TrainConfig(model=model, data=data, out=out, objective=JSD())
+
+
+def paper_offline(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/paper-offline"
+) -> TrainConfig:
+    """The paper's runs on logs (WildChat, WildFeedback): sampled token, live teacher, 2 epochs."""
+    return TrainConfig(
+        model=model,
+        data=data,
+        out=out,
+        objective=SampledToken(ignore_first=2),
+        hindsight=HindsightConfig(template="paper-offline", max_hindsight_prompt_tokens=2048),
+        batch=BatchConfig(interactions_per_step=128, epochs=2),
+        optimizer=OptimizerConfig(lr=2e-6, schedule="cosine", warmup_fraction=0.05),
+    )
+
+
+def paper_online(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/paper-online"
+) -> TrainConfig:
+    """The paper's objective for fresh rollouts: centred advantages, PPO clip, constant rate.
+
+    ``data`` holds one round of rollouts with the log-probabilities they were sampled with.
+    """
+    return TrainConfig(
+        model=model,
+        data=data,
+        out=out,
+        objective=SampledToken(centre=True, ppo_clip=0.2),
+        hindsight=HindsightConfig(template="paper-online", max_hindsight_prompt_tokens=2048),
+        batch=BatchConfig(interactions_per_step=128, epochs=1),
+        optimizer=OptimizerConfig(lr=5e-6, schedule="constant", warmup_fraction=0.0),
+    )
+
+
+def demo(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/demo/train"
+) -> TrainConfig:
+    """What ``sdpo demo`` trains with: reverse KL and a learning rate for a tiny model."""
+    return TrainConfig(
+        model=model,
+        data=data,
+        out=out,
+        objective=ReverseKL(),
+        hindsight=HindsightConfig(
+            max_prompt_tokens=160, max_hindsight_prompt_tokens=224, max_response_tokens=32
+        ),
+        batch=BatchConfig(interactions_per_step=32, row_tokens=256, micro_batch_tokens=8192),
+        optimizer=OptimizerConfig(
+            lr=5e-4, betas=(0.9, 0.95), schedule="constant", max_grad_norm=1.0
+        ),
+        parallel=ParallelConfig(activation_checkpoint="none"),
+        checkpoint=CheckpointConfig(interval=1000),
+    )
+
+
+RECIPES: dict[str, Callable[..., TrainConfig]] = {
+    "reverse-kl": reverse_kl,
+    "forward-kl": forward_kl,
+    "jsd": jsd,
+    "paper-offline": paper_offline,
+    "paper-online": paper_online,
+    "demo": demo,
+}

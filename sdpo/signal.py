@@ -1,0 +1,159 @@
+"""`sdpo signal`: the advantage of every response token, log q(y_t) - log p(y_t).
+
+Reads each response with and without the follow-up, without training; writes one JSON row per
+interaction and colours the first few in the terminal.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import tyro
+from rich.console import Console
+from rich.progress import track
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from .batching import BatchConfig, micro_batches
+from .hindsight import Encoded, HindsightConfig, encode, load_tokenizer
+from .interactions import Interaction, read_interactions
+from .step import CausalModel, score
+
+
+class Signal(TypedDict):
+    """One interaction's row; the lists are aligned, one entry per response token."""
+
+    id: str
+    token_ids: list[int]
+    tokens: list[str]
+    logp_policy: list[float]
+    logp_hindsight: list[float]
+    advantage: list[float]
+
+
+def signals(
+    model: CausalModel,
+    tokenizer: PreTrainedTokenizerBase,
+    interactions: Sequence[Interaction],
+    config: HindsightConfig,
+    *,
+    device: str = "cpu",
+    batch_tokens: int = 8192,
+) -> Iterator[Signal]:
+    """Rows in the interactions' order. Log-probabilities in nats.
+
+    Args:
+        batch_tokens: tokens of one pass computed at a time.
+    """
+    packing = BatchConfig(row_tokens=batch_tokens // 8 or 1, micro_batch_tokens=batch_tokens)
+    encoded = [(encode(i, tokenizer, config), 1.0) for i in interactions]
+    done = iter(encoded)
+    for batch in micro_batches(encoded, packing):
+        stats = score(model, batch.to(device))
+        members = [e for e, _ in islice(done, batch.weight_S.numel())]
+        lengths = [len(e.response) for e in members]
+        policy = stats.logp_policy.cpu().split(lengths)
+        hindsight = stats.logp_hindsight.cpu().split(lengths)
+        for e, p, q in zip(members, policy, hindsight, strict=True):
+            yield _row(e, tokenizer, p.tolist(), q.tolist())
+
+
+def _row(e: Encoded, tokenizer: PreTrainedTokenizerBase, p: list[float], q: list[float]) -> Signal:
+    return Signal(
+        id=e.id,
+        token_ids=list(e.response),
+        tokens=[str(tokenizer.decode([t])) for t in e.response],
+        logp_policy=p,
+        logp_hindsight=q,
+        advantage=[b - a for a, b in zip(p, q, strict=True)],
+    )
+
+
+def coloured(row: Signal, scale: float = 2.0) -> Text:
+    """Tokens on green where hindsight would rather say them, on red where it would not."""
+    out = Text()
+    for token, advantage in zip(row["tokens"], row["advantage"], strict=True):
+        strength = round(160 * min(abs(advantage) / scale, 1.0))
+        colour = f"0,{strength},0" if advantage > 0 else f"{strength},0,0"
+        out.append(token, style=f"on rgb({colour})")
+    return out
+
+
+def mean_abs_advantage(rows: Sequence[Signal]) -> float:
+    """Over all tokens of all rows, in nats."""
+    values = [abs(a) for row in rows for a in row["advantage"]]
+    return sum(values) / max(len(values), 1)
+
+
+def command(
+    *,
+    model: str,
+    interactions: str,
+    out: str,
+    template: str = "paper-offline",
+    max_prompt_tokens: int = 2048,
+    max_hindsight_prompt_tokens: int = 4096,
+    max_response_tokens: int = 2048,
+    batch_tokens: int = 8192,
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    show: int = 5,
+) -> None:
+    """What each follow-up says about each token of the response before it.
+
+    Args:
+        model: local Hugging Face folder of any causal LM.
+        interactions: as `sdpo data prepare` writes them.
+        out: JSONL to write, a row per interaction.
+        template: hindsight template, a preset or a text with {followup}.
+        max_prompt_tokens: longer prompts lose their left end.
+        max_hindsight_prompt_tokens: the same for prompts with the follow-up.
+        max_response_tokens: longer responses lose their right end.
+        batch_tokens: tokens of one pass computed at a time.
+        dtype: of the weights; auto is bfloat16 on a GPU, float32 on a CPU.
+        show: how many interactions to print, coloured.
+    """
+    from .transformers_engine import load_model
+
+    config = HindsightConfig(
+        template=template,
+        max_prompt_tokens=max_prompt_tokens,
+        max_hindsight_prompt_tokens=max_hindsight_prompt_tokens,
+        max_response_tokens=max_response_tokens,
+    )
+    data = read_interactions(interactions)
+    tokenizer = load_tokenizer(model)
+    policy = load_model(model, dtype=dtype)
+    device = str(policy.model.device)
+    rows = signals(policy, tokenizer, data, config, device=device, batch_tokens=batch_tokens)
+    rows = track(rows, description="reading twice", total=len(data))
+    shown, written = _write(rows, Path(out), show)
+    console = Console()
+    for row in shown:
+        console.rule(row["id"])
+        console.print(coloured(row))
+    console.print(f"{written:,} rows -> {out}")
+
+
+def _write(rows, out: Path, keep: int) -> tuple[list[Signal], int]:
+    """Write all rows or no file; returns the first ``keep`` and the count."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, kept, written = out.with_name(out.name + ".partial"), [], 0
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                kept += [row] if written < keep else []
+                written += 1
+        os.replace(partial, out)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return kept, written
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Parse and run."""
+    tyro.cli(command, prog="sdpo signal", args=args)
