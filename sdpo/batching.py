@@ -3,7 +3,7 @@
 Shapes: B rows of T slots, N response tokens, S interactions of a micro-batch.
 
 Sequences are packed whole into rows; ``positions`` restart at 0 with each of them, which is all
-that an attention mask needs (padding at a row's end is a document of its own). ``index`` names
+that an attention mask needs (each slot of padding at a row's end is a document of its own). ``index`` names
 the B*T slots whose hidden state predicts a response token, in the same order in both passes.
 
 Not here: how ranks are balanced against each other; each takes every ``world``-th interaction.
@@ -17,6 +17,10 @@ import torch
 from torch import Tensor
 
 from .hindsight import Encoded
+
+ROW_MULTIPLE = 128
+"""Rows are as wide as their longest needs, rounded up: the block of flex attention's masks, and
+few enough shapes for compiled kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +197,8 @@ def pack(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], row_tokens: i
 
 
 def _lay_out(sequences, lengths: list[int], rows: list[list[int]]) -> Rows:
-    width = max(1, max(sum(lengths[i] for i in row) for row in rows))
+    used = max(1, max(sum(lengths[i] for i in row) for row in rows))
+    width = -(-used // ROW_MULTIPLE) * ROW_MULTIPLE
     tokens = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.zeros_like(tokens)
     predicts: list[np.ndarray] = [np.empty(0, np.int64)] * len(sequences)
@@ -206,6 +211,5 @@ def _lay_out(sequences, lengths: list[int], rows: list[list[int]]) -> Rows:
             first = r * width + at + len(prompt) - 1
             predicts[i] = np.arange(first, first + len(response))
             at += lengths[i]
-        positions[r, at:] = np.arange(width - at)
     index = np.concatenate(predicts) if predicts else np.empty(0, np.int64)
     return Rows(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(index))

@@ -29,7 +29,9 @@ def prepare_command(
         raise DataError("no input: name at least one file, folder or glob")
     interactions, report = prepare(inputs, PRESETS[preset])
     write_interactions(out, interactions)
-    table = Table(title=f"{out} ({preset})", title_justify="left")
+    console = Console()
+    console.print(f"{out} (preset {preset})", soft_wrap=True, highlight=False)
+    table = Table()
     table.add_column("what")
     table.add_column("count", justify="right")
     for what, count in {
@@ -44,7 +46,7 @@ def prepare_command(
         "interactions written": report.interactions,
     }.items():
         table.add_row(what, f"{count:,}")
-    Console().print(table)
+    console.print(table)
 
 
 def inspect_command(file: tyro.conf.Positional[str], /, *, samples: int = 2) -> None:
@@ -58,7 +60,8 @@ def inspect_command(file: tyro.conf.Positional[str], /, *, samples: int = 2) -> 
     if not interactions:
         raise DataError(f"{file}: no interactions")
     console = Console()
-    table = Table(title=f"{file}: {len(interactions):,} interactions", title_justify="left")
+    console.print(f"{file}: {len(interactions):,} interactions", soft_wrap=True, highlight=False)
+    table = Table()
     for column in ("characters", "min", "median", "mean", "max"):
         table.add_column(column, justify="left" if column == "characters" else "right")
     for name, lengths in _lengths(interactions).items():

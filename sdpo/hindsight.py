@@ -11,6 +11,7 @@ construction, whatever the tokenizer would merge at the border.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .conversations import DataError, Message
@@ -34,6 +35,8 @@ TEMPLATES = {
     ),
 }
 """The published templates (arXiv:2603.12273): appended to the last user message of x."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +107,17 @@ def load_tokenizer(folder: str) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
+    if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would make up an empty tokenizer for the model type
+        raise DataError(
+            f"{folder}: no tokenizer; copy the model's tokenizer.json and tokenizer_config.json there"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(
-            f"{folder}: no tokenizer could be loaded ({type(error).__name__}: {error}); copy "
-            "tokenizer.json and tokenizer_config.json of the model into this folder"
+            f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]}); copy the "
+            "model's tokenizer.json and tokenizer_config.json there again"
         ) from error
     if not tokenizer.chat_template:
         raise DataError(

@@ -77,7 +77,7 @@ def make_model(
         model = LlamaForCausalLM(LlamaConfig(**common, rms_norm_eps=1e-5, rope_parameters=rope))
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        std = 0.4 if "embed" in name or "lm_head" in name else 0.1
+        std = 0.2 if "embed" in name or "lm_head" in name else 0.1
         p.data.normal_(0.0 if p.ndim > 1 else 1.0, std, generator=generator)
     model.save_pretrained(folder)
     make_tokenizer(pad_is_eos).save_pretrained(folder)

@@ -5,7 +5,7 @@ the hindsight distribution. Values are differentiable in ``hidden`` and ``weight
 stream is a constant. Gradients with respect to the policy's logits z:
 
   reverse KL   p (log p - log q - KL)
-  forward KL   p - q = -p expm1(log q - log p)
+  forward KL   p - q = -p expm1(log q - log p) = q expm1(log p - log q)
   JSD          (1 - beta) p (log p - log m - KL(p || m))
 
 Oracle: reference.py in float64.
@@ -34,8 +34,10 @@ def _reverse_kl_grad(logp: Tensor, logq: Tensor, value: Tensor) -> Tensor:
 
 
 def _forward_kl_grad(logp: Tensor, logq: Tensor, value: Tensor) -> Tensor:
-    # p - q loses every digit where the two agree; expm1 keeps them
-    return -logp.exp() * torch.expm1(logq - logp)
+    # p - q loses every digit where the two agree; expm1 keeps them, and of its two forms the one
+    # with the non-positive exponent cannot overflow
+    d = logq - logp
+    return torch.where(d < 0, -logp.exp(), logq.exp()) * torch.expm1(-d.abs())
 
 
 REVERSE_KL = Rule(reference.reverse_kl, _reverse_kl_grad)
@@ -109,8 +111,8 @@ def linear_jsd(
     """Generalised Jensen-Shannon divergence per token, with hindsight as GKD's teacher.
 
     beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p. ``beta`` lies strictly
-    between 0 and 1, where it vanishes (arXiv:2306.13649, eq. 1); the KLs which other systems call beta = 0 and 1 are
-    ``linear_forward_kl`` and ``linear_reverse_kl``. Other arguments as ``linear_reverse_kl``.
+    between 0 and 1, where it vanishes (arXiv:2306.13649, eq. 1); what other systems call beta = 0
+    and 1 are ``linear_forward_kl`` and ``linear_reverse_kl``, whose other arguments it shares.
     """
     if not 0 < beta < 1:
         raise ValueError(

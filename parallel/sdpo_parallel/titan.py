@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.stateful import Stateful  # noqa: E402
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torchtitan.components.checkpoint import AsyncMode, CheckpointManager  # noqa: E402
+from torchtitan.components.checkpointer.utils import canonical_fqn  # noqa: E402
 from torchtitan.components.optimizer import (  # noqa: E402
     LRSchedulersContainer,
     OptimizersContainer,
@@ -200,10 +201,9 @@ class TitanModel:
 
     def lm_head(self) -> Tensor:
         """(V, D), gathered. FSDP2's post-backward reduce-scatters its gradient."""
-        head = self.module.lm_head
-        if isinstance(head, FSDPModule):
-            head.unshard()
-        return head.weight
+        if isinstance(self.module.lm_head, FSDPModule):
+            self.module.lm_head.unshard()
+        return self.module.lm_head.weight
 
 
 # ---- the engine ----------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ class TitanEngine:
         found = self.checkpointer._find_load_step() >= 0
         self.checkpointer.load()
         check_finite(
-            ((n, _local(p)) for n, p in self.policy.module.named_parameters()),
+            ((canonical_fqn(n), _local(p)) for n, p in self.policy.module.named_parameters()),
             self.run_folder if found else self.folder,
         )
         return found

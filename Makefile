@@ -1,0 +1,32 @@
+# `make demo` and `make test` need Python >= 3.11, pip and make; everything else they install.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint clean
+
+demo: .venv/demo
+	$(BIN)/sdpo demo
+
+test: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+.venv/demo: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[train]'
+	touch $@
+
+.venv/dev: .venv/demo
+	$(BIN)/python -m pip install --quiet -e '.[train,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs

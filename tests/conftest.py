@@ -1,0 +1,40 @@
+"""Fixtures shared by all tests. Seeds come from a test's id, so that order never matters."""
+
+import os
+import zlib
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+import tiny
+import torch
+
+# a busy machine is no failure
+hypothesis.settings.register_profile("sdpo", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("sdpo")
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed of the test's own, already set."""
+    value = zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory):
+    """kind -> folder of a tiny model, made once."""
+    made: dict[tuple, str] = {}
+
+    def get(kind: str, **options) -> str:
+        key = (kind, *sorted(options.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("model") / kind
+            made[key] = tiny.make_model(Path(folder), kind, **options)
+        return made[key]
+
+    return get

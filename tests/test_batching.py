@@ -1,0 +1,121 @@
+"""Packing, alignment of y in both passes, and the data cursor."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from sdpo.batching import BatchConfig, Cursor, Rows, collate, micro_batches, steps_in
+from sdpo.hindsight import Encoded
+
+ids = st.lists(st.integers(1, 99), min_size=1, max_size=12).map(tuple)
+
+
+@st.composite
+def encoded(draw):
+    return Encoded(
+        id=str(draw(st.integers())),
+        policy=draw(ids),
+        hindsight=draw(ids),
+        response=draw(ids),
+        old_logprobs=None,
+        ends=draw(st.booleans()),
+        truncated=(draw(st.booleans()), False, draw(st.booleans())),
+    )
+
+
+def documents(rows: Rows) -> list[tuple[int, ...]]:
+    """The token sequences between restarts of the positions, padding left out."""
+    out = []
+    for tokens, positions in zip(rows.tokens_BT, rows.positions_BT, strict=True):
+        starts = [*(positions == 0).nonzero()[:, 0].tolist(), len(tokens)]
+        spans = [tuple(tokens[a:b].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
+        out += [span for span in spans if span != (0,)]
+    return out
+
+
+@given(st.lists(encoded(), max_size=9), st.integers(1, 64))
+def test_both_passes_hold_every_sequence_whole_and_predict_the_same_targets(items, row_tokens):
+    batch = collate([(e, 1.0) for e in items], row_tokens)
+    for rows, prompts in (
+        (batch.policy, [e.policy for e in items]),
+        (batch.hindsight, [e.hindsight for e in items]),
+    ):
+        whole = [p + e.response for p, e in zip(prompts, items, strict=True)]
+        assert sorted(documents(rows)) == sorted(whole)
+        # the slot after the one whose hidden state is read holds the target, in the same document
+        read = rows.index_N
+        assert torch.equal(rows.tokens_BT.flatten()[read + 1], batch.targets_N)
+        positions = rows.positions_BT.flatten()
+        assert torch.equal(positions[read + 1], positions[read] + 1)
+    assert batch.targets_N.tolist() == [t for e in items for t in e.response]
+    assert batch.offset_N.tolist() == [i for e in items for i in range(len(e.response))]
+    assert batch.end_N.sum() == sum(e.ends for e in items)
+    assert batch.truncated_3.tolist() == [sum(e.truncated[i] for e in items) for i in range(3)]
+
+
+@given(st.lists(encoded(), max_size=9), st.integers(1, 60))
+def test_micro_batches_respect_the_budget_and_lose_nothing(items, budget):
+    config = BatchConfig(row_tokens=16, micro_batch_tokens=budget)
+    batches = list(micro_batches([(e, float(i)) for i, e in enumerate(items)], config))
+    for b in batches:
+        for rows in (b.policy, b.hindsight):
+            used = sum(map(len, documents(rows)))
+            assert used <= budget or len(b.weight_S) == 1
+    weights = [w for b in batches for w in b.weight_S.tolist()]
+    assert weights == [float(i) for i in range(len(items))]
+
+
+def test_no_interactions_make_a_batch_of_no_tokens():
+    batch = collate([], 16)
+    assert batch.targets_N.numel() == 0 and batch.policy.index_N.numel() == 0
+    assert batch.policy.tokens_BT.numel() > 0, "a rank without data still runs the model"
+
+
+def test_old_logprobs_are_there_only_where_all_have_them():
+    offline = Encoded(
+        id="a",
+        policy=(1,),
+        hindsight=(1,),
+        response=(2, 3),
+        old_logprobs=None,
+        ends=True,
+        truncated=(False, False, False),
+    )
+    online = replace(offline, old_logprobs=(-1.0, -2.0))
+    known = collate([(online, 1.0)], 8).old_logp_N
+    assert known is not None and known.tolist() == [-1.0, -2.0]
+    assert collate([(online, 1.0), (offline, 1.0)], 8).old_logp_N is None
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 5))
+def test_each_epoch_shows_everything_once_in_its_own_order(n, per_step, seed):
+    cursor = Cursor(n, seed)
+    stream = [
+        cursor.take(min(per_step, 3 * n - cursor.consumed)) for _ in range(-(-3 * n // per_step))
+    ]
+    flat = [i for step in stream for i in step]
+    epochs = [flat[i * n : (i + 1) * n] for i in range(3)]
+    assert all(sorted(e) == list(range(n)) for e in epochs)
+    if n > 8:
+        assert epochs[0] != epochs[1]
+
+
+@given(st.integers(2, 30), st.integers(0, 60))
+def test_a_resumed_cursor_goes_on_where_it_stopped(n, before):
+    a, b = Cursor(n, 3), Cursor(n, 3)
+    a.take(before)
+    b.load_state_dict(a.state_dict())
+    assert a.take(2 * n) == b.take(2 * n)
+
+
+def test_a_cursor_refuses_other_data():
+    with pytest.raises(ValueError, match="n=5"):
+        Cursor(6, 0).load_state_dict(Cursor(5, 0).state_dict())
+
+
+def test_the_last_step_takes_what_is_left():
+    assert steps_in(10, BatchConfig(interactions_per_step=4)) == 3
+    assert steps_in(10, BatchConfig(interactions_per_step=4, epochs=2)) == 5
+    assert steps_in(1, BatchConfig(interactions_per_step=4, epochs=0.1)) == 1

@@ -1,0 +1,193 @@
+"""Bad input, answered: the place and what to do, exit status 2, no traceback, nothing left behind."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from sdpo.cli import main
+
+
+def answer(capsys: pytest.CaptureFixture, *args: object) -> str:
+    """stderr of a command that must fail with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in args])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("sdpo: error: ") and "Traceback" not in err
+    return err
+
+
+def training(model, data, out, *more) -> list:
+    limits = "--hindsight.max-prompt-tokens 100 --hindsight.max-hindsight-prompt-tokens 200 "
+    limits += "--hindsight.max-response-tokens 60 --engine transformers"
+    return [
+        "train",
+        "reverse-kl",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--out",
+        out,
+        *limits.split(),
+        *more,
+    ]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return tiny.make_interactions(tmp_path / "i.jsonl", 4)
+
+
+def rewrite(path: str, line: int, **fields) -> None:
+    rows = Path(path).read_text().splitlines()
+    rows[line - 1] = json.dumps({**json.loads(rows[line - 1]), **fields})
+    Path(path).write_text("\n".join(rows) + "\n")
+
+
+def test_prepare_and_inspect(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    turns = [("user", "hi there"), ("assistant", "hello"), ("user", "longer please")]
+    row = {"messages": [{"role": r, "content": c} for r, c in turns]}
+    log.write_text((json.dumps(row) + "\n") * 3)
+    out = tmp_path / "out" / "interactions.jsonl"
+    main(["data", "prepare", str(log), "--preset", "all-turns", "--out", str(out)])
+    assert len(out.read_text().splitlines()) == 3
+    main(["data", "inspect", str(out)])
+    shown = capsys.readouterr().out
+    assert "3 interactions" in shown and "longer please" in shown
+
+
+def test_a_missing_log(tmp_path, capsys):
+    err = answer(capsys, "data", "prepare", tmp_path / "no.parquet", "--out", tmp_path / "o.jsonl")
+    assert "no.parquet" in err
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_a_parquet_without_the_columns(tmp_path, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "x.parquet")
+    err = answer(capsys, "data", "prepare", tmp_path / "x.parquet", "--out", tmp_path / "o.jsonl")
+    assert "x.parquet" in err and "conversation" in err and "text" in err
+
+
+def test_a_broken_line_1234(tmp_path, capsys):
+    log = tmp_path / "log.jsonl"
+    good = json.dumps({"messages": [{"role": "user", "content": "hi"}]})
+    log.write_text("\n".join([good] * 1233 + [good[:-3]] + [good] * 10) + "\n")
+    err = answer(
+        capsys, "data", "prepare", log, "--out", tmp_path / "o.jsonl", "--preset", "all-turns"
+    )
+    assert "line 1234" in err and not (tmp_path / "o.jsonl").exists()
+
+
+def test_empty_conversations_give_no_interactions(tmp_path, capsys, models):
+    log, out = tmp_path / "log.jsonl", tmp_path / "o.jsonl"
+    log.write_text(json.dumps({"messages": []}) + "\n")
+    main(["data", "prepare", str(log), "--out", str(out)])
+    assert "too few messages" in capsys.readouterr().out
+    err = answer(capsys, *training(models("qwen3"), out, tmp_path / "run"))
+    assert "o.jsonl" in err and "empty" in err
+
+
+def test_an_interaction_whose_response_is_empty(data, models, tmp_path, capsys):
+    rewrite(data, 3, completion={"role": "assistant", "content": "  "})
+    err = answer(capsys, *training(models("qwen3"), data, tmp_path / "run"))
+    assert "line 3" in err and "completion" in err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("weight", [float("nan"), -1.0, float("inf")])
+def test_a_weight_that_is_no_weight(weight, data, models, tmp_path, capsys):
+    rewrite(data, 2, weight=weight)
+    err = answer(capsys, *training(models("qwen3"), data, tmp_path / "run"))
+    assert "line 2" in err and "weight" in err
+
+
+def test_clips_need_the_sampling_logprobs(data, models, tmp_path, capsys):
+    args = training(models("qwen3"), data, tmp_path / "run")
+    args[1] = "paper-online"
+    err = answer(capsys, *args)
+    assert "c0" in err and "completion_logprobs" in err
+
+
+def test_a_model_folder_without_tokenizer(data, models, tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(models("qwen3")) / name, folder)
+    err = answer(capsys, *training(folder, data, tmp_path / "run"))
+    assert str(folder) in err and "tokenizer.json" in err
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_model_folder_without_a_part(missing, data, models, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(models("qwen3"), folder)
+    (folder / missing).unlink()
+    err = answer(capsys, *training(folder, data, tmp_path / "run"))
+    assert missing.rpartition(".")[2] in err
+
+
+@pytest.mark.parametrize("engine", ["transformers", "torchtitan"])
+def test_nan_in_a_models_weight(engine, data, models, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(models("qwen3"), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    args = training(folder, data, tmp_path / "run", "--engine", engine)
+    if engine == "torchtitan":  # a process group of its own
+        import subprocess
+        import sys
+
+        result = subprocess.run(
+            [sys.executable, "-m", "sdpo", *map(str, args)], capture_output=True, text=True
+        )
+        assert result.returncode == 2
+        err = result.stderr
+        assert "layers.1.feed_forward.w3.weight" in err
+    else:
+        err = answer(capsys, *args)
+        assert "layers.1.mlp.up_proj.weight" in err
+    assert "1 of" in err and str(folder) in err
+
+
+def test_limits_beyond_the_models_positions(data, models, tmp_path, capsys):
+    args = training(models("qwen3"), data, tmp_path / "run", "--hindsight.max-prompt-tokens", 5000)
+    err = answer(capsys, *args)
+    assert "max_position_embeddings=1024" in err
+
+
+def test_a_run_is_not_overwritten_and_not_resumed_as_another(data, models, tmp_path, capsys):
+    run = training(models("qwen3"), data, tmp_path / "run")
+    main([str(a) for a in run])
+    assert "--resume" in answer(capsys, *run)
+    err = answer(capsys, *run, "--resume", "--optimizer.lr", "0.5")
+    assert "optimizer.lr" in err and "0.5" in err
+    tiny.make_interactions(Path(data), 4, seed=9)
+    assert "has changed" in answer(capsys, *run, "--resume")
+
+
+def test_a_dry_run_trains_nothing(data, models, tmp_path, capsys):
+    main([str(a) for a in training(models("qwen3"), data, tmp_path / "run", "--dry-run")])
+    shown = capsys.readouterr().out
+    assert "ReverseKL" in shown and "AdamW state" in shown and "total" in shown
+    parameters = sum(
+        t.numel() for t in load_file(Path(models("qwen3")) / "model.safetensors").values()
+    )
+    assert f"{parameters:,}" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_command_and_an_unknown_one(capsys):
+    for args in ([], ["trian"]):
+        with pytest.raises(SystemExit) as stop:
+            main(args)
+        assert stop.value.code == 2 and "train" in capsys.readouterr().err

@@ -1,0 +1,109 @@
+"""Templates, the tokens of both passes, limits."""
+
+import pytest
+import tiny
+from sdpo.conversations import DataError, Message
+from sdpo.hindsight import (
+    HindsightConfig,
+    encode,
+    hindsight_prompt,
+    load_tokenizer,
+    response_ids,
+)
+from sdpo.interactions import Interaction
+
+PROMPT = (
+    Message("user", "tell me a story"),
+    Message("assistant", "once"),
+    Message("user", "a longer one"),
+)
+
+
+def interaction(**changes) -> Interaction:
+    fields = dict(
+        id="c1", prompt=PROMPT, completion="the red fox", user_response="  no, shorter \n"
+    )
+    return Interaction(**{**fields, **changes})
+
+
+def test_the_paper_offline_template_word_for_word():
+    *history, last = hindsight_prompt(PROMPT, "  no, shorter \n", "paper-offline")
+    assert history == list(PROMPT[:-1])
+    assert last == Message(
+        "user",
+        "a longer one\n\n[HINDSIGHT CONTEXT]\nThe following is a user response to your previous, "
+        "insufficient attempt. Improve your response to the user prompt.\n"
+        "Future User Message: no, shorter",
+    )
+
+
+def test_the_paper_online_template_word_for_word():
+    last = hindsight_prompt(PROMPT, "no", "paper-online")[-1]
+    assert last.content == (
+        "a longer one\n\n=== HINDSIGHT CONTEXT ===\n[The following is a future user message. Use "
+        "this to guide your answer to the user prompt.]\nno"
+    )
+
+
+def test_a_users_own_template_may_hold_braces_and_so_may_the_followup():
+    last = hindsight_prompt(PROMPT, "use {x} and {followup}", " <{followup}> {keep}")[-1]
+    assert last.content == "a longer one <use {x} and {followup}> {keep}"
+
+
+@pytest.mark.parametrize("template", ["paper-offlin", "no field", "{followup} {followup}"])
+def test_a_template_without_one_field_is_refused(template):
+    with pytest.raises(ValueError, match="followup"):
+        HindsightConfig(template=template)
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_both_passes_end_in_the_same_ids_with_eos_trained(pad_is_eos):
+    tokenizer = tiny.make_tokenizer(pad_is_eos)
+    e = encode(interaction(completion="the red fox  \n"), tokenizer, HindsightConfig())
+    assert e.response == tuple(response_ids(tokenizer, "the red fox"))
+    assert e.response[-1] == tokenizer.eos_token_id and e.ends
+    assert tokenizer.decode(e.response) == "the red fox<|im_end|>"
+    policy, hindsight = tokenizer.decode(e.policy), tokenizer.decode(e.hindsight)
+    opening = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert policy.endswith("a longer one<|im_end|>\n" + opening)
+    assert hindsight.endswith("Future User Message: no, shorter<|im_end|>\n" + opening)
+    assert e.truncated == (False, False, False)
+
+
+def test_prompts_lose_their_left_end_each_by_its_own_limit():
+    tokenizer = tiny.make_tokenizer()
+    whole = encode(interaction(), tokenizer, HindsightConfig())
+    limits = HindsightConfig(
+        max_prompt_tokens=len(whole.policy), max_hindsight_prompt_tokens=10, max_response_tokens=99
+    )
+    cut = encode(interaction(), tokenizer, limits)
+    assert cut.policy == whole.policy
+    assert cut.hindsight == whole.hindsight[-10:]
+    assert cut.truncated == (False, True, False)
+
+
+def test_a_cut_response_does_not_teach_to_stop():
+    tokenizer = tiny.make_tokenizer()
+    whole = encode(interaction(), tokenizer, HindsightConfig())
+    cut = encode(interaction(), tokenizer, HindsightConfig(max_response_tokens=2))
+    assert cut.response == whole.response[:2] and not cut.ends
+    assert cut.truncated == (False, False, True)
+
+
+def test_sampled_ids_are_used_as_sampled():
+    online = interaction(completion_token_ids=(7, 8, 2), completion_logprobs=(-1.0, -2.0, -0.5))
+    e = encode(online, tiny.make_tokenizer(), HindsightConfig(max_response_tokens=2))
+    assert e.response == (7, 8) and e.old_logprobs == (-1.0, -2.0)
+
+
+def test_a_folder_without_tokenizer_is_named(tmp_path):
+    with pytest.raises(DataError, match=f"{tmp_path}.*tokenizer.json"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_chat_template_is_named(tmp_path):
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="no chat template"):
+        load_tokenizer(str(tmp_path))

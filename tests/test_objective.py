@@ -1,0 +1,187 @@
+"""Objectives against plain autograd of the paper's formulas in float64."""
+
+import pytest
+import torch
+from sdpo.objective import (
+    JSD,
+    ForwardKL,
+    Layout,
+    ReverseKL,
+    SampledToken,
+    Streams,
+    centred,
+    sampled_token,
+    token_weights,
+    total_loss,
+)
+
+LENGTHS = [4, 1, 6, 2]
+N, V, D = sum(LENGTHS), 37, 9
+
+
+def setup(dtype=torch.float64):
+    hidden = torch.randn(N, D, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(V, D, dtype=dtype) * 1.5).requires_grad_()
+    hindsight = hidden.detach() + 0.3 * torch.randn(N, D, dtype=dtype)
+    targets = torch.randint(V, (N,))
+    streams = Streams(hidden, weight, hindsight, weight.detach(), targets)
+    layout = Layout(
+        sequence_N=torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS)),
+        offset_N=torch.cat([torch.arange(n) for n in LENGTHS]),
+        weight_S=torch.full((len(LENGTHS),), 1 / len(LENGTHS), dtype=dtype),
+        old_logp_N=-3 * torch.rand(N, dtype=dtype),
+    )
+    return streams, layout
+
+
+def logps(streams):
+    logp = torch.log_softmax(streams.hidden @ streams.weight.T, -1)
+    logq = torch.log_softmax(streams.hindsight_hidden @ streams.hindsight_weight.T, -1)
+    return logp, logq
+
+
+def paper(streams, ignore_first=0, centre=False):
+    """mean over sequences of mean over tokens of -sg(log q - log p) log p, as loops."""
+    logp, logq = logps(streams)
+    total, start = 0.0, 0
+    for length in LENGTHS:
+        rows = slice(start, start + length)
+        y = streams.targets[rows]
+        p, q = (lp[rows].gather(1, y[:, None])[:, 0][ignore_first:] for lp in (logp, logq))
+        advantage = (q - p).detach()
+        if centre and len(advantage):
+            advantage = advantage - advantage.mean()
+        if len(p):
+            total = total + (-advantage * p).mean()
+        start += length
+    return total / len(LENGTHS)
+
+
+def kl_mean(streams, per_token):
+    logp, logq = logps(streams)
+    values = per_token(logp, logq).split(LENGTHS)
+    return sum(v.mean() for v in values) / len(LENGTHS)
+
+
+def mixture_jsd(logp, logq, beta):
+    m = beta * logq.exp() + (1 - beta) * logp.exp()
+    to_q = (logq.exp() * (logq - m.log())).sum(-1)
+    to_p = (logp.exp() * (logp - m.log())).sum(-1)
+    return beta * to_q + (1 - beta) * to_p
+
+
+CASES = {
+    "sampled": (SampledToken(), paper),
+    "ignore first": (SampledToken(ignore_first=2), lambda s: paper(s, ignore_first=2)),
+    "centred": (SampledToken(centre=True), lambda s: paper(s, centre=True)),
+    "centred, ignore first": (
+        SampledToken(centre=True, ignore_first=1),
+        lambda s: paper(s, ignore_first=1, centre=True),
+    ),
+    "reverse": (
+        ReverseKL(),
+        lambda s: kl_mean(s, lambda p, q: (p.exp() * (p - q)).sum(-1)),
+    ),
+    "forward": (
+        ForwardKL(),
+        lambda s: kl_mean(s, lambda p, q: (q.exp() * (q - p)).sum(-1)),
+    ),
+    "jsd": (JSD(beta=0.3), lambda s: kl_mean(s, lambda p, q: mixture_jsd(p, q, 0.3))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradient_equal_plain_autograd(name):
+    objective, formula = CASES[name]
+    streams, layout = setup()
+    ours, _ = total_loss(objective, streams, layout)
+    theirs = formula(streams)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    wrt = (streams.hidden, streams.weight)
+    for a, b in zip(torch.autograd.grad(ours, wrt), torch.autograd.grad(theirs, wrt), strict=True):
+        assert b.abs().max() > 1e-6
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["reverse", "forward", "jsd"])
+def test_gradcheck(name):
+    objective, _ = CASES[name]
+    streams, layout = setup()
+    head = streams.hindsight_weight.clone()  # gradcheck perturbs the weight in place
+    assert torch.autograd.gradcheck(
+        lambda h, w: total_loss(
+            objective, streams._replace(hidden=h, weight=w, hindsight_weight=head), layout
+        )[0],
+        (streams.hidden, streams.weight),
+    )
+
+
+def test_gradcheck_of_the_sampled_token_loss_at_fixed_advantages():
+    logp = (-torch.rand(N, dtype=torch.float64) - 0.1).requires_grad_()
+    advantage, old = torch.randn(N, dtype=torch.float64), logp.detach() + 0.3
+    for options in ({}, {"ppo_clip": 0.2}, {"importance_clip": 1e9}):
+        if "importance_clip" in options:
+            continue  # its ratio is a constant by definition: compared below
+        assert torch.autograd.gradcheck(
+            lambda x, o=options: sampled_token(x, advantage, old, **o), logp
+        )
+
+
+def test_ppo_clip_is_the_clipped_surrogate():
+    logp = torch.tensor([0.0, 0.5, -0.5, 0.5, -0.5], dtype=torch.float64, requires_grad=True)
+    advantage = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+    losses = sampled_token(logp, advantage, torch.zeros(5, dtype=torch.float64), ppo_clip=0.2)
+    ratio = logp.detach().exp()
+    expected = [-1.0, -1.2, -ratio[2].item(), ratio[3].item(), 0.8]
+    torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(losses.sum(), logp)
+    assert (gradient != 0).tolist() == [True, False, True, True, False]
+
+
+def test_importance_clip_weights_by_a_constant_ratio():
+    logp = torch.tensor([-1.0, -1.0], requires_grad=True)
+    old = torch.tensor([-1.5, -4.0])
+    losses = sampled_token(logp, torch.tensor([2.0, 2.0]), old, importance_clip=2.0)
+    (gradient,) = torch.autograd.grad(losses.sum(), logp)
+    torch.testing.assert_close(gradient, -2 * torch.tensor([0.5, 3.0]).exp().clamp(max=2.0))
+
+
+def test_clips_without_old_logprobs_are_refused():
+    streams, layout = setup()
+    with pytest.raises(ValueError, match="completion_logprobs"):
+        total_loss(SampledToken(ppo_clip=0.2), streams, layout._replace(old_logp_N=None))
+    with pytest.raises(ValueError, match="set one of them"):
+        SampledToken(ppo_clip=0.2, importance_clip=2.0)
+
+
+def test_token_weights_are_a_mean_over_tokens_then_sequences():
+    _, layout = setup()
+    weights = token_weights(layout, ignore_first=2).split(LENGTHS)
+    assert [w.tolist() for w in weights] == [
+        [0, 0, 1 / 8, 1 / 8],
+        [0],
+        [0, 0, *[1 / 16] * 4],
+        [0, 0],
+    ]
+
+
+def test_centred_advantages_have_no_mean():
+    _, layout = setup()
+    out = centred(torch.randn(N, dtype=torch.float64), layout)
+    assert all(abs(part.mean()) < 1e-12 for part in out.split(LENGTHS))
+
+
+def test_an_empty_share_has_no_loss_and_zero_gradients():
+    streams, layout = setup(torch.float32)
+    empty = Streams(
+        streams.hidden[:0],
+        streams.weight,
+        streams.hindsight_hidden[:0],
+        streams.hindsight_weight,
+        streams.targets[:0],
+    )
+    nothing = Layout(layout.sequence_N[:0], layout.offset_N[:0], layout.weight_S[:0])
+    for objective, _ in CASES.values():
+        loss, _ = total_loss(objective, empty, nothing)
+        (gradient,) = torch.autograd.grad(loss, streams.weight)
+        assert loss == 0 and not gradient.any()
