@@ -3,8 +3,9 @@
 Shapes: B rows of T slots, N response tokens, S interactions of a micro-batch.
 
 Sequences are packed whole into rows; ``positions`` restart at 0 with each of them, which is all
-that an attention mask needs (each slot of padding at a row's end is a document of its own). ``index`` names
-the B*T slots whose hidden state predicts a response token, in the same order in both passes.
+that an attention mask needs (each slot of padding at a row's end is a document of its own).
+``index`` names the B*T slots whose hidden state predicts a response token, in the same order in
+both passes.
 
 Not here: how ranks are balanced against each other; each takes every ``world``-th interaction.
 """

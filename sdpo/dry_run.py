@@ -10,8 +10,9 @@ from statistics import mean
 import torch
 from rich.console import Console
 from rich.table import Table
-from sdpo_parallel.hf_folder import read_config
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from sdpo_parallel.hf_folder import read_config
 
 from .batching import steps_in
 from .hindsight import encode, load_tokenizer

@@ -110,7 +110,8 @@ def load_tokenizer(folder: str) -> "PreTrainedTokenizerBase":
     if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         # transformers would make up an empty tokenizer for the model type
         raise DataError(
-            f"{folder}: no tokenizer; copy the model's tokenizer.json and tokenizer_config.json there"
+            f"{folder}: no tokenizer; copy the model's tokenizer.json and tokenizer_config.json "
+            "there"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)

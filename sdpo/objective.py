@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from sdpo_kernels import (
     DEFAULT_CHUNK_BYTES,
     TokenStats,
@@ -22,7 +24,6 @@ from sdpo_kernels import (
     linear_logprob,
     linear_reverse_kl,
 )
-from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import tyro
+
 from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
 
 from .batching import BatchConfig

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from sdpo_kernels import TokenStats
 from torch import Tensor
+
+from sdpo_kernels import TokenStats
 
 from .batching import Batch
 from .objective import Layout, Objective, Streams, total_loss

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
 from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
 
 from .batching import (

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
-from sdpo_parallel.hf_folder import check_finite, copy_assets, read_config, replace_folder
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -28,6 +26,9 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
+
+from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
+from sdpo_parallel.hf_folder import check_finite, copy_assets, read_config, replace_folder
 
 
 class TransformersModel:
@@ -147,7 +148,9 @@ class TransformersEngine:
         self.checkpoint, self.max_grad_norm = checkpoint, optimizer.max_grad_norm
         self.module = load_model(folder, dtype="float32").model.train()
         if parallel.activation_checkpoint != "none":
-            self.module.activation_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(self.module, "activation_checkpointing_enable", None)
+            enable = enable or self.module.gradient_checkpointing_enable  # its name before 5.20
+            enable({"use_reentrant": False})
         self.device = self.module.device
         dtype = getattr(torch, parallel.resolve_dtype(self.device.type))
         self.policy = TransformersModel(self.module, dtype)

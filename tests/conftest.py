@@ -9,8 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
 import pytest
-import tiny
 import torch
+
+import tiny
 
 # a busy machine is no failure
 hypothesis.settings.register_profile("sdpo", deadline=None, print_blob=True)

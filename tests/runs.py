@@ -8,11 +8,16 @@ from pathlib import Path
 from sdpo.run_folder import read_metrics
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-SMALL = (
-    "--hindsight.max-prompt-tokens 150 --hindsight.max-hindsight-prompt-tokens 250 "
-    "--hindsight.max-response-tokens 60 --batch.interactions-per-step 6 --batch.row-tokens 256 "
-    "--batch.micro-batch-tokens 768 --optimizer.lr 3e-4 --optimizer.max-grad-norm 1.0"
-).split()
+SMALL = {
+    "hindsight.max-prompt-tokens": 150,
+    "hindsight.max-hindsight-prompt-tokens": 250,
+    "hindsight.max-response-tokens": 60,
+    "batch.interactions-per-step": 6,
+    "batch.row-tokens": 256,
+    "batch.micro-batch-tokens": 768,
+    "optimizer.lr": 3e-4,
+    "optimizer.max-grad-norm": 1.0,
+}
 
 
 def command(recipe: str, model: str, data: str, out: Path, *options: str, ranks: int = 0) -> list:
@@ -22,7 +27,8 @@ def command(recipe: str, model: str, data: str, out: Path, *options: str, ranks:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         launch += ["-m", "sdpo.train"]
     names = ["--model", model, "--data", data, "--out", str(out)]
-    return [sys.executable, *launch, recipe, *names, *SMALL, *options]
+    small = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, *launch, recipe, *names, *small, *options]
 
 
 def train(recipe: str, model: str, data: str, out: Path, *options: str, ranks: int = 0) -> list:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sdpo.batching import BatchConfig, Cursor, Rows, collate, micro_batches, steps_in
 from sdpo.hindsight import Encoded
 

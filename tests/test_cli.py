@@ -1,13 +1,14 @@
-"""Bad input, answered: the place and what to do, exit status 2, no traceback, nothing left behind."""
+"""Bad input, answered: the place and what to do, exit status 2, no traceback, no debris."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
+
+import tiny
 from sdpo.cli import main
 
 

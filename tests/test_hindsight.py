@@ -1,6 +1,7 @@
 """Templates, the tokens of both passes, limits."""
 
 import pytest
+
 import tiny
 from sdpo.conversations import DataError, Message
 from sdpo.hindsight import (

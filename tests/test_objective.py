@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sdpo.objective import (
     JSD,
     ForwardKL,

@@ -5,12 +5,13 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import tiny
 from sdpo.hindsight import hindsight_prompt
 from sdpo.interactions import read_interactions
 from sdpo.signal import coloured
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def direct(model, tokenizer, messages, completion):

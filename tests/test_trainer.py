@@ -7,11 +7,12 @@ import subprocess
 import time
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 import runs
 import tiny
-import torch
 from sdpo.interactions import read_interactions, write_interactions
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 N = 30
 

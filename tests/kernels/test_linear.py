@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from oracle import assert_as_good_as, rel_err
 from sdpo_kernels import (
     linear_forward_kl,
@@ -12,7 +14,6 @@ from sdpo_kernels import (
     linear_reverse_kl,
     reference,
 )
-from torch import Tensor
 
 DIVERGENCES = {
     "reverse_kl": (linear_reverse_kl, reference.reverse_kl),

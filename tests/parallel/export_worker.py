@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
 from sdpo.batching import BatchConfig, Cursor, micro_batches
 from sdpo.hindsight import HindsightConfig, encode, load_tokenizer
 from sdpo.interactions import read_interactions
@@ -16,7 +18,6 @@ from sdpo.step import two_pass_loss
 from sdpo.trainer import RunState
 from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
 from sdpo_parallel.titan import TitanEngine, reshard
-from transformers import AutoModelForCausalLM
 
 model, data, out = sys.argv[1:]
 engine = TitanEngine(

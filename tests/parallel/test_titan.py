@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
+
 import runs
 import tiny
-from transformers import AutoModelForCausalLM
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3-tied", "llama", "llama-tied"])
