@@ -1,6 +1,7 @@
 """Runs by name: functions that return a whole config. Model and data are always the user's."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import tyro
 
@@ -85,6 +86,13 @@ def demo(
     )
 
 
+def demo_sampled_token(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/demo/train"
+) -> TrainConfig:
+    """The demo with the paper's objective, whose live teacher may collapse there."""
+    return replace(demo(model, data, out), objective=SampledToken())
+
+
 RECIPES: dict[str, Callable[..., TrainConfig]] = {
     "reverse-kl": reverse_kl,
     "forward-kl": forward_kl,
@@ -92,4 +100,5 @@ RECIPES: dict[str, Callable[..., TrainConfig]] = {
     "paper-offline": paper_offline,
     "paper-online": paper_online,
     "demo": demo,
+    "demo-sampled-token": demo_sampled_token,
 }

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .batching import BatchConfig, micro_batches
 from .hindsight import Encoded, HindsightConfig, encode, load_tokenizer
-from .interactions import Interaction, read_interactions
+from .interactions import read_interactions
 from .step import CausalModel, score
 
 
@@ -37,23 +37,21 @@ class Signal(TypedDict):
 def signals(
     model: CausalModel,
     tokenizer: PreTrainedTokenizerBase,
-    interactions: Sequence[Interaction],
-    config: HindsightConfig,
+    encoded: Sequence[Encoded],
     *,
     device: str = "cpu",
     batch_tokens: int = 8192,
 ) -> Iterator[Signal]:
-    """Rows in the interactions' order. Log-probabilities in nats.
+    """Rows in the order of ``encoded``. Log-probabilities in nats.
 
     Args:
         batch_tokens: tokens of one pass computed at a time.
     """
     packing = BatchConfig(row_tokens=batch_tokens // 8 or 1, micro_batch_tokens=batch_tokens)
-    encoded = [(encode(i, tokenizer, config), 1.0) for i in interactions]
     done = iter(encoded)
-    for batch in micro_batches(encoded, packing):
+    for batch in micro_batches([(e, 1.0) for e in encoded], packing):
         stats = score(model, batch.to(device))
-        members = [e for e, _ in islice(done, batch.weight_S.numel())]
+        members = list(islice(done, batch.weight_S.numel()))
         lengths = [len(e.response) for e in members]
         policy = stats.logp_policy.cpu().split(lengths)
         hindsight = stats.logp_hindsight.cpu().split(lengths)
@@ -80,12 +78,6 @@ def coloured(row: Signal, scale: float = 2.0) -> Text:
         colour = f"0,{strength},0" if advantage > 0 else f"{strength},0,0"
         out.append(token, style=f"on rgb({colour})")
     return out
-
-
-def mean_abs_advantage(rows: Sequence[Signal]) -> float:
-    """Over all tokens of all rows, in nats."""
-    values = [abs(a) for row in rows for a in row["advantage"]]
-    return sum(values) / max(len(values), 1)
 
 
 def command(
@@ -127,10 +119,13 @@ def command(
     tokenizer = load_tokenizer(model)
     policy = load_model(model, dtype=dtype)
     device = str(policy.model.device)
-    rows = signals(policy, tokenizer, data, config, device=device, batch_tokens=batch_tokens)
+    encoded = [encode(i, tokenizer, config) for i in data]
+    rows = signals(policy, tokenizer, encoded, device=device, batch_tokens=batch_tokens)
     rows = track(rows, description="reading twice", total=len(data))
     shown, written = _write(rows, Path(out), show)
     console = Console()
+    if truncated := sum(any(e.truncated) for e in encoded):
+        console.print(f"[yellow]{truncated} of {written} were truncated to the limits[/]")
     for row in shown:
         console.rule(row["id"])
         console.print(coloured(row))

@@ -10,6 +10,7 @@ import hashlib
 import resource
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -156,16 +157,14 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     engine.load()
     if engine.is_main:
         run.cut_metrics(state.step)
-    logger = Logger(run, config.log, step=state.step, total=total) if engine.is_main else None
-    try:
+    main = engine.is_main
+    log = Logger(run, config.log, step=state.step, total=total) if main else nullcontext()
+    with log as logger:
         while state.step < total:
             row = _step(engine, config, interactions, tokenizer, state)
             if logger:
                 logger.write(state.step, row)
             engine.save(state.step, last=state.step == total)
-    finally:
-        if logger:
-            logger.__exit__(None, None, None)
     export = Path(config.out) / "export"
     engine.export(str(export))
     engine.close()

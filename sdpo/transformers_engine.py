@@ -28,7 +28,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
-from sdpo_parallel.hf_folder import check_finite, copy_assets, read_config, replace_folder
+from sdpo_parallel.hf_folder import (
+    check_finite,
+    copy_assets,
+    export_dtype,
+    read_config,
+    replace_folder,
+)
 
 
 class TransformersModel:
@@ -172,7 +178,7 @@ class TransformersEngine:
         done = [s for s in self._steps() if (self._step_folder(s) / ".metadata").is_file()]
         if done:
             saved = self._checkpoint_state()
-            dcp_load(saved, checkpoint_id=str(self._step_folder(max(done))))
+            dcp_load(saved, checkpoint_id=str(self._step_folder(max(done))), no_dist=True)
             set_model_state_dict(self.module, saved["model"])
             set_optimizer_state_dict(self.module, self.optimizer, saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
@@ -182,7 +188,8 @@ class TransformersEngine:
         """Write a checkpoint if ``step`` is due one."""
         if not last and step % self.checkpoint.interval:
             return False
-        dcp_save(self._checkpoint_state(), checkpoint_id=str(self._step_folder(step)))
+        folder = str(self._step_folder(step))
+        dcp_save(self._checkpoint_state(), checkpoint_id=folder, no_dist=True)
         if self.checkpoint.keep:
             for old in self._steps()[: -self.checkpoint.keep]:
                 shutil.rmtree(self._step_folder(old))
@@ -209,8 +216,10 @@ class TransformersEngine:
         """Write a Hugging Face folder: weights, configs, tokenizer."""
         partial = f"{folder}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        self.module.save_pretrained(partial)
-        copy_assets(self.folder, partial)
+        dtype = export_dtype(self.folder, self.checkpoint.export_dtype)
+        weights = {name: w.to(dtype) for name, w in self.module.state_dict().items()}
+        self.module.save_pretrained(partial, state_dict=weights)
+        copy_assets(self.folder, partial, dtype)
         replace_folder(partial, folder)
 
     def close(self) -> None:

@@ -62,6 +62,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always leaves one."""
     keep: int = 3
     """Newest checkpoints kept, at least 2; 0 keeps all."""
+    export_dtype: Literal["source", "float32", "bfloat16"] = "source"
+    """Of the exported weights; ``source``: that of the folder the run started from."""
 
     def __post_init__(self):
         if self.interval < 1:

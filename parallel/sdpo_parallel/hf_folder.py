@@ -45,11 +45,27 @@ def read_config(folder: str) -> dict:
     return config
 
 
-def copy_assets(source: str, target: str) -> None:
-    """Config, generation config and tokenizer of ``source`` beside the weights in ``target``."""
+def export_dtype(source: str, setting: str) -> torch.dtype:
+    """What ``CheckpointConfig.export_dtype`` means for a run that started from ``source``."""
+    if setting == "source":
+        config = read_config(source)
+        setting = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return getattr(torch, setting)
+
+
+def copy_assets(source: str, target: str, dtype: torch.dtype) -> None:
+    """Config, generation config and tokenizer of ``source`` beside the weights in ``target``.
+
+    The config tells the weights' ``dtype``, as transformers loads them in what it says.
+    """
     for name in ASSETS:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(target) / name)
+    config = read_config(source)
+    config.pop("torch_dtype", None)  # the name before transformers 5
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    text = json.dumps(config, indent=2)
+    (Path(target) / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def replace_folder(written: str, final: str) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import cpu
 from .config import CheckpointConfig, OptimizerConfig, ParallelConfig
-from .hf_folder import check_finite, copy_assets, read_config, replace_folder
+from .hf_folder import check_finite, copy_assets, export_dtype, read_config, replace_folder
 
 cpu.prepare()  # before torchtitan binds the device
 import torchtitan.models.llama3 as llama3  # noqa: E402
@@ -203,7 +203,7 @@ class TitanModel:
         """(V, D), gathered. FSDP2's post-backward reduce-scatters its gradient."""
         if isinstance(self.module.lm_head, FSDPModule):
             self.module.lm_head.unshard()
-        return self.module.lm_head.weight
+        return self.module.lm_head.weight  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # ---- the engine ----------------------------------------------------------------------------------
@@ -279,6 +279,7 @@ class TitanEngine:
         module = self._build(spec, titan, parallel, max_tokens)
         self.policy = TitanModel(module)
         self.max_grad_norm = optimizer.max_grad_norm
+        self.export_dtype = export_dtype(folder, checkpoint.export_dtype)
         self.optimizers = _optimizer(optimizer, module, self.device)
         self.schedules = LRSchedulersContainer(
             self.optimizers, lambda step: optimizer.factor(step, total_steps)
@@ -386,13 +387,12 @@ class TitanEngine:
             Path(partial).mkdir(parents=True)
         dist.barrier()
         reshard(module)
-        self.checkpointer.dcp_save(
-            module.state_dict(), partial, async_mode=AsyncMode.DISABLED, to_hf=True
-        )
+        weights = {name: w.to(self.export_dtype) for name, w in module.state_dict().items()}
+        self.checkpointer.dcp_save(weights, partial, async_mode=AsyncMode.DISABLED, to_hf=True)
         dist.barrier()
         if self.is_main:
             shutil.rmtree(Path(partial) / "sharded", ignore_errors=True)
-            copy_assets(self.folder, partial)
+            copy_assets(self.folder, partial, self.export_dtype)
             replace_folder(partial, folder)
         dist.barrier()
 

@@ -1,11 +1,14 @@
 """The torchtitan engine on real gloo process groups."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import runs
@@ -63,3 +66,19 @@ def test_what_torchtitan_would_compute_differently_is_refused(change, names, mod
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match=names):
         spec_from_hf(str(tmp_path))
+
+
+@pytest.mark.parametrize("engine", ["torchtitan", "transformers"])
+def test_an_export_has_the_dtype_of_its_source_or_the_one_asked_for(engine, models, tmp_path):
+    source = tmp_path / "bf16"
+    shutil.copytree(models("qwen3-tied"), source)
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
+    data = tiny.make_interactions(tmp_path / "i.jsonl", 6)
+    for asked, expected in (("source", torch.bfloat16), ("float32", torch.float32)):
+        out = tmp_path / asked
+        options = ["--engine", engine, "--checkpoint.export-dtype", asked]
+        runs.train("reverse-kl", str(source), data, out, *options)
+        model = AutoModelForCausalLM.from_pretrained(out / "export")
+        assert {p.dtype for p in model.parameters()} == {expected}
+        files = [load_file(f) for f in (out / "export").glob("*.safetensors")]
+        assert {t.dtype for f in files for t in f.values()} == {expected}

@@ -1,0 +1,248 @@
+"""`sdpo demo`: the whole method on a tiny chat world, through the commands that a cluster runs.
+
+A tiny chat model is pre-trained; users with a preference talk to it; their log is prepared, read
+for its signal and trained on with torchrun and FSDP2; the export is evaluated; the users change
+their mind and the same happens again. Writes report.json and report.html.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from ..cli import main as sdpo
+from ..conversations import Message
+from ..hindsight import hindsight_prompt
+from ..interactions import read_interactions, write_interactions
+from ..run_folder import read_metrics
+from . import report as reports
+from . import world
+from .evaluate import Scores, evaluate, sample_answers
+from .pretrain import pretrain
+from .users import simulate_logs
+
+TEMPLATE = "paper-offline"
+CONVERSATIONS = {"first": 256, "second": 256}
+"""Of each round of users."""
+PROMPTS = 400
+"""Held-out prompts sampled per rate."""
+MARKER = ".sdpo-demo"
+"""Says that a folder is a demo's, and may be replaced by the next."""
+SHOWN = 4
+"""Interactions and answers shown in the report."""
+
+
+def hindsight(messages: list[world.Message], followup: str) -> list[world.Message]:
+    """The production template, on the world's own messages."""
+    prompt = [Message(**m) for m in messages]
+    return [asdict(m) for m in hindsight_prompt(prompt, followup, TEMPLATE)]
+
+
+class Demo:
+    """One run of the demo, in its folder."""
+
+    def __init__(self, folder: Path, seed: int, preference: str, objective: str):
+        self.folder, self.seed, self.objective = folder, seed, objective
+        self.likes = {"first": preference}
+        self.likes["second"] = next(s for s in world.STYLES if s != preference)
+        self.console = Console()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Announce and time a part of the demo."""
+        self.console.rule(name)
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def run(self) -> dict:
+        """All phases; returns the report."""
+        base = self.folder / "base"
+        with self.phase("pre-training"):
+            pretrain(base, seed=self.seed, hindsight=hindsight)
+        scores = {"before": self._evaluate(base)}
+        with self.phase("logs"):
+            data = self._logs(base, "first")
+        with self.phase("signal"):
+            signal, shown = self._signal(base, data)
+        with self.phase("training"):
+            first = self._train(base, data, "first")
+        scores["after"] = self._evaluate(first)
+        with self.phase("logs"):
+            data = self._logs(first, "second")
+        with self.phase("training"):
+            second = self._train(first, data, "second")
+        scores["after_change_of_mind"] = self._evaluate(second)
+
+        folders = {"before": base, "after": first, "after_change_of_mind": second}
+        report = self._report(scores, signal, folders)
+        courses = {
+            f"likes {self.likes[r]}": read_metrics(self.folder / f"train-{r}")
+            for r in ("first", "second")
+        }
+        reports.write(self.folder, report, courses, shown)
+        reports.print_table(report, self.console)
+        self.console.print(f"{self.folder}/report.html", soft_wrap=True)
+        return report
+
+    def _logs(self, model: Path, which: str) -> Path:
+        """Users talk to ``model``; returns the interactions prepared from their log."""
+        log = self.folder / f"log-{which}.parquet"
+        simulate_logs(
+            model,
+            log,
+            preference=self.likes[which],
+            n_conversations=CONVERSATIONS[which],
+            seed=self.seed,
+        )
+        out = self.folder / f"interactions-{which}.jsonl"
+        sdpo(["data", "prepare", str(log), "--preset", "paper-wildchat", "--out", str(out)])
+        return out
+
+    def _train(self, model: Path, data: Path, which: str) -> Path:
+        """Two gloo ranks under FSDP2; returns the exported folder."""
+        out = self.folder / f"train-{which}"
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        recipe = {"reverse-kl": "demo", "sampled-token": "demo-sampled-token"}[self.objective]
+        names = ["--model", str(model), "--data", str(data), "--out", str(out)]
+        subprocess.run(
+            [sys.executable, *launch, "-m", "sdpo.train", recipe, *names],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+        return out / "export"
+
+    def _signal(self, model: Path, data: Path) -> tuple[dict[str, float], dict]:
+        """Mean |advantage| of users' corrections, and of irrelevant follow-ups to the same."""
+        rng = random.Random(self.seed)
+        relevant = [i for i in read_interactions(data) if world.is_correction(i.user_response)]
+        irrelevant = [replace(i, user_response=world.draw_irrelevant(rng)) for i in relevant]
+        means, shown = {}, {}
+        for kind, interactions in (("relevant", relevant), ("irrelevant", irrelevant)):
+            file, out = (self.folder / f"{stem}-{kind}.jsonl" for stem in ("followups", "signal"))
+            write_interactions(file, interactions)
+            sdpo(
+                [
+                    "signal",
+                    "--model",
+                    str(model),
+                    "--interactions",
+                    str(file),
+                    "--out",
+                    str(out),
+                    "--template",
+                    TEMPLATE,
+                    "--max-prompt-tokens",
+                    "256",
+                    "--max-hindsight-prompt-tokens",
+                    "256",
+                    "--show",
+                    str(SHOWN),
+                ]
+            )
+            rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+            values = [abs(a) for row in rows for a in row["advantage"]]
+            means[kind] = sum(values) / len(values)
+            shown[kind] = rows[:SHOWN]
+        means["irrelevant_over_relevant"] = means["irrelevant"] / means["relevant"]
+        return means, shown
+
+    def _evaluate(self, folder: Path) -> Scores:
+        with self.phase("evaluation"):
+            model, tokenizer = _load(folder)
+            return evaluate(
+                model,
+                tokenizer,
+                style=self.likes["first"],
+                hindsight=hindsight,
+                n=PROMPTS,
+                seed=self.seed,
+            )
+
+    def _report(self, scores: dict[str, Scores], signal: dict, folders: dict[str, Path]) -> dict:
+        before = scores["before"]
+        later = [scores["after"], scores["after_change_of_mind"]]
+        drop = before.hindsight_following - min(s.hindsight_following for s in later)
+        samples = {
+            when: sample_answers(*_load(f), n=SHOWN, seed=self.seed) for when, f in folders.items()
+        }
+        return {
+            "seed": self.seed,
+            "objective": self.objective,
+            "preference": self.likes["first"],
+            "prompts_per_rate": PROMPTS,
+            "preference_rate": {when: s.preference for when, s in scores.items()},
+            "signal": signal,
+            "retention": {
+                "hindsight_following": {w: s.hindsight_following for w, s in scores.items()},
+                "other_tasks": {w: s.other_tasks for w, s in scores.items()},
+                "hindsight_following_drop": drop,
+                "other_tasks_drop": before.other_tasks - min(s.other_tasks for s in later),
+            },
+            "collapsed": drop > reports.COLLAPSE,
+            "seconds": {**self.seconds, "total": sum(self.seconds.values())},
+            "samples": [
+                {"question": question, **{when: samples[when][i][1] for when in samples}}
+                for i, (question, _) in enumerate(samples["before"])
+            ],
+        }
+
+
+def _load(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def command(
+    *,
+    out: str = "runs/demo",
+    seed: int = 0,
+    preference: Literal["terse", "friendly"] = "terse",
+    objective: Literal["reverse-kl", "sampled-token"] = "reverse-kl",
+) -> None:
+    """Align a tiny chat model from its users' conversations, on any machine, in minutes.
+
+    Exit status 1 says that a target of the table was missed.
+
+    Args:
+        out: folder of the demo; one that is there is replaced.
+        seed: of the world, its users and the model.
+        preference: what the users like before they change their mind.
+        objective: sampled-token is the paper's, with which a live teacher may collapse here.
+    """
+    disable_progress_bar()
+    _make_room(Path(out))
+    report = Demo(Path(out), seed, preference, objective).run()
+    raise SystemExit(0 if reports.all_met(report) else 1)
+
+
+def _make_room(folder: Path) -> None:
+    """An empty folder, in place of an earlier demo's.
+
+    Raises:
+        ValueError: the folder holds something else, which is not ours to delete.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / MARKER).is_file():
+            raise ValueError(f"{folder} holds something that is no demo: choose another --out")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Parse and run."""
+    tyro.cli(command, prog="sdpo demo", args=args)
