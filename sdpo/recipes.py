@@ -77,10 +77,8 @@ def demo(
         hindsight=HindsightConfig(
             max_prompt_tokens=160, max_hindsight_prompt_tokens=224, max_response_tokens=32
         ),
-        batch=BatchConfig(interactions_per_step=32, row_tokens=256, micro_batch_tokens=8192),
-        optimizer=OptimizerConfig(
-            lr=5e-4, betas=(0.9, 0.95), schedule="constant", max_grad_norm=1.0
-        ),
+        batch=BatchConfig(interactions_per_step=16, row_tokens=256, micro_batch_tokens=8192),
+        optimizer=OptimizerConfig(lr=7e-5, schedule="constant"),
         parallel=ParallelConfig(activation_checkpoint="none"),
         checkpoint=CheckpointConfig(interval=1000),
     )

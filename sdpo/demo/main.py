@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +36,7 @@ from .pretrain import pretrain
 from .users import simulate_logs
 
 TEMPLATE = "paper-offline"
-CONVERSATIONS = {"first": 256, "second": 256}
+CONVERSATIONS = 768
 """Of each round of users."""
 PROMPTS = 400
 """Held-out prompts sampled per rate."""
@@ -106,7 +107,7 @@ class Demo:
             model,
             log,
             preference=self.likes[which],
-            n_conversations=CONVERSATIONS[which],
+            n_conversations=CONVERSATIONS,
             seed=self.seed,
         )
         out = self.folder / f"interactions-{which}.jsonl"
@@ -224,6 +225,9 @@ def command(
         objective: sampled-token is the paper's, with which a live teacher may collapse here.
     """
     disable_progress_bar()
+    torch.set_num_threads(
+        1
+    )  # more help tensors this small little, and hurt on a busy machine
     _make_room(Path(out))
     report = Demo(Path(out), seed, preference, objective).run()
     raise SystemExit(0 if reports.all_met(report) else 1)
