@@ -225,9 +225,7 @@ def command(
         objective: sampled-token is the paper's, with which a live teacher may collapse here.
     """
     disable_progress_bar()
-    torch.set_num_threads(
-        1
-    )  # more help tensors this small little, and hurt on a busy machine
+    torch.set_num_threads(1)  # more help tensors this small little, and hurt on a busy machine
     _make_room(Path(out))
     report = Demo(Path(out), seed, preference, objective).run()
     raise SystemExit(0 if reports.all_met(report) else 1)

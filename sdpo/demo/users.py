@@ -1,0 +1,149 @@
+"""Simulated users: they talk to a model, and their conversations become a log file.
+
+A user asks; the model answers, sampled at temperature 1. An answer in the wrong style is objected
+to, often with the question put again; one in the right style is praised, or followed by the next
+question. A few users are not paying attention and speak of something else. Nobody labels anything:
+what a user wanted shows in what was said next, and nowhere else. The file has WildChat's columns.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from hashlib import md5
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .evaluate import generate
+from .world import (
+    LOG_QUESTIONS,
+    PRAISE,
+    REMARKS,
+    STYLES,
+    Message,
+    Question,
+    answers_in,
+    assistant,
+    draw_correction,
+    draw_questions,
+    user,
+)
+
+MAX_ANSWERS = 2
+"""Answers a user hears in one conversation before leaving."""
+
+LEAVING_SHARE = 0.6
+"""How often a user says what they think of an answer and is gone."""
+
+FIRST_MESSAGE_AT = datetime(2024, 1, 1, tzinfo=UTC)
+
+MODEL_NAME = "sdpo-demo"
+
+SCHEMA = pa.schema(
+    {
+        "conversation_hash": pa.string(),
+        "model": pa.string(),
+        "timestamp": pa.timestamp("us", tz="UTC"),
+        "conversation": pa.list_(
+            pa.struct(
+                {
+                    "content": pa.string(),
+                    "role": pa.string(),
+                    "language": pa.string(),
+                    "toxic": pa.bool_(),
+                    "redacted": pa.bool_(),
+                    "turn_identifier": pa.int64(),
+                }
+            )
+        ),
+        "turn": pa.int64(),
+        "language": pa.string(),
+        "toxic": pa.bool_(),
+        "redacted": pa.bool_(),
+    }
+)
+
+
+@dataclass(kw_only=True)
+class _Talk:
+    """One conversation under way: what was said, and what the user wants to know now."""
+
+    question: Question
+    messages: list[Message] = field(default_factory=list)
+    left: bool = False
+
+
+def simulate_logs(
+    model_folder: Path,
+    out_parquet: Path,
+    *,
+    preference: str,
+    n_conversations: int,
+    seed: int,
+    noise: float = 0.1,
+) -> Path:
+    """Users who prefer the style `preference` talk to the model; writes their conversations.
+
+    `noise` is the share of follow-ups that have nothing to do with the answer before them.
+    """
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rng = random.Random(seed)
+    talks = [
+        _Talk(question=question, messages=[user(question.text)])
+        for question in draw_questions(rng, n_conversations, LOG_QUESTIONS)
+    ]
+    for turn in range(MAX_ANSWERS):
+        open_talks = [talk for talk in talks if not talk.left]
+        prompts = [talk.messages for talk in open_talks]
+        answers = generate(model, tokenizer, prompts, seed=MAX_ANSWERS * seed + turn)
+        for talk, answer in zip(open_talks, answers, strict=True):
+            _follow_up(rng, talk, answer, preference, noise)
+    write_wildchat([talk.messages for talk in talks], out_parquet)
+    return out_parquet
+
+
+def _follow_up(rng: random.Random, talk: _Talk, answer: str, preference: str, noise: float) -> None:
+    """The user reads `answer` and says something, after which they may leave.
+
+    Nobody bothers to correct an answer that is no answer at all: style is not what is wrong there.
+    """
+    talk.messages.append(assistant(answer))
+    talk.left = rng.random() < LEAVING_SHARE
+    pleased = answers_in(preference, talk.question, answer)
+    displeased = any(answers_in(s, talk.question, answer) for s in STYLES if s != preference)
+    if rng.random() < noise or not (pleased or displeased):
+        text, talk.left = rng.choice(REMARKS), True
+    elif displeased:
+        text = draw_correction(rng, preference, None if talk.left else talk.question)
+    elif talk.left:
+        text = rng.choice(PRAISE)
+    else:
+        talk.question = rng.choice(LOG_QUESTIONS)
+        text = talk.question.text
+    talk.messages.append(user(text))
+
+
+def write_wildchat(conversations: Sequence[list[Message]], path: Path) -> None:
+    """Writes conversations as one parquet file with WildChat-1M's columns."""
+    rows = [_wildchat_row(i, messages) for i, messages in enumerate(conversations)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+
+
+def _wildchat_row(index: int, messages: list[Message]) -> dict:
+    said = repr((index, [m["content"] for m in messages]))
+    marks = {"language": "English", "toxic": False, "redacted": False}
+    return {
+        "conversation_hash": md5(said.encode(), usedforsecurity=False).hexdigest(),
+        "model": MODEL_NAME,
+        "timestamp": FIRST_MESSAGE_AT + timedelta(minutes=index),
+        "conversation": [
+            {**message, **marks, "turn_identifier": i} for i, message in enumerate(messages)
+        ],
+        "turn": len(messages) // 2,
+        **marks,
+    }
