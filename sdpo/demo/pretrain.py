@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from .world import (
+    END_TURN,
     LOG_QUESTIONS,
     STYLES,
     THINGS,
