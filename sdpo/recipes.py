@@ -78,7 +78,7 @@ def demo(
             max_prompt_tokens=160, max_hindsight_prompt_tokens=224, max_response_tokens=32
         ),
         batch=BatchConfig(interactions_per_step=16, row_tokens=256, micro_batch_tokens=8192),
-        optimizer=OptimizerConfig(lr=7e-5, schedule="constant"),
+        optimizer=OptimizerConfig(lr=1e-4, schedule="constant"),
         parallel=ParallelConfig(activation_checkpoint="none"),
         checkpoint=CheckpointConfig(interval=1000),
     )

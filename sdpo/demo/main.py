@@ -36,7 +36,7 @@ from .pretrain import pretrain
 from .users import simulate_logs
 
 TEMPLATE = "paper-offline"
-CONVERSATIONS = 768
+CONVERSATIONS = 1024
 """Of each round of users."""
 PROMPTS = 400
 """Held-out prompts sampled per rate."""
@@ -158,7 +158,8 @@ class Demo:
             rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
             values = [abs(a) for row in rows for a in row["advantage"]]
             means[kind] = sum(values) / len(values)
-            shown[kind] = rows[:SHOWN]
+            followups = [i.user_response for i in interactions]
+            shown[kind] = list(zip(followups, rows, strict=True))[:SHOWN]
         means["irrelevant_over_relevant"] = means["irrelevant"] / means["relevant"]
         return means, shown
 

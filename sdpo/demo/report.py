@@ -29,18 +29,18 @@ class Target:
 
 
 TARGETS = {
-    "preference_rate.before": Target(claim="undecided before training", low=0.3, high=0.7),
-    "preference_rate.after": Target(claim="aligned from logs", low=0.9, high=1.0),
+    "preference_rate.before": Target(claim="preference before training", low=0.3, high=0.7),
+    "preference_rate.after": Target(claim="preference after training on logs", low=0.9, high=1.0),
     "preference_rate.after_change_of_mind": Target(
-        claim="old preference unlearned", low=0.0, high=0.2
+        claim="old preference after a change of mind", low=0.0, high=0.2
     ),
     "signal.irrelevant_over_relevant": Target(
-        claim="irrelevant follow-ups ignored", low=0.0, high=0.05
+        claim="signal, irrelevant over relevant follow-ups", low=0.0, high=0.05
     ),
     "retention.hindsight_following_drop": Target(
-        claim="hindsight still followed", low=-1.0, high=0.05
+        claim="hindsight still followed: drop", low=-1.0, high=0.05
     ),
-    "retention.other_tasks_drop": Target(claim="other tasks kept", low=-1.0, high=0.05),
+    "retention.other_tasks_drop": Target(claim="other tasks kept: drop", low=-1.0, high=0.05),
 }
 
 COLLAPSE = 0.25
@@ -88,13 +88,13 @@ def write(
     folder: Path,
     report: Mapping,
     courses: Mapping[str, Sequence[Mapping]],
-    signals: Mapping[str, Sequence[Signal]],
+    signals: Mapping[str, Sequence[tuple[str, Signal]]],
 ) -> None:
     """``report.json`` and ``report.html`` in ``folder``.
 
     Args:
         courses: name of a run -> rows of its metrics.jsonl.
-        signals: kind of follow-up -> interactions to show, tokens coloured by advantage.
+        signals: kind of follow-up -> (follow-up, its signal) to show.
     """
     write_text(folder / "report.json", json.dumps(report, indent=2))
     html = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
@@ -102,7 +102,7 @@ def write(
         (t.claim, f"{value_of(report, n):.3f}", _bounds(t), is_met(report, n))
         for n, t in TARGETS.items()
     ]
-    coloured = {kind: [_coloured(row) for row in shown] for kind, shown in signals.items()}
+    coloured = {k: [(o, _coloured(row)) for o, row in shown] for k, shown in signals.items()}
     page = html.render(report=report, rows=rows, curves=_curves(courses), signals=coloured)
     write_text(folder / "report.html", page)
 
@@ -181,9 +181,12 @@ mind. Seed {{ report.seed }}, objective {{ report.objective }}.</p>
 <h2>What a follow-up says about each token</h2>
 <p class="note">Green: hindsight would rather have said it; red: it would not. Hover for nats.</p>
 {% for kind, shown in signals.items() %}
-<h3>{{ kind }}</h3>
-{% for tokens in shown %}<p class="tokens">{{ tokens | safe }}</p>
+<h3>{{ kind | capitalize }} follow-ups</h3>
+<table>
+{% for followup, tokens in shown %}
+<tr><td class="tokens">{{ tokens | safe }}</td><td>{{ followup }}</td></tr>
 {% endfor %}
+</table>
 {% endfor %}
 <h2>Where the time went</h2>
 <p>{% for name, s in report.seconds.items() %}{{ name }} {{ '%.0f' | format(s) }} s{{ ', ' if not

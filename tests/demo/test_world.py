@@ -109,10 +109,10 @@ def test_the_page_stands_alone_and_shows_a_collapse(tmp_path):
     ]
     for collapsed in (False, True):
         report = a_report(collapsed=collapsed)
-        reports.write(tmp_path, report, {"likes terse": course}, {"relevant": [row]})  # pyright: ignore
+        reports.write(tmp_path, report, {"likes terse": course}, {"relevant": [("o!", row)]})  # pyright: ignore
         page = (tmp_path / "report.html").read_text()
         assert ("collapsed" in page) == collapsed
-        assert "<svg" in page and "&lt;ok&gt;" in page and "&lt;b&gt;?" in page
+        assert "<svg" in page and "o!" in page and "&lt;ok&gt;" in page and "&lt;b&gt;?" in page
         assert "http://" not in page.replace("http://www.w3.org", "").replace(
             "http://purl.org", ""
         ).replace("http://creativecommons.org", "")
