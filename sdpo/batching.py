@@ -10,8 +10,10 @@ both passes.
 Not here: how ranks are balanced against each other; each takes every ``world``-th interaction.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -33,7 +35,8 @@ class BatchConfig:
     row_tokens: int = 8192
     """Slots of one packed row; raised to the longest sequence where that is longer."""
     micro_batch_tokens: int = 16384
-    """Tokens of one pass, prompts included, that one rank computes at a time."""
+    """Slots of one pass, prompts and padding included, that one rank computes at a time; only a
+    single longer sequence exceeds it."""
     epochs: float = 1.0
     seed: int = 0
     """Of the order of the interactions."""
@@ -42,8 +45,8 @@ class BatchConfig:
         for name in ("interactions_per_step", "row_tokens", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.epochs > 0:
-            raise ValueError(f"epochs must be positive, got {self.epochs}")
+        if not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs must be positive and finite, got {self.epochs}")
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,7 @@ class Cursor:
 
     def _at(self, i: int) -> int:
         epoch, place = divmod(i, self.n)
-        if getattr(self, "_epoch", None) != epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
-        return int(self._order[place])
+        return int(_order(self.n, self.seed, epoch)[place])
 
     def state_dict(self) -> dict:
         """For the checkpoint."""
@@ -130,6 +130,11 @@ class Cursor:
         self.consumed = state["consumed"]
 
 
+@lru_cache(maxsize=2)
+def _order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
 def steps_in(n: int, config: BatchConfig) -> int:
     """Steps that see ``n`` interactions ``config.epochs`` times; the last may be smaller."""
     return -(-total_interactions(n, config) // config.interactions_per_step)
@@ -147,17 +152,21 @@ def micro_batches(items: Sequence[tuple[Encoded, float]], config: BatchConfig) -
         items: (encoded interaction, weight normalised over the whole step).
     """
     group: list[tuple[Encoded, float]] = []
-    policy = hindsight = 0
     for item in items:
-        e = item[0]
-        p, h = len(e.policy) + len(e.response), len(e.hindsight) + len(e.response)
-        if group and max(policy + p, hindsight + h) > config.micro_batch_tokens:
+        if group and _slots([*group, item], config.row_tokens) > config.micro_batch_tokens:
             yield collate(group, config.row_tokens)
-            group, policy, hindsight = [], 0, 0
+            group = []
         group.append(item)
-        policy, hindsight = policy + p, hindsight + h
     if group:
         yield collate(group, config.row_tokens)
+
+
+def _slots(items: Sequence[tuple[Encoded, float]], row_tokens: int) -> int:
+    """Slots of the larger pass of a micro-batch."""
+    policy = [len(e.policy) + len(e.response) for e, _ in items]
+    hindsight = [len(e.hindsight) + len(e.response) for e, _ in items]
+    rows = [(_fit(lengths, row_tokens), lengths) for lengths in (policy, hindsight)]
+    return max(len(r) * _width(r, lengths) for r, lengths in rows)
 
 
 def collate(items: Sequence[tuple[Encoded, float]], row_tokens: int) -> Batch:
@@ -181,12 +190,17 @@ def collate(items: Sequence[tuple[Encoded, float]], row_tokens: int) -> Batch:
 
 
 def pack(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], row_tokens: int) -> Rows:
-    """(prompt, response) pairs -> rows, longest first into the first row with room."""
+    """(prompt, response) pairs -> rows, each sequence whole in one of them."""
     lengths = [len(p) + len(r) for p, r in sequences]
+    return _lay_out(sequences, lengths, _fit(lengths, row_tokens))
+
+
+def _fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Indices by row: longest first into the first row with room. At least one row."""
     width = max([row_tokens, *lengths])
     rows: list[list[int]] = []
     room: list[int] = []
-    for i in sorted(range(len(sequences)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((r for r, free in enumerate(room) if free >= lengths[i]), None)
         if row is None:
             rows.append([])
@@ -194,12 +208,16 @@ def pack(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], row_tokens: i
             row = len(rows) - 1
         rows[row].append(i)
         room[row] -= lengths[i]
-    return _lay_out(sequences, lengths, rows or [[]])
+    return rows or [[]]
+
+
+def _width(rows: list[list[int]], lengths: Sequence[int]) -> int:
+    used = max(1, max(sum(lengths[i] for i in row) for row in rows))
+    return -(-used // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def _lay_out(sequences, lengths: list[int], rows: list[list[int]]) -> Rows:
-    used = max(1, max(sum(lengths[i] for i in row) for row in rows))
-    width = -(-used // ROW_MULTIPLE) * ROW_MULTIPLE
+    width = _width(rows, lengths)
     tokens = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.zeros_like(tokens)
     predicts: list[np.ndarray] = [np.empty(0, np.int64)] * len(sequences)

@@ -36,8 +36,8 @@ def run(command) -> None:
     except ValueError as error:
         if not _is_ours(error):
             raise
-        rank = os.environ.get("RANK")
-        print(f"sdpo: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        print(f"sdpo: error: {rank}{error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -45,6 +45,7 @@ def _is_ours(error: BaseException) -> bool:
     import sdpo_kernels
     import sdpo_parallel
 
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
     packages = (__file__, sdpo_kernels.__file__, sdpo_parallel.__file__)
-    return any(Path(p).parent in raised_in.parents for p in packages if p)
+    ours = any(Path(p).parent in Path(frame.filename).parents for p in packages if p)
+    return ours and (frame.line or "").startswith("raise")  # not one that Python raised for a bug

@@ -7,6 +7,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .conversations import DataError
 from .interactions import PRESETS, Interaction, prepare, read_interactions, write_interactions
@@ -30,7 +31,7 @@ def prepare_command(
     interactions, report = prepare(inputs, PRESETS[preset])
     write_interactions(out, interactions)
     console = Console()
-    console.print(f"{out} (preset {preset})", soft_wrap=True, highlight=False)
+    console.print(f"{out} (preset {preset})", soft_wrap=True, markup=False, highlight=False)
     table = Table()
     table.add_column("what")
     table.add_column("count", justify="right")
@@ -69,7 +70,7 @@ def inspect_command(file: tyro.conf.Positional[str], /, *, samples: int = 2) -> 
         table.add_row(name, *(f"{x:,.0f}" for x in figures))
     console.print(table)
     for i in interactions[:samples]:
-        console.rule(i.id)
+        console.rule(Text(i.id))
         for message in i.prompt:
             console.print(f"[dim]{message.role:>10}[/] ", end="")
             console.print(message.content, markup=False)

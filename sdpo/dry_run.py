@@ -41,7 +41,10 @@ def parameter_count(folder: str) -> tuple[int, int, int]:
 def memory_per_rank(config: TrainConfig, ranks: int) -> dict[str, float]:
     """Bytes by part, for a rank of ``ranks`` on an accelerator."""
     total, layer, edges = parameter_count(config.model)
-    shards = 1 if config.engine == "transformers" else ranks // config.parallel.replicate
+    replicate = config.parallel.replicate
+    if ranks % replicate:
+        raise ValueError(f"replicate={replicate} does not divide --ranks {ranks}")
+    shards = 1 if config.engine == "transformers" else ranks // replicate
     model = read_config(config.model)
     item = 4 if config.parallel.compute_dtype == "float32" else 2
     # residual stream kept per layer, and what a layer keeps inside it where nothing is recomputed
@@ -52,8 +55,10 @@ def memory_per_rank(config: TrainConfig, ranks: int) -> dict[str, float]:
         * item
         * (model["num_hidden_layers"] * kept + 24)
     )
-    # log p, log q, their product and the gradient are alive at once; dW is summed in float32
-    head = 4 * config.objective.chunk_bytes + 4 * model["vocab_size"] * model["hidden_size"]
+    # log p, log q, their product and the gradient are alive at once; dW is a chunk's and the sum's
+    head = (
+        4 * config.objective.chunk_bytes + (8 + item) * model["vocab_size"] * model["hidden_size"]
+    )
     return {
         "parameters (float32)": 4 * total / shards,
         "gradients (float32)": 4 * total / shards,

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
+
 from .conversations import DataError, Message
 from .interactions import Interaction
 
@@ -132,12 +134,17 @@ def load_tokenizer(folder: str) -> "PreTrainedTokenizerBase":
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
     """Chat-templated ids up to where the assistant begins; thinking off where that is an option."""
-    text = tokenizer.apply_chat_template(
-        [{"role": m.role, "content": m.content} for m in messages],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,
-    )
+    chat = [{"role": m.role, "content": m.content} for m in messages]
+    try:
+        text = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    except TemplateError as error:
+        roles = ", ".join(m.role for m in messages)
+        raise DataError(
+            f"the model's chat template refuses a prompt of the roles {roles} ({error}); drop such "
+            "interactions, or use a model whose template takes them"
+        ) from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore
 
 

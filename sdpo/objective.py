@@ -38,6 +38,8 @@ class Objective:
     def __post_init__(self):
         if self.ignore_first < 0:
             raise ValueError(f"ignore_first must not be negative, got {self.ignore_first}")
+        if self.chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes must be positive, got {self.chunk_bytes}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,14 @@ class JSD(Objective):
     """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p."""
 
     beta: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.beta < 1:
+            raise ValueError(
+                f"beta must lie strictly between 0 and 1, got {self.beta}: its limits are the "
+                "recipes forward-kl (0) and reverse-kl (1)"
+            )
 
 
 class Streams(NamedTuple):

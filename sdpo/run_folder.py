@@ -6,9 +6,10 @@ back to the checkpoint that a resumed run goes on from.
 
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,17 @@ class LogConfig:
     wandb: str | None = None
     """Project to log to on Weights & Biases; needs the ``wandb`` extra."""
 
+    def __post_init__(self):
+        if self.every < 1:
+            raise ValueError(f"log.every must be at least 1 step, got {self.every}")
+
 
 def to_json(config: Any) -> Any:
     """A dataclass as JSON; unions keep the name of the class they hold."""
     if not is_dataclass(config) or isinstance(config, type):
         return config
-    fields = {name: to_json(getattr(config, name)) for name in asdict(config)}
-    return {"kind": type(config).__name__, **fields}
+    values = {f.name: to_json(getattr(config, f.name)) for f in fields(config)}
+    return {"kind": type(config).__name__, **values}
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -68,6 +73,13 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.json", json.dumps(self.config, indent=2))
 
+    def wandb_id(self) -> str:
+        """The run's id on W&B, the same when it is resumed."""
+        path = self.path / "wandb_id"
+        if not path.is_file():
+            write_text(path, uuid.uuid4().hex[:8])
+        return path.read_text(encoding="utf-8")
+
     def cut_metrics(self, step: int) -> None:
         """Drop rows later than ``step``, and a last line that was not written whole."""
         path = self.path / "metrics.jsonl"
@@ -78,8 +90,21 @@ class RunFolder:
         write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
 
 
-RESUMABLE = {"checkpoint", "log", "out"}
-"""Settings that may change between a run and its resumption."""
+RESUMABLE = (
+    "checkpoint",
+    "log",
+    "out",
+    "data",  # its content is compared instead
+    "parallel.replicate",
+    "parallel.activation_checkpoint",
+    "batch.row_tokens",
+    "batch.micro_batch_tokens",
+    "objective.chunk_bytes",
+)
+"""Settings, or groups of them, that do not change what a run computes: free on resumption."""
+
+
+RESUMABLE_PREFIXES = tuple(f"{name}." for name in RESUMABLE)
 
 
 def _refuse_changes(stored: Path, config: Mapping) -> None:
@@ -87,7 +112,7 @@ def _refuse_changes(stored: Path, config: Mapping) -> None:
     changed = [
         f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and name.split(".")[0] not in RESUMABLE
+        if old.get(name) != new.get(name) and not f"{name}.".startswith(RESUMABLE_PREFIXES)
     ]
     if changed:
         raise ValueError(
@@ -123,7 +148,13 @@ class Logger:
             import wandb
 
             self._wandb = self._stack.enter_context(
-                wandb.init(project=log.wandb, config=run.config, dir=str(run.path), resume="allow")
+                wandb.init(
+                    project=log.wandb,
+                    id=run.wandb_id(),
+                    config=run.config,
+                    dir=str(run.path),
+                    resume="allow",
+                )
             )
         self.console = Console()
         self._progress = Progress(

@@ -127,9 +127,9 @@ def command(
     if truncated := sum(any(e.truncated) for e in encoded):
         console.print(f"[yellow]{truncated} of {written} were truncated to the limits[/]")
     for row in shown:
-        console.rule(row["id"])
+        console.rule(Text(row["id"]))
         console.print(coloured(row))
-    console.print(f"{written:,} rows -> {out}")
+    console.print(f"{written:,} rows -> {out}", markup=False, soft_wrap=True)
 
 
 def _write(rows, out: Path, keep: int) -> tuple[list[Signal], int]:

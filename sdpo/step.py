@@ -17,7 +17,7 @@ from torch import Tensor
 from sdpo_kernels import TokenStats
 
 from .batching import Batch
-from .objective import Layout, Objective, Streams, total_loss
+from .objective import Layout, Objective, SampledToken, Streams, total_loss
 
 NEAR_ZERO = 0.01
 """Nats. Below it a token's advantage counts as nothing learned."""
@@ -74,7 +74,8 @@ def two_pass_loss(
     Args:
         policy: the model in training.
         batch: on the model's device.
-        teacher: reads the hindsight prompt; None: the policy itself, as it is now.
+        teacher: reads the hindsight prompt; None: the policy itself, as it is now. One that is
+            sharded by FSDP2 holds on to its gathered weights: ``reshard`` it before changing them.
     """
     teacher = teacher or policy
     with torch.no_grad():
@@ -95,8 +96,6 @@ def two_pass_loss(
 @torch.no_grad()
 def score(policy: CausalModel, batch: Batch, teacher: CausalModel | None = None) -> TokenStats:
     """Both log-probabilities and entropies of every response token, without gradient."""
-    from .objective import SampledToken
-
     return two_pass_loss(policy, batch, SampledToken(), teacher).stats
 
 

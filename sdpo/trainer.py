@@ -7,6 +7,7 @@ ranks, so a run gives the same losses on any number of them. Method: step.py and
 """
 
 import hashlib
+import math
 import resource
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
+from sdpo_parallel.hf_folder import read_config
 
 from .batching import (
     Batch,
@@ -111,6 +113,14 @@ def load_data(config: TrainConfig) -> list[Interaction]:
                     "ppo_clip and importance_clip need them; unset the clip or log the "
                     "log-probabilities with the responses"
                 )
+    vocabulary = read_config(config.model)["vocab_size"]
+    for i in interactions:
+        if max(i.completion_token_ids or (0,)) >= vocabulary:
+            raise DataError(
+                f"{config.data}, interaction {i.id}, field completion_token_ids: an id of "
+                f"{max(i.completion_token_ids or ())} is beyond the vocabulary of {config.model}, "
+                f"{vocabulary}; were the rollouts sampled from another model?"
+            )
     return interactions
 
 
@@ -148,14 +158,14 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     run = RunFolder(config.out, config, resume=resume)
     tokenizer = load_tokenizer(config.model)
     interactions = load_data(config)
-    fingerprint = hashlib.sha256(Path(config.data).read_bytes()).hexdigest()
+    with open(config.data, "rb") as file:
+        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
     total = steps_in(len(interactions), config.batch)
     state = RunState(Cursor(len(interactions), config.batch.seed), fingerprint)
     engine = build_engine(config, total, state)
-    if engine.is_main:
-        run.open()
     engine.load()
     if engine.is_main:
+        run.open()
         run.cut_metrics(state.step)
     main = engine.is_main
     log = Logger(run, config.log, step=state.step, total=total) if main else nullcontext()
@@ -183,7 +193,14 @@ def _step(engine, config: TrainConfig, interactions, tokenizer, state: RunState)
             out = two_pass_loss(engine.policy, batch.to(engine.device), config.objective)
             out.loss.backward()
         sums += out.sums
-    norm, lr = engine.optimizer_step()
+    norm = engine.clip_gradients()
+    if not math.isfinite(norm):
+        raise ValueError(
+            f"the gradient norm of step {state.step + 1} is {norm}: the weights are as the step "
+            f"found them and nothing was saved; go on from the newest checkpoint in {config.out} "
+            "with --resume, a lower learning rate (as another run), or without the data drawn here"
+        )
+    lr = engine.update()
     state.step += 1
     row = metrics(engine.sum_over_ranks(sums))
     seconds = time.perf_counter() - began

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
@@ -49,16 +50,25 @@ class TransformersModel:
         """``compute_dtype``: of both passes, where it is not that of the weights."""
         self.model, self.dtype = model, compute_dtype or model.dtype
         self.decoder: Any = model.get_decoder()
+        was_training = model.training
+        model.eval()
         self._check_head()
+        self.packs = self._keeps_documents_apart()
+        model.train(was_training)
 
     def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
-        """(N, D). transformers masks documents wherever positions restart; its flash attention
-        does so for a single row only, so rows are laid end to end there."""
-        if "flash" in (self.model.config._attn_implementation or ""):
-            tokens_BT, positions_BT = tokens_BT.view(1, -1), positions_BT.view(1, -1)
+        """(N, D). Most models of transformers mask documents wherever positions restart; flash
+        attention does so for a single row only, so rows are laid end to end there. Models that
+        do not get one padded row per document."""
+        inputs = {"input_ids": tokens_BT, "position_ids": positions_BT}
+        if not self.packs:
+            tokens_BT, index_N = _one_row_per_document(tokens_BT, positions_BT, index_N)
+            inputs = {"input_ids": tokens_BT}
+        elif "flash" in (self.model.config._attn_implementation or ""):
+            inputs = {name: t.view(1, -1) for name, t in inputs.items()}
         mixed = self.dtype != self.model.dtype
         with torch.autocast(tokens_BT.device.type, self.dtype, enabled=mixed):
-            out = self.decoder(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False)
+            out = self.decoder(**inputs, use_cache=False)
         return out.last_hidden_state.flatten(0, 1)[index_N].to(self.dtype)
 
     def lm_head(self) -> Tensor:
@@ -71,9 +81,17 @@ class TransformersModel:
         name = type(self.model).__name__
         if head is None or getattr(head, "bias", None) is not None:
             raise ValueError(f"{name}: no lm_head without a bias; such models are not supported")
+        for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if (value := getattr(self.model.config, field, None)) is not None and (
+                value != 1 or field == "final_logit_softcapping"
+            ):
+                raise ValueError(
+                    f"{name}: {field}={value} changes its logits (a softcap or a scale); such "
+                    "models are not supported"
+                )
         probe = torch.tensor([[0, 1, 2]], device=self.model.device)
-        positions, index = torch.arange(3, device=probe.device)[None], probe[0]
-        ours = (self.hidden_states(probe, positions, index) @ self.lm_head().T).float()
+        hidden = self.decoder(input_ids=probe, use_cache=False).last_hidden_state[0]
+        ours = (hidden @ head.weight.T).float()  # pyright: ignore[reportCallIssue]
         theirs = self.model(input_ids=probe, use_cache=False).logits[0].float()
         if not torch.isfinite(theirs).all():
             return  # broken weights are check_finite's to name
@@ -82,6 +100,51 @@ class TransformersModel:
                 f"{name}: its logits are not hidden @ lm_head.weight.T (a softcap or a scale?); "
                 "such models are not supported"
             )
+
+    @torch.no_grad()
+    def _keeps_documents_apart(self) -> bool:
+        """Whether a document packed behind another reads as it does alone."""
+        document = torch.tensor([3, 1, 4, 1, 5, 2], device=self.model.device)
+        alone = self.decoder(input_ids=document[None], use_cache=False).last_hidden_state[0]
+        twice = torch.cat([document, document])[None]
+        positions = torch.arange(len(document), device=document.device).repeat(2)[None]
+        try:
+            out = self.decoder(input_ids=twice, position_ids=positions, use_cache=False)
+        except TypeError:  # it takes no positions
+            return False
+        behind = out.last_hidden_state[0, len(document) :]
+        if not torch.isfinite(alone).all():
+            return True  # broken weights are check_finite's to name
+        tolerance = 16 * torch.finfo(self.model.dtype).eps
+        return bool((behind - alone).abs().max() <= tolerance * alone.abs().max())
+
+
+def _one_row_per_document(
+    tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Packed rows -> right-padded rows of one document each, and ``index_N`` among their slots.
+
+    Documents that are not read are left out. Causal models need no mask for padding on the right.
+    """
+    positions, tokens = positions_BT.flatten(), tokens_BT.flatten()
+    document = (positions == 0).cumsum(0) - 1
+    read, row_N = document[index_N].unique(return_inverse=True)
+    if len(read) == 0:
+        return tokens_BT[:1, :1], index_N
+    starts = (positions == 0).nonzero()[:, 0]
+    pieces = [tokens[document == d] for d in read.tolist()]
+    padded = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+    return padded, row_N * padded.shape[1] + (index_N - starts[read][row_N])
+
+
+def disable_dropout(model: PreTrainedModel) -> None:
+    """Both passes must read the same network: with dropout their difference would be noise."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def load_model(
@@ -107,9 +170,7 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
-    if attention is None:
-        flash = device.startswith("cuda") and dtype == "bfloat16" and _has_flash_attn()
-        attention = "flash_attention_2" if flash else "sdpa"
+    attention = attention or choose_attention(device, dtype)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), attn_implementation=attention
     )
@@ -117,10 +178,10 @@ def load_model(
     return TransformersModel(model.to(device).eval())  # pyright: ignore
 
 
-def _has_flash_attn() -> bool:
-    from transformers.utils.import_utils import is_flash_attn_2_available
-
-    return is_flash_attn_2_available()
+def choose_attention(device: str, compute_dtype: str) -> str:
+    """flash-attn where it is installed and can run, else SDPA."""
+    can_flash = device.startswith("cuda") and compute_dtype == "bfloat16"
+    return "flash_attention_2" if can_flash and is_flash_attn_2_available() else "sdpa"
 
 
 class TransformersEngine:
@@ -152,14 +213,18 @@ class TransformersEngine:
             )
         self.folder, self.run_folder, self.state = folder, Path(run_folder), state
         self.checkpoint, self.max_grad_norm = checkpoint, optimizer.max_grad_norm
-        self.module = load_model(folder, dtype="float32").model.train()
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = parallel.resolve_dtype(kind)
+        attention = choose_attention(kind, dtype)
+        model = load_model(folder, dtype="float32", device=kind, attention=attention)
+        self.module = model.model.train()
+        disable_dropout(self.module)
         if parallel.activation_checkpoint != "none":
             enable = getattr(self.module, "activation_checkpointing_enable", None)
             enable = enable or self.module.gradient_checkpointing_enable  # its name before 5.20
             enable({"use_reentrant": False})
         self.device = self.module.device
-        dtype = getattr(torch, parallel.resolve_dtype(self.device.type))
-        self.policy = TransformersModel(self.module, dtype)
+        self.policy = TransformersModel(self.module, getattr(torch, dtype))
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(),
             lr=optimizer.lr,
@@ -195,14 +260,18 @@ class TransformersEngine:
                 shutil.rmtree(self._step_folder(old))
         return True
 
-    def optimizer_step(self) -> tuple[float, float]:
-        """Clip, update, zero; returns (gradient norm before clipping, learning rate used)."""
-        lr = self.schedule.get_last_lr()[0]
+    def clip_gradients(self) -> float:
+        """Returns the gradient norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
+        return float(norm)
+
+    def update(self) -> float:
+        """Update the weights and zero the gradients; returns the learning rate used."""
+        lr = self.schedule.get_last_lr()[0]
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        return float(norm), float(lr)
+        return float(lr)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """There is one rank."""

@@ -56,14 +56,13 @@ def test_both_passes_hold_every_sequence_whole_and_predict_the_same_targets(item
     assert batch.truncated_3.tolist() == [sum(e.truncated[i] for e in items) for i in range(3)]
 
 
-@given(st.lists(encoded(), max_size=9), st.integers(1, 60))
+@given(st.lists(encoded(), max_size=40), st.integers(1, 1000))
 def test_micro_batches_respect_the_budget_and_lose_nothing(items, budget):
     config = BatchConfig(row_tokens=16, micro_batch_tokens=budget)
     batches = list(micro_batches([(e, float(i)) for i, e in enumerate(items)], config))
     for b in batches:
         for rows in (b.policy, b.hindsight):
-            used = sum(map(len, documents(rows)))
-            assert used <= budget or len(b.weight_S) == 1
+            assert rows.tokens_BT.numel() <= budget or len(b.weight_S) == 1
     weights = [w for b in batches for w in b.weight_S.tolist()]
     assert weights == [float(i) for i in range(len(items))]
 

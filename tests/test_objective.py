@@ -120,9 +120,7 @@ def test_gradcheck(name):
 def test_gradcheck_of_the_sampled_token_loss_at_fixed_advantages():
     logp = (-torch.rand(N, dtype=torch.float64) - 0.1).requires_grad_()
     advantage, old = torch.randn(N, dtype=torch.float64), logp.detach() + 0.3
-    for options in ({}, {"ppo_clip": 0.2}, {"importance_clip": 1e9}):
-        if "importance_clip" in options:
-            continue  # its ratio is a constant by definition: compared below
+    for options in ({}, {"ppo_clip": 0.2}):
         assert torch.autograd.gradcheck(
             lambda x, o=options: sampled_token(x, advantage, old, **o), logp
         )

@@ -47,13 +47,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b accumulated *and returned* in float32 (float64 for float64)."""
+    """a @ b accumulated *and returned* in float32 (float64 for float64), autocast or not."""
     out_dtype = accumulation_dtype(a.dtype)
-    if a.dtype == out_dtype:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=out_dtype)
-    return a.to(out_dtype) @ b.to(out_dtype)
+    with torch.autocast(a.device.type, enabled=False):
+        if a.is_cuda and a.dtype != out_dtype:
+            return torch.mm(a, b, out_dtype=out_dtype)
+        return a.to(out_dtype) @ b.to(out_dtype)
 
 
 def chunks(n: int, vocabulary: int, chunk_bytes: int, itemsize: int = 4) -> Iterator[slice]:
@@ -100,9 +99,9 @@ class LinearDivergence(torch.autograd.Function):
         def dlogits(c: slice) -> Tensor:
             logp_CV = _log_softmax(hidden_ND[c], weight_VD)
             logq_CV = _log_softmax(hindsight_ND[c], hindsight_VD)
-            return ctx.rule.grad(logp_CV, logq_CV, value_N[c, None]).mul_(upstream_N[c, None])
+            return ctx.rule.grad(logp_CV, logq_CV, value_N[c, None])
 
-        grads = _linear_backward(ctx, hidden_ND, weight_VD, dlogits)
+        grads = _linear_backward(ctx, hidden_ND, weight_VD, upstream_N, dlogits)
         return *grads, None, None, None, None, None
 
 
@@ -130,25 +129,38 @@ class LinearLogProb(torch.autograd.Function):
         def dlogits(c: slice) -> Tensor:
             grad_CV = _log_softmax(hidden_ND[c], weight_VD).exp_().neg_()
             at_target = torch.ones_like(grad_CV[:, :1])
-            return grad_CV.scatter_add_(1, targets_N[c, None], at_target).mul_(upstream_N[c, None])
+            return grad_CV.scatter_add_(1, targets_N[c, None], at_target)
 
-        return *_linear_backward(ctx, hidden_ND, weight_VD, dlogits), None, None
+        return *_linear_backward(ctx, hidden_ND, weight_VD, upstream_N, dlogits), None, None
 
 
-def _linear_backward(ctx, hidden_ND: Tensor, weight_VD: Tensor, dlogits) -> list[Tensor | None]:
-    """dH = G W and dW = G^T H, summed over chunks, G = ``dlogits(chunk)`` of shape (C, V).
+def _linear_backward(
+    ctx,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    upstream_N: Tensor,
+    dlogits: Callable[[slice], Tensor],
+) -> list[Tensor | None]:
+    """dH = G W and dW = G^T H, summed over chunks, G = upstream * ``dlogits(chunk)``, (C, V).
 
     G is rounded to the inputs' dtype before the products, as every mixed-precision linear layer
-    does; the sum over chunks is float32.
+    does, but relative to the largest upstream gradient: a mean over many tokens would underflow
+    in float16. The sum over chunks is float32.
     """
+    scale = (
+        upstream_N.abs().amax().clamp(min=torch.finfo(upstream_N.dtype).tiny)
+        if len(upstream_N)
+        else upstream_N.new_ones(())
+    )
+    relative_N = upstream_N / scale
     need_dh, need_dw = ctx.needs_input_grad[:2]
     dtype = accumulation_dtype(hidden_ND.dtype)
     dh_ND = torch.empty_like(hidden_ND) if need_dh else None
     dw_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_dw else None
     for c in chunks(hidden_ND.shape[0], weight_VD.shape[0], ctx.nbytes, dtype.itemsize):
-        grad_CV = dlogits(c).to(weight_VD.dtype)
+        grad_CV = dlogits(c).mul_(relative_N[c, None]).to(weight_VD.dtype)
         if dh_ND is not None:
-            dh_ND[c] = grad_CV @ weight_VD
+            dh_ND[c] = (matmul(grad_CV, weight_VD) * scale).to(dh_ND.dtype)
         if dw_VD is not None:
             dw_VD += matmul(grad_CV.T, hidden_ND[c])
-    return [dh_ND, None if dw_VD is None else dw_VD.to(weight_VD.dtype)]
+    return [dh_ND, None if dw_VD is None else (dw_VD * scale).to(weight_VD.dtype)]

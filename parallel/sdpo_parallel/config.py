@@ -47,6 +47,10 @@ class ParallelConfig:
     and optimizer state are float32. ``auto``: bfloat16 on an accelerator, float32 on a CPU."""
     activation_checkpoint: Literal["none", "selective", "full"] = "selective"
 
+    def __post_init__(self):
+        if self.replicate < 1:
+            raise ValueError(f"replicate must be at least 1, got {self.replicate}")
+
     def resolve_dtype(self, device_type: str) -> Literal["bfloat16", "float32"]:
         """``compute_dtype`` with ``auto`` decided."""
         if self.compute_dtype == "auto":

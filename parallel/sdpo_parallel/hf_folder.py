@@ -19,6 +19,7 @@ ASSETS = (
     "chat_template.jinja",
     "chat_template.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "tokenizer.model",
 )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import AutoConfig
 
 from . import cpu
 from .config import CheckpointConfig, OptimizerConfig, ParallelConfig
@@ -65,7 +66,8 @@ def spec_from_hf(folder: str) -> ModelSpec:
         ValueError: the architecture, or one of its options, is not one that torchtitan computes
             exactly as transformers does; the message names the field.
     """
-    c = read_config(folder)
+    read_config(folder)
+    c = AutoConfig.from_pretrained(folder).to_dict()  # fills in what config.json leaves to defaults
     build = {"qwen3": _qwen3, "llama": _llama}.get(c.get("model_type", ""))
     if build is None:
         raise ValueError(
@@ -76,6 +78,7 @@ def spec_from_hf(folder: str) -> ModelSpec:
     _refuse(folder, c, "attention_bias", allowed=(False, None))
     _refuse(folder, c, "mlp_bias", allowed=(False, None))
     _refuse(folder, c, "use_sliding_window", allowed=(False, None))
+    _refuse(folder, c, "partial_rotary_factor", allowed=(1.0, None))
     spec = build(folder, c)
     spec.flavor = Path(folder).name
     return spec
@@ -355,16 +358,18 @@ class TitanEngine:
         reshard(self.policy.module)
         return self.checkpointer.save(step, last_step=last)
 
-    def optimizer_step(self) -> tuple[float, float]:
-        """Clip, update, zero; returns (gradient norm before clipping, learning rate used)."""
+    def clip_gradients(self) -> float:
+        """Returns the gradient norm before clipping, over all ranks."""
+        parameters = list(self.policy.module.parameters())
+        return float(dist_utils.clip_grad_norm_(parameters, self.max_grad_norm, foreach=True))
+
+    def update(self) -> float:
+        """Update the weights and zero the gradients; returns the learning rate used."""
         lr = self.schedules.schedulers[0].get_last_lr()[0]
-        norm = dist_utils.clip_grad_norm_(
-            list(self.policy.module.parameters()), self.max_grad_norm, foreach=True
-        )
         self.optimizers.step()
         self.schedules.step()
         self.optimizers.zero_grad()
-        return float(norm), float(lr)
+        return float(lr)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over data-parallel ranks."""

@@ -226,6 +226,7 @@ def command(
         objective: sampled-token is the paper's, with which a live teacher may collapse here.
     """
     disable_progress_bar()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same demo everywhere: two gloo ranks, float32
     torch.set_num_threads(1)  # more help tensors this small little, and hurt on a busy machine
     _make_room(Path(out))
     report = Demo(Path(out), seed, preference, objective).run()

@@ -24,7 +24,19 @@ DIVERGENCES = {
         lambda p, q: reference.jsd(p, q, 0.9),
     ),
 }
+WITHOUT_SOFTMAX_TERM = {
+    "reverse_kl": lambda logp, logq: logp.exp() * (logp - logq),
+    "forward_kl": lambda logp, logq: -logq.exp(),
+    "jsd": lambda logp, logq: _jsd_first_term(logp, logq, 0.5),
+    "jsd_0.9": lambda logp, logq: _jsd_first_term(logp, logq, 0.9),
+}
+"""Gradients with respect to the logits that lack what the softmax's normaliser adds."""
 ROWS_PER_CHUNK = 5
+
+
+def _jsd_first_term(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    m = beta * logq.exp() + (1 - beta) * logp.exp()
+    return (1 - beta) * logp.exp() * (logp - m.log())
 
 
 def streams(n: int, v: int, d: int, distance: float, dtype=torch.float32):
@@ -45,19 +57,20 @@ def run(fn, tensors: list[Tensor], upstream: Tensor) -> list[Tensor]:
     return [value.detach(), hidden.grad, weight.grad]
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-2], ids=["sum", "mean over many"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("distance", [0.1, 3.0])
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_divergence_and_gradients_match_the_oracle(name, distance, dtype):
+def test_divergence_and_gradients_match_the_oracle(name, distance, dtype, scale):
     function, definition = DIVERGENCES[name]
     hidden, weight, hindsight, _ = streams(13, 301, 48, distance, dtype)
-    upstream = torch.rand(13) + 0.5
+    upstream = (torch.rand(13) + 0.5) * scale
     chunk_bytes = ROWS_PER_CHUNK * 301 * 4
 
-    def plain(to):
-        logq = reference.log_softmax(hindsight.to(to), weight.detach().to(to))
+    def plain(to, formula=definition):
+        logq = reference.log_softmax(hindsight.to(to), weight.to(to))
         return run(
-            lambda h, w: definition(reference.log_softmax(h, w), logq),
+            lambda h, w: formula(reference.log_softmax(h, w), logq),
             [hidden.to(to), weight.to(to)],
             upstream,
         )
@@ -67,8 +80,43 @@ def test_divergence_and_gradients_match_the_oracle(name, distance, dtype):
         [hidden, weight],
         upstream,
     )
-    for ours, oracle, baseline in zip(out, plain(torch.float64), plain(torch.float32), strict=True):
-        assert_as_good_as(ours, oracle, baseline)
+    oracles, baselines = plain(torch.float64), plain(torch.float32)
+    swapped = plain(torch.float64, lambda logp, logq: definition(logq, logp))
+    h, w = hidden.double(), weight.double()
+    logp, logq = reference.log_softmax(h, w), reference.log_softmax(hindsight.double(), w)
+    dropped_NV = upstream[:, None] * WITHOUT_SOFTMAX_TERM[name](logp, logq)
+    dropped = [None, dropped_NV @ w, dropped_NV.T @ h]
+    for i, ours in enumerate(out):
+        mutants = [m for m in (dropped[i],) if m is not None]
+        if name != "jsd":  # which is symmetric
+            mutants.append(swapped[i])
+        assert_as_good_as(ours, oracles[i], baselines[i], mutants=mutants)
+
+
+def test_a_divergence_of_nearly_equal_streams_keeps_its_digits_and_its_sign():
+    hidden, weight, hindsight, _ = streams(64, 301, 48, 1e-3)
+    for name, (function, definition) in DIVERGENCES.items():
+        value = function(hidden, weight, hindsight).value
+        oracle = definition(
+            reference.log_softmax(hidden.double(), weight.double()),
+            reference.log_softmax(hindsight.double(), weight.double()),
+        )
+        assert (value >= 0).all(), name
+        assert oracle.max() < 1e-5 and rel_err(value, oracle) < 5e-3, name
+        naive = definition(
+            reference.log_softmax(hidden, weight), reference.log_softmax(hindsight, weight)
+        )
+        assert rel_err(naive, oracle) > 5e-3, "the plain formula would do, so nothing was shown"
+
+
+def test_autocast_does_not_round_the_logits():
+    hidden, weight, hindsight, targets = streams(13, 301, 48, 0.1)
+    plain = linear_reverse_kl(hidden, weight, hindsight, targets=targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = linear_reverse_kl(hidden, weight, hindsight, targets=targets)
+        logp = linear_logprob(hidden, weight, targets).logp
+    assert torch.equal(plain.value, cast.value)
+    assert torch.equal(plain.stats.logp_policy, logp)
 
 
 def test_logprob_and_entropy_match_the_oracle():

@@ -56,7 +56,8 @@ for _ in range(3):
     for batch in micro_batches(items, BatchConfig(micro_batch_tokens=4096)):
         with engine.context():
             two_pass_loss(engine.policy, batch, ReverseKL()).loss.backward()
-    engine.optimizer_step()
+    engine.clip_gradients()
+    engine.update()
 trained = titan_logits()
 engine.export(str(Path(out) / "export"))
 if dist.get_rank() == 0:
