@@ -9,6 +9,7 @@
 
 import contextlib
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,9 @@ from sdpo_parallel.hf_folder import (
     read_config,
     replace_folder,
 )
+
+# one process is what this engine is for
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class TransformersModel:
