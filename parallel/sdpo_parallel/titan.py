@@ -67,7 +67,10 @@ def spec_from_hf(folder: str) -> ModelSpec:
             exactly as transformers does; the message names the field.
     """
     read_config(folder)
-    c = AutoConfig.from_pretrained(folder).to_dict()  # fills in what config.json leaves to defaults
+    try:  # for what config.json leaves to defaults
+        c = AutoConfig.from_pretrained(folder).to_dict()
+    except (KeyError, ValueError, OSError) as error:
+        raise ValueError(f"{folder}/config.json: transformers cannot read it ({error})") from error
     build = {"qwen3": _qwen3, "llama": _llama}.get(c.get("model_type", ""))
     if build is None:
         raise ValueError(

@@ -54,7 +54,9 @@ def test_a_sharded_checkpoint_folder_is_read_and_written(models, tmp_path):
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor"),
+        ({"model_type": "no_such_model"}, "no_such_model"),
     ],
 )
 def test_what_torchtitan_would_compute_differently_is_refused(change, names, models, tmp_path):
