@@ -109,6 +109,8 @@ def load_tokenizer(folder: str) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder}: no such model folder; give a local Hugging Face folder")
     if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         # transformers would make up an empty tokenizer for the model type
         raise DataError(

@@ -127,6 +127,11 @@ def test_a_model_folder_without_tokenizer(data, models, tmp_path, capsys):
     assert str(folder) in err and "tokenizer.json" in err
 
 
+def test_a_model_folder_that_is_not_there(data, tmp_path, capsys):
+    err = answer(capsys, *training(tmp_path / "no", data, tmp_path / "run"))
+    assert "no such model folder" in err
+
+
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
 def test_a_model_folder_without_a_part(missing, data, models, tmp_path, capsys):
     folder = tmp_path / "model"
