@@ -26,21 +26,24 @@ SAMPLE = 512
 def parameter_count(folder: str) -> tuple[int, int, int]:
     """(all parameters, those of the largest layer, those of embeddings and head)."""
     read_config(folder)
+    config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model = AutoModelForCausalLM.from_config(config)
     edges = {
         id(p): p.numel()
         for e in (model.get_input_embeddings(), model.get_output_embeddings())
         for p in e.parameters()
     }
     total = sum(p.numel() for p in model.parameters())
-    layers = AutoConfig.from_pretrained(folder).num_hidden_layers
-    return total, (total - sum(edges.values())) // max(layers, 1), sum(edges.values())
+    outside = sum(edges.values())
+    return total, (total - outside) // max(config.num_hidden_layers, 1), outside
 
 
-def memory_per_rank(config: TrainConfig, ranks: int) -> dict[str, float]:
-    """Bytes by part, for a rank of ``ranks`` on an accelerator."""
-    total, layer, edges = parameter_count(config.model)
+def memory_per_rank(
+    config: TrainConfig, ranks: int, parameters: tuple[int, int, int]
+) -> dict[str, float]:
+    """Bytes by part, for a rank of ``ranks`` on an accelerator; see ``parameter_count``."""
+    total, layer, edges = parameters
     replicate = config.parallel.replicate
     if ranks % replicate:
         raise ValueError(f"replicate={replicate} does not divide --ranks {ranks}")
@@ -95,9 +98,10 @@ def dry_run(config: TrainConfig, *, ranks: int) -> None:
         table.add_row(f"{name}, tokens: mean, max", f"{mean(values):,.0f}, {max(values):,}")
     for part in ("policy", "hindsight", "response"):
         table.add_row(f"truncated, {part}", f"{cut[part]} of {len(sample)}")
-    table.add_row("parameters", f"{parameter_count(config.model)[0]:,}")
+    parameters = parameter_count(config.model)
+    table.add_row("parameters", f"{parameters[0]:,}")
     console.print(table)
-    memory = memory_per_rank(config, ranks)
+    memory = memory_per_rank(config, ranks, parameters)
     table = Table("part", "GiB", title=f"estimated memory per rank, {ranks} ranks")
     table.columns[1].justify = "right"
     for part, size in (memory | {"total": sum(memory.values())}).items():

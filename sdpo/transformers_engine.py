@@ -157,12 +157,14 @@ def load_model(
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
     device: str | None = None,
     attention: str | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> TransformersModel:
     """A local Hugging Face folder as a model of the two passes.
 
     Args:
         dtype: of the weights; ``auto``: bfloat16 on an accelerator, float32 on a CPU.
         device: where to; None: the first accelerator, else the CPU.
+        compute_dtype: of the passes, where it is not that of the weights.
         attention: transformers' ``attn_implementation``; None: flash_attention_2 where flash-attn
             is installed and the model runs on a GPU in bfloat16, else sdpa.
 
@@ -179,7 +181,7 @@ def load_model(
         folder, dtype=getattr(torch, dtype), attn_implementation=attention
     )
     check_finite(model.named_parameters(), folder)
-    return TransformersModel(model.to(device).eval())  # pyright: ignore
+    return TransformersModel(model.to(device).eval(), compute_dtype)  # pyright: ignore
 
 
 def choose_attention(device: str, compute_dtype: str) -> str:
@@ -220,15 +222,20 @@ class TransformersEngine:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = parallel.resolve_dtype(kind)
         attention = choose_attention(kind, dtype)
-        model = load_model(folder, dtype="float32", device=kind, attention=attention)
-        self.module = model.model.train()
+        self.policy = load_model(
+            folder,
+            dtype="float32",
+            device=kind,
+            attention=attention,
+            compute_dtype=getattr(torch, dtype),
+        )
+        self.module = self.policy.model.train()
         disable_dropout(self.module)
         if parallel.activation_checkpoint != "none":
             enable = getattr(self.module, "activation_checkpointing_enable", None)
             enable = enable or self.module.gradient_checkpointing_enable  # its name before 5.20
             enable({"use_reentrant": False})
         self.device = self.module.device
-        self.policy = TransformersModel(self.module, getattr(torch, dtype))
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(),
             lr=optimizer.lr,

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -321,7 +322,7 @@ class TitanEngine:
         training = TrainingConfig(seq_len=max_tokens, mixed_precision_param=dtype)
         checkpointing = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}
         model: Any = spec.model
-        model.update_from_config(config=_Runtime(parallelism=titan))
+        model.update_from_config(config=SimpleNamespace(parallelism=titan))
         for layer in model.layers:
             layer.attention.rope = replace(layer.attention.rope, max_seq_len=max_tokens)
         if self.device.type == "cpu":
@@ -409,13 +410,6 @@ class TitanEngine:
         self.checkpointer.close()
         dist.barrier()
         dist.destroy_process_group()
-
-
-class _Runtime:
-    """The shape of config that torchtitan's ``update_from_config`` reads."""
-
-    def __init__(self, parallelism: ParallelismConfig):
-        self.parallelism = parallelism
 
 
 def _optimizer(config: OptimizerConfig, module, device: torch.device) -> OptimizersContainer:
