@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sdpo_kernels import tuning
 from sdpo_parallel.hf_folder import read_config
 
 from .batching import steps_in
@@ -58,10 +59,9 @@ def memory_per_rank(
         * item
         * (model["num_hidden_layers"] * kept + 24)
     )
-    # log p, log q, their product and the gradient are alive at once; dW is a chunk's and the sum's
-    head = (
-        4 * config.objective.chunk_bytes + (8 + item) * model["vocab_size"] * model["hidden_size"]
-    )
+    # a chunk's logits of both passes; dW in float32 until it is rounded for the backward
+    logits = config.objective.chunk_bytes or tuning.CHUNK_BYTES["cuda"]
+    head = logits + (4 + item) * model["vocab_size"] * model["hidden_size"]
     return {
         "parameters (float32)": 4 * total / shards,
         "gradients (float32)": 4 * total / shards,

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from sdpo_kernels import (
-    DEFAULT_CHUNK_BYTES,
+    Divergence,
     TokenStats,
     linear_forward_kl,
     linear_jsd,
-    linear_logprob,
     linear_reverse_kl,
+    linear_sampled_token,
 )
 
 
@@ -32,13 +32,13 @@ class Objective:
 
     ignore_first: int = 0
     """Response tokens left out of the loss at the start of each response."""
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES
-    """Logits of one pass that may be alive at once, in bytes."""
+    chunk_bytes: int | None = None
+    """Logits of both passes that may be alive at once, in bytes; None: by device."""
 
     def __post_init__(self):
         if self.ignore_first < 0:
             raise ValueError(f"ignore_first must not be negative, got {self.ignore_first}")
-        if self.chunk_bytes < 1:
+        if self.chunk_bytes is not None and self.chunk_bytes < 1:
             raise ValueError(f"chunk_bytes must be positive, got {self.chunk_bytes}")
 
 
@@ -96,12 +96,15 @@ class JSD(Objective):
 
 
 class Streams(NamedTuple):
-    """What both passes yield: hidden states (N, D) at the response, heads (V, D), and y (N,)."""
+    """What both passes yield: hidden states (N, D) at the response, heads (V, D), and y (N,).
+
+    A ``hindsight_weight`` of None is the policy's own head.
+    """
 
     hidden: Tensor
     weight: Tensor
     hindsight_hidden: Tensor
-    hindsight_weight: Tensor
+    hindsight_weight: Tensor | None
     targets: Tensor
 
 
@@ -125,98 +128,50 @@ def token_weights(layout: Layout, ignore_first: int = 0) -> Tensor:
     return counted_N * (layout.weight_S / length_S.clamp(min=1))[layout.sequence_N]
 
 
-def centred(advantage_N: Tensor, layout: Layout, ignore_first: int = 0) -> Tensor:
-    """Advantages less the mean over the counted tokens of their interaction."""
-    share_N = token_weights(
-        layout._replace(weight_S=torch.ones_like(layout.weight_S)), ignore_first
-    )
-    zero_S = torch.zeros_like(layout.weight_S, dtype=advantage_N.dtype)
-    mean_S = zero_S.index_add_(0, layout.sequence_N, share_N.to(advantage_N.dtype) * advantage_N)
-    return advantage_N - mean_S[layout.sequence_N]
+def total_loss(objective: Objective, streams: Streams, layout: Layout) -> tuple[Tensor, TokenStats]:
+    """The micro-batch's share of the step's loss (a scalar) and per-token statistics.
 
-
-def sampled_token(
-    logp_N: Tensor,
-    advantage_N: Tensor,
-    old_logp_N: Tensor | None = None,
-    *,
-    ppo_clip: float | None = None,
-    importance_clip: float | None = None,
-) -> Tensor:
-    """(N,): -A log p, or its clipped forms. Differentiable in ``logp_N`` only.
-
-    PPO clip: -min(r A, clip(r, 1 - c, 1 + c) A), r = p / p_old (arXiv:1707.06347, eq. 7).
-    Importance clip: -sg[min(r, c)] A log p (truncated importance sampling).
-    """
-    advantage_N = advantage_N.detach()
-    if ppo_clip is None and importance_clip is None:
-        return -advantage_N * logp_N
-    assert old_logp_N is not None
-    if ppo_clip is not None:
-        ratio_N = (logp_N - old_logp_N).exp()
-        clipped_N = ratio_N.clamp(1 - ppo_clip, 1 + ppo_clip)
-        return -torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
-    ratio_N = (logp_N.detach() - old_logp_N).exp().clamp(max=importance_clip)
-    return -ratio_N * advantage_N * logp_N
-
-
-def token_losses(
-    objective: Objective, streams: Streams, layout: Layout
-) -> tuple[Tensor, TokenStats]:
-    """(N,) losses before weighting, differentiable in the policy stream, and detached statistics.
+    The weights of all tokens are known before any value is, so that the kernels form gradients
+    while the logits are there: four products of N V D, not six.
 
     Raises:
         ValueError: a clip needs the sampling policy's log-probabilities and they are not there.
         TypeError: the objective is none of this module's.
     """
-    *pair, targets = streams
+    y, chunk_bytes, pair = streams.targets, objective.chunk_bytes, streams[:4]
+    weights = token_weights(layout, objective.ignore_first)
     match objective:
         case SampledToken():
-            return _sampled_token(objective, streams, layout)
+            out = _sampled_token(objective, streams, layout, weights)
         case ReverseKL():
-            out = linear_reverse_kl(*pair, targets=targets, chunk_bytes=objective.chunk_bytes)
+            out = linear_reverse_kl(*pair, targets=y, weights=weights, chunk_bytes=chunk_bytes)
         case ForwardKL():
-            out = linear_forward_kl(*pair, targets=targets, chunk_bytes=objective.chunk_bytes)
-        case JSD():
-            out = linear_jsd(
-                *pair, targets=targets, beta=objective.beta, chunk_bytes=objective.chunk_bytes
-            )
+            out = linear_forward_kl(*pair, targets=y, weights=weights, chunk_bytes=chunk_bytes)
+        case JSD(beta=beta):
+            out = linear_jsd(*pair, beta=beta, targets=y, weights=weights, chunk_bytes=chunk_bytes)
         case _:
             raise TypeError(f"unknown objective {type(objective).__name__}")
-    return out.value, out.stats
+    assert out.loss is not None
+    return out.loss, out.stats
 
 
 def _sampled_token(
-    objective: SampledToken, streams: Streams, layout: Layout
-) -> tuple[Tensor, TokenStats]:
+    objective: SampledToken, streams: Streams, layout: Layout, weights: Tensor
+) -> Divergence:
     if objective.needs_old_logprobs and layout.old_logp_N is None:
         raise ValueError(
             "ppo_clip and importance_clip need the log-probabilities that the responses were "
             "sampled with: give every interaction completion_token_ids and completion_logprobs, "
             "or leave the clips unset"
         )
-    nbytes = objective.chunk_bytes
-    policy = linear_logprob(streams.hidden, streams.weight, streams.targets, chunk_bytes=nbytes)
-    with torch.no_grad():
-        hindsight = linear_logprob(
-            streams.hindsight_hidden, streams.hindsight_weight, streams.targets, chunk_bytes=nbytes
-        )
-    advantage_N = hindsight.logp - policy.logp.detach()
-    if objective.centre:
-        advantage_N = centred(advantage_N, layout, objective.ignore_first)
-    losses_N = sampled_token(
-        policy.logp,
-        advantage_N,
-        layout.old_logp_N,
+    return linear_sampled_token(
+        *streams[:4],
+        targets=streams.targets,
+        old_logp=layout.old_logp_N if objective.needs_old_logprobs else None,
         ppo_clip=objective.ppo_clip,
         importance_clip=objective.importance_clip,
+        centre=layout.sequence_N if objective.centre else None,
+        counted=layout.offset_N >= objective.ignore_first,
+        weights=weights,
+        chunk_bytes=objective.chunk_bytes,
     )
-    stats = TokenStats(policy.logp.detach(), hindsight.logp, policy.entropy, hindsight.entropy)
-    return losses_N, stats
-
-
-def total_loss(objective: Objective, streams: Streams, layout: Layout) -> tuple[Tensor, TokenStats]:
-    """The micro-batch's share of the step's loss (a scalar) and per-token statistics."""
-    losses_N, stats = token_losses(objective, streams, layout)
-    weight_N = token_weights(layout, objective.ignore_first).to(losses_N.dtype)
-    return (losses_N * weight_N).sum(), stats

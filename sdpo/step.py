@@ -85,8 +85,6 @@ def two_pass_loss(
     rows = batch.policy
     hidden_ND = policy.hidden_states(rows.tokens_BT, rows.positions_BT, rows.index_N)
     weight_VD = policy.lm_head()
-    if hindsight_VD is None:
-        hindsight_VD = weight_VD.detach()
     streams = Streams(hidden_ND, weight_VD, hindsight_ND, hindsight_VD, batch.targets_N)
     layout = Layout(batch.sequence_N, batch.offset_N, batch.weight_S, batch.old_logp_N)
     loss, stats = total_loss(objective, streams, layout)

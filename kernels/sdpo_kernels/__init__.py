@@ -1,19 +1,30 @@
 """Per-token log-probabilities and divergences from hidden states, without full logits.
 
-Imports torch and nothing of the rest of this project: made to be used in other trainers.
+Imports torch, and Triton where it is installed, and nothing of the rest of this project: made to be
+used in other trainers. Only the public functions below are; kernels/README.md has the maths.
 """
 
-from .chunked import DEFAULT_CHUNK_BYTES, TokenStats
-from .divergence import Divergence, linear_forward_kl, linear_jsd, linear_reverse_kl
+from .divergence import (
+    Divergence,
+    TokenStats,
+    linear_forward_kl,
+    linear_jsd,
+    linear_reverse_kl,
+    linear_topk_divergence,
+)
 from .logprob import LogProb, linear_logprob
+from .sampled_token import linear_sampled_token
+from .vocab import VocabShard
 
 __all__ = [
-    "DEFAULT_CHUNK_BYTES",
     "Divergence",
     "LogProb",
     "TokenStats",
+    "VocabShard",
     "linear_forward_kl",
     "linear_jsd",
     "linear_logprob",
     "linear_reverse_kl",
+    "linear_sampled_token",
+    "linear_topk_divergence",
 ]

@@ -1,44 +1,88 @@
-"""Per-token divergences from hidden states, a chunk of tokens at a time: never (N, V) logits.
+"""The chunk loop: hidden states -> per-token values, statistics and, where weights are known, the
+gradients of their weighted sum. Never (N, V) logits.
 
-Shapes: N tokens, C tokens of one chunk, V vocabulary, D hidden size.
+Shapes: N tokens, C tokens of a chunk, V rows of this rank's head, D hidden size.
   z_CV = h_CD @ w_VD.T   policy logits, float32,     p = softmax(z)
   u_CV = g_CD @ v_VD.T   hindsight logits, float32,  q = softmax(u)
 
-The forward keeps (N,) results only; the backward forms the logits of each chunk again, so any
-per-token upstream gradient is right. Products: 2 forward, 4 backward (3 with a frozen head).
-Logits, statistics and the head's gradient are float32 whatever the inputs' dtype (float64 stays
-float64). Oracle: reference.py. Derivations: kernels/README.md.
+Per chunk: one product for the logits (both streams stacked where they share a head), row statistics
+(merged over tensor-parallel ranks), values and the gradient in the logits' own memory, and two
+products for dH and dW. Logits, statistics and dW are float32 whatever the inputs' dtype (float64
+stays float64). Oracle: reference.py. Derivations: kernels/README.md.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-DEFAULT_CHUNK_BYTES = 512 * 2**20
-"""Logits of one stream that may be alive at once; the peak is a small multiple of it."""
+from . import partials, torch_rows, vocab
+from .partials import RowStats
+from .settings import IDENTITY, Spec
+
+PAIRED = ("reverse_kl", "forward_kl", "jsd", "topk")
+"""Kinds that need both streams' logits at once."""
+HEAD_ROWS = 4096
+"""Rows of a half-precision head that are cast to float32 at a time, where the device has no product
+of half-precision operands with a float32 result."""
 
 
-class Rule(NamedTuple):
-    """One divergence, on log-probabilities (C, V)."""
-
-    value: Callable[[Tensor, Tensor], Tensor]
-    """(log p, log q) -> (C,)"""
-    grad: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(log p, log q, value) -> d value / dz, (C, V)"""
+PER_TOKEN = ("hidden", "hindsight", "targets", "old_logp", "advantage")
 
 
-class TokenStats(NamedTuple):
-    """Detached per-token statistics of both distributions, each (N,), in nats.
+class Inputs(NamedTuple):
+    """The tensors of a call."""
 
-    ``logp_*`` are the log-probabilities of the targets; they are NaN where none were given.
-    """
+    hidden: Tensor
+    """(N, D)"""
+    weight: Tensor
+    """(V, D)"""
+    hindsight: Tensor | None = None
+    """(N, D')"""
+    hindsight_weight: Tensor | None = None
+    """(V, D'); None: the policy's."""
+    bias: Tensor | None = None
+    """(V,)"""
+    hindsight_bias: Tensor | None = None
+    """(V,); with the policy's head, the policy's."""
+    targets: Tensor | None = None
+    """(N,)"""
+    old_logp: Tensor | None = None
+    """(N,), of the sampling policy."""
+    advantage: Tensor | None = None
+    """(N,); None: formed from the two streams."""
+    mask: Tensor | None = None
+    """(N,) bool"""
 
-    logp_policy: Tensor
-    logp_hindsight: Tensor
-    entropy_policy: Tensor
-    entropy_hindsight: Tensor
+    def rows(self, index: Tensor) -> "Inputs":
+        """The tokens ``index``."""
+        take = {name: t[index] for name in PER_TOKEN if (t := getattr(self, name)) is not None}
+        return self._replace(mask=None, **take)
+
+
+class Wanted(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+
+NOTHING = Wanted()
+
+
+class Result(NamedTuple):
+    """``value`` (N,); ``stats`` (6, N): see ``TokenStats``; gradients of sum weights * value,
+    divided by ``scale`` (), empty where not wanted. dH is in the inputs' dtype, dW in float32."""
+
+    value: Tensor
+    stats: Tensor
+    dhidden: Tensor
+    dweight: Tensor
+    dbias: Tensor
+    scale: Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -46,121 +90,434 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b accumulated *and returned* in float32 (float64 for float64), autocast or not."""
-    out_dtype = accumulation_dtype(a.dtype)
-    with torch.autocast(a.device.type, enabled=False):
-        if a.is_cuda and a.dtype != out_dtype:
-            return torch.mm(a, b, out_dtype=out_dtype)
-        return a.to(out_dtype) @ b.to(out_dtype)
+def empty_result(x: Inputs, wanted: Wanted, zero: bool = False) -> Result:
+    """A result's tensors, for the driver to fill."""
+    dtype = accumulation_dtype(x.hidden.dtype)
+    n = x.hidden.shape[0]
+    new = functools.partial((torch.zeros if zero else torch.empty), device=x.hidden.device)
+    vocabulary = x.weight.shape[0]
+    return Result(
+        value=new(n, dtype=dtype),
+        stats=new(6, n, dtype=dtype),
+        dhidden=new(x.hidden.shape if wanted.hidden else 0, dtype=x.hidden.dtype),
+        dweight=new(x.weight.shape if wanted.weight else 0, dtype=dtype),
+        dbias=new(vocabulary if wanted.bias else 0, dtype=dtype),
+        scale=new((), dtype=dtype),
+    )
 
 
-def chunks(n: int, vocabulary: int, chunk_bytes: int, itemsize: int = 4) -> Iterator[slice]:
-    """Slices of ``range(n)`` whose logits take at most ``chunk_bytes`` (but at least one row)."""
-    rows = max(1, chunk_bytes // (vocabulary * itemsize))
+@torch.no_grad()
+def run(x: Inputs, spec: Spec, weights_N: Tensor | None = None, wanted: Wanted = NOTHING) -> Result:
+    """Values and statistics and, given weights, gradients of the weighted sum of the values."""
+    if x.mask is not None:
+        return _run_masked(x, spec, weights_N, wanted)
+    result = empty_result(x, wanted)
+    for grad in (result.dweight, result.dbias):
+        grad.zero_()
+    result.stats.fill_(torch.nan)
+    result.scale.fill_(1)
+    n = x.hidden.shape[0]
+    if weights_N is not None and n:
+        # G is rounded to the inputs' dtype, as every mixed-precision linear layer does, but
+        # relative to the largest weight: a mean over many tokens would underflow in float16
+        tiny = torch.finfo(result.scale.dtype).tiny
+        torch.amax(weights_N.abs().to(result.scale.dtype).clamp_(min=tiny), 0, out=result.scale)
+        weights_N = weights_N / result.scale
+    with torch.autocast(x.hidden.device.type, enabled=False):
+        _Loop(x, spec, weights_N, wanted, result).run()
+    if spec.group and spec.kind in ("reverse_kl", "forward_kl"):
+        vocab.sum_(spec.group, result.value)
+    return result
+
+
+def _run_masked(x: Inputs, spec: Spec, weights_N: Tensor | None, wanted: Wanted) -> Result:
+    """A mask in host memory drops rows; one on the device only silences them, as their number is
+    not known here without waiting for the device."""
+    mask, device = x.mask, x.hidden.device
+    assert mask is not None
+    if device.type != "cpu" and mask.device == device:
+        keep = mask[:, None]
+        quiet = x._replace(
+            mask=None,
+            **{
+                name: torch.where(keep if t.ndim == 2 else mask, t, 0)
+                for name in PER_TOKEN
+                if (t := getattr(x, name)) is not None
+            },
+        )
+        weights_N = None if weights_N is None else torch.where(mask, weights_N, 0)
+        out = run(quiet, spec, weights_N, wanted)
+        return out._replace(
+            value=torch.where(mask, out.value, 0), stats=torch.where(mask, out.stats, 0)
+        )
+    index = mask.nonzero()[:, 0].to(device, non_blocking=True)
+    part = run(x.rows(index), spec, None if weights_N is None else weights_N[index], wanted)
+    out = empty_result(x, wanted._replace(weight=False, bias=False), zero=True)
+    out.value.index_copy_(0, index, part.value)
+    out.stats.index_copy_(1, index, part.stats)
+    if wanted.hidden:
+        out.dhidden.index_copy_(0, index, part.dhidden)
+    return out._replace(dweight=part.dweight, dbias=part.dbias, scale=part.scale)
+
+
+class _Loop:
+    """One call's chunk loop: the buffers it reuses, and what it does with each chunk."""
+
+    def __init__(
+        self, x: Inputs, spec: Spec, weights_N: Tensor | None, wanted: Wanted, result: Result
+    ):
+        self.x, self.spec, self.weights_N = x, spec, weights_N
+        self.wanted, self.result = wanted, result
+        self.dtype = result.value.dtype
+        self.vocabulary = x.weight.shape[0]
+        self.gradient = weights_N is not None and any(wanted)
+        self.fused = spec.path == "fused" and spec.kind not in PAIRED
+        self.rows = _row_operations(spec.path)
+        self.stacked = x.hindsight_weight is None
+        self.targets_N = (
+            vocab.local_targets(x.targets, spec.start, self.vocabulary)
+            if x.targets is not None
+            else None
+        )
+        self.bias = _cast(x.bias, self.dtype)
+        self.hindsight_bias = self.bias if self.stacked else _cast(x.hindsight_bias, self.dtype)
+        two = x.hindsight is not None and not self.fused
+        self.chunk_rows = _chunk_rows(x.hidden.shape[0], self.vocabulary, 1 + two, spec, self.dtype)
+        if self.fused and not self.gradient:
+            self.chunk_rows = max(1, x.hidden.shape[0])
+        else:
+            self.buffer = self._new_buffer(self.chunk_rows * (1 + two))
+
+    def run(self) -> None:
+        for c in chunks(self.x.hidden.shape[0], self.chunk_rows):
+            z_CV, u_CV, row = self._read(c)
+            value_C, grad_CV = self._evaluate(c, z_CV, u_CV, row)
+            self.result.value[c] = value_C
+            if grad_CV is not None:
+                self._accumulate(c, grad_CV)
+
+    def _read(self, c: slice) -> tuple[Tensor | None, Tensor | None, RowStats]:
+        """Both streams' transformed logits, where they are needed, and their statistics."""
+        x, targets = self.x, None if self.targets_N is None else self.targets_N[c]
+        z = u = None
+        if x.hindsight is None or self.fused:
+            z, part = self._read_one(x.hidden[c], x.weight, self.bias, targets, self.gradient)
+            if x.hindsight is not None:
+                weight = x.weight if self.stacked else x.hindsight_weight
+                assert weight is not None
+                _, other = self._read_one(
+                    x.hindsight[c], weight, self.hindsight_bias, targets, False
+                )
+                part = torch.cat([part, other, torch.zeros_like(part[:1])])
+        else:
+            z, u = self._logits_of_both(c)
+            part = self.rows.stats(
+                z, u, targets, self.spec.transform, self.bias, self.hindsight_bias
+            )
+        row = self._merge(part)
+        stats_6C = self.result.stats[:, c]
+        stats_6C[0], stats_6C[2], stats_6C[4] = row.logp, row.entropy, row.lse
+        if row.hindsight_lse is not None:
+            assert row.hindsight_logp is not None and row.hindsight_entropy is not None
+            stats_6C[1], stats_6C[3] = row.hindsight_logp, row.hindsight_entropy
+            stats_6C[5] = row.hindsight_lse
+        if targets is None:
+            stats_6C[:2] = torch.nan
+        return z, u, row
+
+    def _read_one(
+        self,
+        hidden_CD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets: Tensor | None,
+        keep: bool,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Partials of one stream, and its logits where they must be kept."""
+        if self.fused and not keep:
+            from .triton_fused import stream_stats
+
+            return None, stream_stats(hidden_CD, weight_VD, bias_V, targets, self.spec.transform)
+        z = self._buffer(hidden_CD.shape[0])
+        logits(hidden_CD, weight_VD, z)
+        return z, self.rows.stats(z, None, targets, self.spec.transform, bias_V)
+
+    def _logits_of_both(self, c: slice) -> tuple[Tensor, Tensor]:
+        x, n = self.x, c.stop - c.start
+        assert x.hindsight is not None
+        both = self._buffer(2 * n)
+        if self.stacked:
+            logits(torch.cat([x.hidden[c], x.hindsight[c]]), x.weight, both)
+        else:
+            assert x.hindsight_weight is not None
+            logits(x.hidden[c], x.weight, both[:n])
+            logits(x.hindsight[c], x.hindsight_weight, both[n:])
+        return both[:n], both[n:]
+
+    def _merge(self, part_FC: Tensor) -> RowStats:
+        if self.spec.group:
+            part_FC = partials.merge(vocab.gather(self.spec.group, part_FC))
+        return partials.finish(part_FC)
+
+    def _evaluate(
+        self, c: slice, z: Tensor | None, u: Tensor | None, row: RowStats
+    ) -> tuple[Tensor, Tensor | None]:
+        """Values (C,) and, where asked for, the gradient with respect to raw logits (C, V)."""
+        weight_C = self.weights_N[c] if self.gradient and self.weights_N is not None else None
+        kind = self.spec.kind
+        if kind in ("reverse_kl", "forward_kl"):
+            values, grad = self._divergence(kind, z, u, row, row.gap, weight_C)
+            return values[0], grad
+        if kind == "jsd":
+            values, _ = self._divergence(kind, z, u, row, None, None)
+            if self.spec.group:
+                vocab.sum_(self.spec.group, values)
+            grad = None
+            if weight_C is not None:
+                _, grad = self._divergence(kind, z, u, row, values[0], weight_C)
+            return (1 - self.spec.beta) * values[0] + self.spec.beta * values[1], grad
+        if kind == "topk":
+            assert z is not None and u is not None
+            return self._topk(z, u, weight_C)
+        value, slope = self._of_logprob(c, row)
+        if weight_C is None:
+            return value, None
+        assert z is not None and self.targets_N is not None
+        by = weight_C * slope
+        return value, self.rows.softmax_grad(
+            z, row.lse, -by, by, self.targets_N[c], self.spec.transform, self.x.hidden.dtype
+        )
+
+    def _divergence(self, kind, z, u, row, centre_C, weight_C):
+        return self.rows.divergence(
+            kind,
+            self.spec.beta,
+            z,
+            u,
+            row,
+            centre_C,
+            weight_C,
+            self.spec.transform,
+            self.x.hidden.dtype,
+        )
+
+    def _of_logprob(self, c: slice, row: RowStats) -> tuple[Tensor, Tensor]:
+        """A function of log p(y) alone, and its derivative."""
+        if self.spec.kind == "logprob":
+            return row.logp, torch.ones_like(row.logp)
+        old_C = None if self.x.old_logp is None else self.x.old_logp[c].to(self.dtype)
+        if self.x.advantage is not None:
+            advantage_C = self.x.advantage[c].to(self.dtype)
+        else:
+            assert row.hindsight_logp is not None
+            advantage_C = row.hindsight_logp - row.logp
+        return policy_gradient(row.logp, advantage_C, old_C, self.spec.clip)
+
+    def _topk(self, z: Tensor, u: Tensor, weight_C: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A divergence over K + 1 buckets: the K likeliest tokens and all others together."""
+        spec, k = self.spec, self.spec.k
+        columns = _top_columns(z if spec.support == "policy" else u, k, spec)
+        here, safe = columns >= 0, columns.clamp(min=0)
+
+        def pick_(x: Tensor) -> Tensor:
+            """The K logits, -inf where another rank holds them; -inf takes their place."""
+            if not x.shape[1]:
+                return x.new_full(columns.shape, -torch.inf)
+            at = torch.where(here, x.gather(1, safe), -torch.inf)
+            x.scatter_reduce_(1, safe, torch.where(here, -torch.inf, torch.inf), "amin")
+            return at
+
+        at = torch.cat([pick_(z), pick_(u)], dim=1).T
+        others = self.rows.stats(z, u, None, IDENTITY)
+        if spec.group:
+            parts = vocab.gather(spec.group, torch.cat([others, at]))
+            others, at = (
+                partials.merge(parts[:, : partials.PAIR]),
+                parts[:, partials.PAIR :].amax(0),
+            )
+        tail = partials.finish(others)
+        assert tail.hindsight_lse is not None
+        tail_z, tail_u = (
+            t.masked_fill(t.isnan(), -torch.inf) for t in (tail.lse, tail.hindsight_lse)
+        )
+        b_z, b_u = (
+            torch.cat([at[:k].T, tail_z[:, None]], 1),
+            torch.cat([at[k:].T, tail_u[:, None]], 1),
+        )
+        value, grad = _bucket_divergence(spec, b_z, b_u, weight_C)
+        if weight_C is None:
+            return value, None
+        assert grad is not None
+        dz = self.rows.softmax_grad(
+            z,
+            tail_z.masked_fill(tail_z.isinf(), 0),
+            grad[:, -1].contiguous(),
+            None,
+            None,
+            spec.transform,
+            self.x.hidden.dtype,
+        )
+        if dz.shape[1]:
+            raw = grad[:, :-1] * torch_rows.transform_grad(b_z[:, :-1], spec.transform)
+            dz.scatter_add_(1, safe, torch.where(here, raw, 0).to(dz.dtype))
+        return value, dz
+
+    def _accumulate(self, c: slice, grad_CV: Tensor) -> None:
+        """dH = G W, dW += G^T H, db += sum G."""
+        x, out = self.x, self.result
+        if self.wanted.hidden:
+            out.dhidden[c] = hidden_gradient(grad_CV, x.weight, self.dtype)
+        if self.wanted.weight:
+            add_weight_gradient(out.dweight, grad_CV, x.hidden[c])
+        if self.wanted.bias:
+            out.dbias.add_(grad_CV.sum(0, dtype=self.dtype))
+
+    def _new_buffer(self, rows: int) -> Tensor:
+        """Rows of logits whose starts are aligned, whatever the vocabulary."""
+        return self.x.hidden.new_empty((rows, -(-self.vocabulary // 8) * 8), dtype=self.dtype)
+
+    def _buffer(self, rows: int) -> Tensor:
+        return self.buffer[:rows, : self.vocabulary]
+
+
+def policy_gradient(
+    logp_C: Tensor, advantage_C: Tensor, old_logp_C: Tensor | None, clip: float
+) -> tuple[Tensor, Tensor]:
+    """``reference.policy_gradient`` and its derivative in log p; ``clip`` as in ``Spec``."""
+    if not clip:
+        return -advantage_C * logp_C, -advantage_C
+    assert old_logp_C is not None
+    ratio_C = (logp_C - old_logp_C).exp()
+    if clip < 0:
+        slope_C = -ratio_C.clamp(max=-clip) * advantage_C
+        return slope_C * logp_C, slope_C
+    free_C = ratio_C * advantage_C
+    clipped_C = ratio_C.clamp(1 - clip, 1 + clip) * advantage_C
+    return -torch.minimum(free_C, clipped_C), torch.where(free_C <= clipped_C, -free_C, 0)
+
+
+def logits(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
+    """h W^T into float32 memory (float64 for float64)."""
+    if hidden_CD.dtype == out_CV.dtype:
+        torch.mm(hidden_CD, weight_VD.T, out=out_CV)
+    elif hidden_CD.is_cuda:
+        torch.mm(hidden_CD, weight_VD.T, out_dtype=out_CV.dtype, out=out_CV)
+    else:
+        hidden_CD = hidden_CD.to(out_CV.dtype)
+        for v in chunks(weight_VD.shape[0], HEAD_ROWS):
+            torch.mm(hidden_CD, weight_VD[v].to(out_CV.dtype).T, out=out_CV[:, v])
+
+
+def hidden_gradient(grad_CV: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """G W, (C, D), accumulated in float32 and returned in it."""
+    if weight_VD.dtype == dtype:
+        return grad_CV @ weight_VD
+    if weight_VD.is_cuda:
+        return torch.mm(grad_CV, weight_VD, out_dtype=dtype)
+    out_CD = weight_VD.new_zeros((grad_CV.shape[0], weight_VD.shape[1]), dtype=dtype)
+    for v in chunks(weight_VD.shape[0], HEAD_ROWS):
+        out_CD.addmm_(grad_CV[:, v].to(dtype), weight_VD[v].to(dtype))
+    return out_CD
+
+
+def add_weight_gradient(dweight_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+    """dW += G^T H, in float32."""
+    dtype = dweight_VD.dtype
+    if hidden_CD.dtype == dtype:
+        dweight_VD.addmm_(grad_CV.T, hidden_CD)
+    elif not hidden_CD.is_cuda:
+        dweight_VD.addmm_(grad_CV.T.to(dtype), hidden_CD.to(dtype))
+    elif _accumulates_in_float32(hidden_CD.device, hidden_CD.dtype):
+        torch.addmm(dweight_VD, grad_CV.T, hidden_CD, out_dtype=dtype, out=dweight_VD)
+    else:
+        for v in chunks(dweight_VD.shape[0], HEAD_ROWS):
+            dweight_VD[v] += torch.mm(grad_CV[:, v].T, hidden_CD, out_dtype=dtype)
+
+
+@functools.cache
+def _accumulates_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of half-precision operands to a float32 matrix in place;
+    its first releases with ``out_dtype`` want the accumulator in the operands' dtype."""
+    one = torch.zeros((16, 16), device=device, dtype=dtype)
+    sum_ = torch.zeros((16, 16), device=device)
+    try:
+        torch.addmm(sum_, one, one, out_dtype=torch.float32, out=sum_)
+    except RuntimeError:
+        return False
+    return True
+
+
+def chunks(n: int, rows: int) -> Iterator[slice]:
+    """Consecutive slices of ``range(n)`` of at most ``rows``."""
     for start in range(0, n, rows):
         yield slice(start, min(start + rows, n))
 
 
-def _log_softmax(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
-    return matmul(hidden_CD, weight_VD.T).log_softmax(-1)
+def _chunk_rows(n: int, vocabulary: int, streams: int, spec: Spec, dtype: torch.dtype) -> int:
+    """Tokens of a chunk: as many as the budget allows, but at least one, and chunks of one size."""
+    most = max(1, spec.chunk_bytes // max(1, streams * vocabulary * dtype.itemsize))
+    return max(1, -(-n // -(-n // most))) if n else 1
 
 
-def _entropy(logp_CV: Tensor) -> Tensor:
-    return -(logp_CV.exp() * logp_CV).sum(-1)
+def _row_operations(path: str):
+    if path == "torch":
+        return torch_rows
+    from . import triton_rows
+
+    return triton_rows
 
 
-class LinearDivergence(torch.autograd.Function):
-    """(value, *TokenStats), each (N,); differentiable in the policy's hidden states and weight."""
-
-    @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, hindsight_ND, hindsight_VD, targets_N, rule, nbytes):
-        n, dtype = hidden_ND.shape[0], accumulation_dtype(hidden_ND.dtype)
-        out = hidden_ND.new_full((5, n), torch.nan, dtype=dtype)
-        for c in chunks(n, weight_VD.shape[0], nbytes, dtype.itemsize):
-            logp_CV = _log_softmax(hidden_ND[c], weight_VD)
-            logq_CV = _log_softmax(hindsight_ND[c], hindsight_VD)
-            out[0, c] = rule.value(logp_CV, logq_CV)
-            if targets_N is not None:
-                out[1, c] = logp_CV.gather(-1, targets_N[c, None])[:, 0]
-                out[2, c] = logq_CV.gather(-1, targets_N[c, None])[:, 0]
-            out[3, c] = _entropy(logp_CV)
-            out[4, c] = _entropy(logq_CV)
-        value, *stats = out.clone().unbind()
-        ctx.save_for_backward(hidden_ND, weight_VD, hindsight_ND, hindsight_VD, value)
-        ctx.rule, ctx.nbytes = rule, nbytes
-        ctx.mark_non_differentiable(*stats)
-        return value, *stats
-
-    @staticmethod
-    def backward(ctx, upstream_N, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_ND, weight_VD, hindsight_ND, hindsight_VD, value_N = ctx.saved_tensors
-
-        def dlogits(c: slice) -> Tensor:
-            logp_CV = _log_softmax(hidden_ND[c], weight_VD)
-            logq_CV = _log_softmax(hindsight_ND[c], hindsight_VD)
-            return ctx.rule.grad(logp_CV, logq_CV, value_N[c, None])
-
-        grads = _linear_backward(ctx, hidden_ND, weight_VD, upstream_N, dlogits)
-        return *grads, None, None, None, None, None
+def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
 
 
-class LinearLogProb(torch.autograd.Function):
-    """(log p(y), entropy), each (N,); the log-probability is differentiable, entropy is not."""
-
-    @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, targets_N, nbytes):
-        n, dtype = hidden_ND.shape[0], accumulation_dtype(hidden_ND.dtype)
-        logp_N, entropy_N = hidden_ND.new_empty((2, n), dtype=dtype).unbind()
-        for c in chunks(n, weight_VD.shape[0], nbytes, dtype.itemsize):
-            logp_CV = _log_softmax(hidden_ND[c], weight_VD)
-            logp_N[c] = logp_CV.gather(-1, targets_N[c, None])[:, 0]
-            entropy_N[c] = _entropy(logp_CV)
-        logp_N, entropy_N = logp_N.clone(), entropy_N.clone()
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
-        ctx.nbytes = nbytes
-        ctx.mark_non_differentiable(entropy_N)
-        return logp_N, entropy_N
-
-    @staticmethod
-    def backward(ctx, upstream_N, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_ND, weight_VD, targets_N = ctx.saved_tensors
-
-        def dlogits(c: slice) -> Tensor:
-            grad_CV = _log_softmax(hidden_ND[c], weight_VD).exp_().neg_()
-            at_target = torch.ones_like(grad_CV[:, :1])
-            return grad_CV.scatter_add_(1, targets_N[c, None], at_target)
-
-        return *_linear_backward(ctx, hidden_ND, weight_VD, upstream_N, dlogits), None, None
+def _top_columns(x_CV: Tensor, k: int, spec: Spec) -> Tensor:
+    """(C, K): this rank's columns of the whole vocabulary's K largest, -1 where another's."""
+    value, column = x_CV.topk(min(k, x_CV.shape[1]), dim=1)
+    if not spec.group:
+        return column
+    missing = k - value.shape[1]
+    value = torch.nn.functional.pad(value, (0, missing), value=-torch.inf)
+    column = torch.nn.functional.pad(column + spec.start, (0, missing), value=-1)
+    values = vocab.gather(spec.group, value).transpose(0, 1).flatten(1)
+    ids = vocab.gather(spec.group, column).transpose(0, 1).flatten(1)
+    best = ids.gather(1, values.topk(k, dim=1).indices)
+    return vocab.local_targets(best, spec.start, x_CV.shape[1])
 
 
-def _linear_backward(
-    ctx,
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    upstream_N: Tensor,
-    dlogits: Callable[[slice], Tensor],
-) -> list[Tensor | None]:
-    """dH = G W and dW = G^T H, summed over chunks, G = upstream * ``dlogits(chunk)``, (C, V).
-
-    G is rounded to the inputs' dtype before the products, as every mixed-precision linear layer
-    does, but relative to the largest upstream gradient: a mean over many tokens would underflow
-    in float16. The sum over chunks is float32.
-    """
-    scale = (
-        upstream_N.abs().amax().clamp(min=torch.finfo(upstream_N.dtype).tiny)
-        if len(upstream_N)
-        else upstream_N.new_ones(())
+def _bucket_divergence(
+    spec: Spec, z_CB: Tensor, u_CB: Tensor, weight_C: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The divergence of two softmax distributions over few buckets, and the gradient in z."""
+    z, u = z_CB.clone(), u_CB.clone()
+    row = partials.finish(torch_rows.stats(z, u, None, IDENTITY))
+    centre = row.gap
+    values, _ = torch_rows.divergence(
+        spec.buckets,
+        spec.beta,
+        z,
+        u,
+        row,
+        centre,
+        None,
+        IDENTITY,
+        z.dtype,
     )
-    relative_N = upstream_N / scale
-    need_dh, need_dw = ctx.needs_input_grad[:2]
-    dtype = accumulation_dtype(hidden_ND.dtype)
-    dh_ND = torch.empty_like(hidden_ND) if need_dh else None
-    dw_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_dw else None
-    for c in chunks(hidden_ND.shape[0], weight_VD.shape[0], ctx.nbytes, dtype.itemsize):
-        grad_CV = dlogits(c).mul_(relative_N[c, None]).to(weight_VD.dtype)
-        if dh_ND is not None:
-            dh_ND[c] = (matmul(grad_CV, weight_VD) * scale).to(dh_ND.dtype)
-        if dw_VD is not None:
-            dw_VD += matmul(grad_CV.T, hidden_ND[c])
-    return [dh_ND, None if dw_VD is None else (dw_VD * scale).to(weight_VD.dtype)]
+    value = values[0]
+    if spec.buckets == "jsd":
+        centre = values[0]
+        value = (1 - spec.beta) * values[0] + spec.beta * values[1]
+    if weight_C is None:
+        return value, None
+    _, grad = torch_rows.divergence(
+        spec.buckets,
+        spec.beta,
+        z,
+        u,
+        row,
+        centre,
+        weight_C,
+        IDENTITY,
+        z.dtype,
+    )
+    return value, grad

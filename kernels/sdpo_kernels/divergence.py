@@ -1,8 +1,8 @@
-"""Reverse KL, forward KL and JSD per token between a policy and a hindsight stream.
+"""Reverse KL, forward KL, JSD and top-K divergences per token between policy and hindsight.
 
 p = softmax(hidden @ weight.T) is the policy, q = softmax(hindsight_hidden @ hindsight_weight.T)
-the hindsight distribution. Values are differentiable in ``hidden`` and ``weight``; the hindsight
-stream is a constant. Gradients with respect to the policy's logits z:
+the hindsight distribution. Values are differentiable in ``hidden``, ``weight`` and ``bias``; the
+hindsight stream is a constant. Gradients with respect to the policy's logits z:
 
   reverse KL   p (log p - log q - KL)
   forward KL   p - q = -p expm1(log q - log p) = q expm1(log p - log q)
@@ -11,63 +11,36 @@ stream is a constant. Gradients with respect to the policy's logits z:
 Oracle: reference.py in float64.
 """
 
-import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Unpack
 
-import torch
 from torch import Tensor
 
-from .checks import check_pair, check_targets
-from .chunked import DEFAULT_CHUNK_BYTES, LinearDivergence, Rule, TokenStats
+from .chunked import Inputs
+from .ops import Call, call
+from .settings import Options
+
+
+class TokenStats(NamedTuple):
+    """Detached statistics of both distributions, each (N,), in nats.
+
+    ``logp_*`` are the log-probabilities of the targets; they are NaN where none were given.
+    """
+
+    logp_policy: Tensor
+    logp_hindsight: Tensor
+    entropy_policy: Tensor
+    entropy_hindsight: Tensor
+    lse_policy: Tensor
+    lse_hindsight: Tensor
 
 
 class Divergence(NamedTuple):
-    """``value`` (N,), differentiable, in nats; ``stats``: detached, of both streams."""
+    """``value`` (N,), in nats, differentiable unless weights were given; then ``loss``, the scalar
+    sum of weights * value, is. ``stats`` are detached."""
 
     value: Tensor
     stats: TokenStats
-
-
-def kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p || q) = sum p (e^d - 1 - d), d = log q - log p, shape (N,).
-
-    Equal to sum p (-d), as both distributions sum to 1, but every term is non-negative: where p
-    and q almost agree nothing cancels, and the value cannot be negative.
-    """
-    p, d = logp.exp(), logq - logp
-    # e^d - 1 - d by its series where the difference would lose more digits than the series' end
-    small = 0.03 if d.dtype == torch.float64 else 0.3
-    series = d * d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d / 720))))
-    return torch.where(d.abs() < small, p * series, logq.exp() - p - p * d).sum(-1)
-
-
-def _jsd(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
-    logm = torch.logaddexp(logq + math.log(beta), logp + math.log1p(-beta))
-    return beta * kl(logq, logm) + (1 - beta) * kl(logp, logm)
-
-
-def _reverse_kl_grad(logp: Tensor, logq: Tensor, value: Tensor) -> Tensor:
-    return logp.exp() * (logp - logq - value)
-
-
-def _forward_kl_grad(logp: Tensor, logq: Tensor, value: Tensor) -> Tensor:
-    # p - q loses every digit where the two agree; expm1 keeps them, and of its two forms the one
-    # with the non-positive exponent cannot overflow
-    d = logq - logp
-    return torch.where(d < 0, -logp.exp(), logq.exp()) * torch.expm1(-d.abs())
-
-
-REVERSE_KL = Rule(kl, _reverse_kl_grad)
-FORWARD_KL = Rule(lambda logp, logq: kl(logq, logp), _forward_kl_grad)
-
-
-def _jsd_rule(beta: float) -> Rule:
-    def grad(logp: Tensor, logq: Tensor, value: Tensor) -> Tensor:
-        logm = torch.logaddexp(logq + math.log(beta), logp + math.log1p(-beta))
-        p, d = logp.exp(), logp - logm
-        return (1 - beta) * p * (d - (p * d).sum(-1, keepdim=True))
-
-    return Rule(lambda logp, logq: _jsd(logp, logq, beta), grad)
+    loss: Tensor | None
 
 
 def linear_reverse_kl(
@@ -77,26 +50,37 @@ def linear_reverse_kl(
     hindsight_weight: Tensor | None = None,
     *,
     targets: Tensor | None = None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    weights: Tensor | None = None,
+    **options: Unpack[Options],
 ) -> Divergence:
     """KL(policy || hindsight) per token: mode-seeking.
 
     Args:
-        hidden: (N, D) policy hidden states before the head; differentiable.
-        weight: (V, D) lm_head; differentiable.
+        hidden: (N, D) policy hidden states before the head: float32, bfloat16, float16 or float64;
+            differentiable.
+        weight: (V, D) lm_head, of the same dtype; differentiable.
         hindsight_hidden: (N, D') hidden states of the same tokens with the follow-up in the prompt.
-        hindsight_weight: (V, D') the teacher's lm_head; None: the policy's own, as a constant.
+        hindsight_weight: (V, D') the teacher's lm_head; None: the policy's own, as a constant, in
+            one product with the policy's.
         targets: (N,) token ids whose log-probabilities ``stats`` shall hold.
-        chunk_bytes: logits of one stream that may be alive at once, in bytes.
+        weights: (N,) constants. Known up front, they make ``loss`` = sum of weights * values cost
+            four products instead of six: its gradient is formed while the logits are there.
+        options: see ``Options``.
 
     Returns:
-        ``Divergence(value, stats)``; every tensor (N,), float32 (float64 for float64), in nats.
+        ``Divergence``; every tensor float32 (float64 for float64).
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        ValueError: a shape, dtype, device or setting does not fit; the message names the argument.
     """
+    x = Inputs(hidden, weight, hindsight_hidden, hindsight_weight, targets=targets)
     return _divergence(
-        REVERSE_KL, hidden, weight, hindsight_hidden, hindsight_weight, targets, chunk_bytes
+        call(
+            "reverse_kl",
+            x,
+            weights,
+            options,
+        )
     )
 
 
@@ -107,11 +91,18 @@ def linear_forward_kl(
     hindsight_weight: Tensor | None = None,
     *,
     targets: Tensor | None = None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    weights: Tensor | None = None,
+    **options: Unpack[Options],
 ) -> Divergence:
     """KL(hindsight || policy) per token: mass-covering. Arguments as ``linear_reverse_kl``."""
+    x = Inputs(hidden, weight, hindsight_hidden, hindsight_weight, targets=targets)
     return _divergence(
-        FORWARD_KL, hidden, weight, hindsight_hidden, hindsight_weight, targets, chunk_bytes
+        call(
+            "forward_kl",
+            x,
+            weights,
+            options,
+        )
     )
 
 
@@ -123,7 +114,8 @@ def linear_jsd(
     *,
     beta: float = 0.5,
     targets: Tensor | None = None,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    weights: Tensor | None = None,
+    **options: Unpack[Options],
 ) -> Divergence:
     """Generalised Jensen-Shannon divergence per token, with hindsight as GKD's teacher.
 
@@ -131,22 +123,72 @@ def linear_jsd(
     between 0 and 1, where it vanishes (arXiv:2306.13649, eq. 1); what other systems call beta = 0
     and 1 are ``linear_forward_kl`` and ``linear_reverse_kl``, whose other arguments it shares.
     """
+    _check_beta(beta)
+    x = Inputs(hidden, weight, hindsight_hidden, hindsight_weight, targets=targets)
+    return _divergence(
+        call(
+            "jsd",
+            x,
+            weights,
+            options,
+            beta=beta,
+        )
+    )
+
+
+def linear_topk_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    hindsight_hidden: Tensor,
+    hindsight_weight: Tensor | None = None,
+    *,
+    k: int,
+    support: Literal["policy", "hindsight"] = "policy",
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl",
+    beta: float = 0.5,
+    targets: Tensor | None = None,
+    weights: Tensor | None = None,
+    **options: Unpack[Options],
+) -> Divergence:
+    """A divergence per token over K + 1 buckets: the K likeliest tokens, and all others as one.
+
+    A lower bound of the divergence over the vocabulary (data processing inequality), equal to it at
+    K = V; the others' bucket keeps it a divergence, which a renormalised top K is not.
+
+    Args:
+        k: 1 to V. Ties at the K-th place are broken as ``torch.topk`` does.
+        support: whose K likeliest tokens; the choice is a constant of the gradient.
+        divergence: over the buckets, with ``beta`` for the JSD.
+
+    The other arguments, results and errors are ``linear_reverse_kl``'s.
+    """
+    if support not in ("policy", "hindsight"):
+        raise ValueError(f'support must be "policy" or "hindsight", got {support!r}')
+    if divergence not in ("reverse_kl", "forward_kl", "jsd"):
+        raise ValueError(f"divergence must be reverse_kl, forward_kl or jsd, got {divergence!r}")
+    _check_beta(beta)
+    x = Inputs(hidden, weight, hindsight_hidden, hindsight_weight, targets=targets)
+    return _divergence(
+        call(
+            "topk",
+            x,
+            weights,
+            options,
+            k=k,
+            support=support,
+            buckets=divergence,
+            beta=beta,
+        )
+    )
+
+
+def _divergence(out: Call) -> Divergence:
+    return Divergence(out.value, TokenStats(*out.stats.unbind()), out.loss)
+
+
+def _check_beta(beta: float) -> None:
     if not 0 < beta < 1:
         raise ValueError(
             f"beta must lie strictly between 0 and 1, got {beta}: "
             "use linear_forward_kl for beta=0 and linear_reverse_kl for beta=1"
         )
-    return _divergence(
-        _jsd_rule(beta), hidden, weight, hindsight_hidden, hindsight_weight, targets, chunk_bytes
-    )
-
-
-def _divergence(rule, hidden, weight, hindsight_hidden, hindsight_weight, targets, chunk_bytes):
-    shared = weight if hindsight_weight is None else hindsight_weight
-    check_pair(hidden, weight, hindsight_hidden, shared)
-    if targets is not None:
-        check_targets(targets, hidden)
-    value, *stats = LinearDivergence.apply(  # pyright: ignore
-        hidden, weight, hindsight_hidden.detach(), shared.detach(), targets, rule, chunk_bytes
-    )
-    return Divergence(value, TokenStats(*stats))

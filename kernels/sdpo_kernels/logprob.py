@@ -1,38 +1,50 @@
-"""log p(y) and entropy per token, straight from hidden states."""
+"""log p(y), entropy and log-sum-exp per token, straight from hidden states."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 from torch import Tensor
 
-from .checks import check_linear, check_targets
-from .chunked import DEFAULT_CHUNK_BYTES, LinearLogProb
+from .chunked import Inputs
+from .ops import call
+from .settings import Options
 
 
 class LogProb(NamedTuple):
-    """``logp`` (N,): log p(y), differentiable. ``entropy`` (N,): detached. Both in nats."""
+    """Each (N,), in nats. ``logp`` is log p(y), differentiable unless weights were given; then
+    ``loss``, the scalar sum of weights * logp, is. ``entropy`` and ``lse`` are detached."""
 
     logp: Tensor
     entropy: Tensor
+    lse: Tensor
+    loss: Tensor | None
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    weights: Tensor | None = None,
+    **options: Unpack[Options],
 ) -> LogProb:
-    """log softmax(hidden @ weight.T)[targets], without ever holding (N, V) logits.
+    """log softmax(hidden @ weight.T)[targets] per token, without ever holding (N, V) logits.
 
     Args:
-        hidden: (N, D), float32, bfloat16, float16 or float64; differentiable.
-        weight: (V, D), the lm_head, of the same dtype; differentiable.
-        targets: (N,), integer token ids in [0, V).
-        chunk_bytes: logits that may be alive at once, in bytes.
+        hidden: (N, D) hidden states before the head: float32, bfloat16, float16 or float64;
+            differentiable.
+        weight: (V, D) lm_head, of the same dtype; differentiable.
+        targets: (N,) token ids in [0, V), of an integer dtype. A token that no rank's head holds
+            has log-probability -inf.
+        weights: (N,) constants. Known up front, they make ``loss`` = sum of weights * logp cost
+            three products instead of four: its gradient is formed while the logits are there.
+        options: see ``Options``.
 
     Returns:
-        ``LogProb(logp, entropy)``, each (N,) float32 (float64 for float64 inputs).
+        ``LogProb``; every tensor float32 (float64 for float64).
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; the message names the argument.
+        ValueError: a shape, dtype, device or setting does not fit; the message names the argument.
     """
-    check_linear(hidden, weight)
-    check_targets(targets, hidden)
-    logp_N, entropy_N = LinearLogProb.apply(hidden, weight, targets, chunk_bytes)  # pyright: ignore
-    return LogProb(logp_N, entropy_N)
+    x = Inputs(hidden, weight, targets=targets)
+    out = call("logprob", x, weights, options)
+    return LogProb(out.value, out.stats[2], out.stats[4], out.loss)

@@ -1,0 +1,75 @@
+"""Per-token partials: what a range of the vocabulary says about a token's softmax.
+
+Shapes: R ranges (tiles, or tensor-parallel ranks), F fields, C tokens.
+
+  of one stream         m = max z, s = sum e^(z-m), t = sum e^(z-m) (z-m), y = z at the target
+  of the pair, at last  c = sum e^(z-m) (z-u), under the policy's m
+
+The target's logit is -inf where another range holds it. Ranges merge in any order and grouping, so
+the same ``merge`` serves tiles of a kernel and ranks of a process group.
+Oracle: tests/kernels/test_partials.py splits a vocabulary anywhere.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SINGLE, PAIR = 4, 9
+"""Number of fields F: (m, s, t, y) of one stream; of both streams, and c."""
+
+
+class RowStats(NamedTuple):
+    """Statistics of C tokens, each (C,), in nats. The hindsight's are None for a single stream."""
+
+    lse: Tensor
+    entropy: Tensor
+    logp: Tensor
+    hindsight_lse: Tensor | None = None
+    hindsight_entropy: Tensor | None = None
+    hindsight_logp: Tensor | None = None
+    gap: Tensor | None = None
+    """sum p (z - u), the mean difference of logits under the policy."""
+
+
+def merge(parts_RFC: Tensor) -> Tensor:
+    """(R, F, C) -> (F, C)."""
+    if parts_RFC.shape[0] == 1:
+        return parts_RFC[0]
+    out = torch.empty_like(parts_RFC[0])
+    scale_RC = _merge_stream(parts_RFC[:, :4], out[:4])
+    if parts_RFC.shape[1] == PAIR:
+        _merge_stream(parts_RFC[:, 4:8], out[4:8])
+        out[8] = _product(scale_RC, parts_RFC[:, 8]).sum(0)
+    return out
+
+
+def _merge_stream(parts_R4C: Tensor, out_4C: Tensor) -> Tensor:
+    m_RC, s_RC, t_RC, y_RC = parts_R4C.unbind(1)
+    m_C = m_RC.amax(0)
+    shift_RC = torch.where(m_RC == m_C, 0, m_RC - m_C)
+    scale_RC = shift_RC.exp()
+    out_4C[0] = m_C
+    out_4C[1] = (scale_RC * s_RC).sum(0)
+    out_4C[2] = _product(scale_RC, t_RC + _product(s_RC, shift_RC)).sum(0)
+    out_4C[3] = y_RC.amax(0)
+    return scale_RC
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, and 0 where a is 0, whatever b."""
+    return torch.where(a == 0, 0, a * b)
+
+
+def finish(merged_FC: Tensor) -> RowStats:
+    """The whole vocabulary's partials -> statistics."""
+    stats = _finish_stream(merged_FC[:4])
+    if merged_FC.shape[0] == SINGLE:
+        return RowStats(*stats)
+    return RowStats(*stats, *_finish_stream(merged_FC[4:8]), merged_FC[8] / merged_FC[1])
+
+
+def _finish_stream(merged_4C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    m, s, t, y = merged_4C
+    log_s = s.log()
+    return m + log_s, log_s - t / s, (y - m) - log_s
