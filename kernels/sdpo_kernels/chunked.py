@@ -112,9 +112,8 @@ def run(x: Inputs, spec: Spec, weights_N: Tensor | None = None, wanted: Wanted =
     if x.mask is not None:
         return _run_masked(x, spec, weights_N, wanted)
     result = empty_result(x, wanted)
-    for grad in (result.dweight, result.dbias):
-        grad.zero_()
-    result.stats.fill_(torch.nan)
+    for summed in (result.dweight, result.dbias, result.stats):
+        summed.zero_()
     result.scale.fill_(1)
     n = x.hidden.shape[0]
     if weights_N is not None and n:
@@ -182,7 +181,7 @@ class _Loop:
         self.bias = _cast(x.bias, self.dtype)
         self.hindsight_bias = self.bias if self.stacked else _cast(x.hindsight_bias, self.dtype)
         two = x.hindsight is not None and not self.fused
-        self.chunk_rows = _chunk_rows(x.hidden.shape[0], self.vocabulary, 1 + two, spec, self.dtype)
+        self.chunk_rows = _chunk_rows(x, 1 + two, spec, self.dtype)
         if self.fused and not self.gradient:
             self.chunk_rows = max(1, x.hidden.shape[0])
         else:
@@ -285,7 +284,7 @@ class _Loop:
         assert z is not None and self.targets_N is not None
         by = weight_C * slope
         return value, self.rows.softmax_grad(
-            z, row.lse, -by, by, self.targets_N[c], self.spec.transform, self.x.hidden.dtype
+            z, row.norm, -by, by, self.targets_N[c], self.spec.transform, self.x.hidden.dtype
         )
 
     def _divergence(self, kind, z, u, row, centre_C, weight_C):
@@ -294,7 +293,7 @@ class _Loop:
             self.spec.beta,
             z,
             u,
-            row,
+            row.norm,
             centre_C,
             weight_C,
             self.spec.transform,
@@ -324,7 +323,8 @@ class _Loop:
             if not x.shape[1]:
                 return x.new_full(columns.shape, -torch.inf)
             at = torch.where(here, x.gather(1, safe), -torch.inf)
-            x.scatter_reduce_(1, safe, torch.where(here, -torch.inf, torch.inf), "amin")
+            gone = torch.full_like(at, torch.inf).masked_fill_(here, -torch.inf)
+            x.scatter_reduce_(1, safe, gone, "amin")
             return at
 
         at = torch.cat([pick_(z), pick_(u)], dim=1).T
@@ -336,21 +336,16 @@ class _Loop:
                 parts[:, partials.PAIR :].amax(0),
             )
         tail = partials.finish(others)
-        assert tail.hindsight_lse is not None
-        tail_z, tail_u = (
-            t.masked_fill(t.isnan(), -torch.inf) for t in (tail.lse, tail.hindsight_lse)
-        )
-        b_z, b_u = (
-            torch.cat([at[:k].T, tail_z[:, None]], 1),
-            torch.cat([at[k:].T, tail_u[:, None]], 1),
-        )
+        tail_z, tail_u = (m + log_s for m, log_s in tail.norm.unflatten(0, (2, 2)))
+        b_z = torch.cat([at[:k].T, tail_z[:, None]], 1)
+        b_u = torch.cat([at[k:].T, tail_u[:, None]], 1)
         value, grad = _bucket_divergence(spec, b_z, b_u, weight_C)
         if weight_C is None:
             return value, None
         assert grad is not None
         dz = self.rows.softmax_grad(
             z,
-            tail_z.masked_fill(tail_z.isinf(), 0),
+            tail.norm[:2].masked_fill(tail.norm[:2].isinf(), 0),  # no others: e^(-inf) of them
             grad[:, -1].contiguous(),
             None,
             None,
@@ -453,8 +448,14 @@ def chunks(n: int, rows: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, n))
 
 
-def _chunk_rows(n: int, vocabulary: int, streams: int, spec: Spec, dtype: torch.dtype) -> int:
-    """Tokens of a chunk: as many as the budget allows, but at least one, and chunks of one size."""
+def _chunk_rows(x: Inputs, streams: int, spec: Spec, dtype: torch.dtype) -> int:
+    """Tokens of a chunk: as many as the budget allows, but at least one, and chunks of one size.
+
+    Ranks must agree on it, however uneven their shards: it is reckoned for an even one.
+    """
+    n, vocabulary = x.hidden.shape[0], x.weight.shape[0]
+    if spec.group:
+        vocabulary = -(-spec.total // vocab.size(spec.group))
     most = max(1, spec.chunk_bytes // max(1, streams * vocabulary * dtype.itemsize))
     return max(1, -(-n // -(-n // most))) if n else 1
 
@@ -497,7 +498,7 @@ def _bucket_divergence(
         spec.beta,
         z,
         u,
-        row,
+        row.norm,
         centre,
         None,
         IDENTITY,
@@ -514,7 +515,7 @@ def _bucket_divergence(
         spec.beta,
         z,
         u,
-        row,
+        row.norm,
         centre,
         weight_C,
         IDENTITY,

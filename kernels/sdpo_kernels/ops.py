@@ -47,7 +47,7 @@ def call(
     Args:
         of_kind: the fields of ``Spec`` that are the kind's own.
     """
-    own_head = x.hindsight_weight is not x.weight
+    own_head = x.hindsight_weight is not x.weight or options.get("hindsight_bias") is not None
     x = x._replace(
         hindsight=_detached(x.hindsight),
         hindsight_weight=_detached(x.hindsight_weight) if own_head else None,
@@ -226,7 +226,8 @@ def _reference(x: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
         targets = torch.where(x.mask.to(targets.device), targets, 0)
     with torch.autocast(x.hidden.device.type, enabled=False):
         logp, lse = read(x.hidden, x.weight, x.bias)
-        stats = RowStats(*row(logp, lse))
+        nothing = torch.zeros_like(lse)
+        stats = RowStats(nothing, *row(logp, lse))
         logq = None
         if x.hindsight is not None:
             shared = x.hindsight_weight is None
@@ -234,14 +235,19 @@ def _reference(x: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
             assert weight is not None
             with torch.no_grad():
                 logq, lse = read(x.hindsight, weight, bias)
-                stats = RowStats(*stats[:3], *row(logq, lse))
+                stats = RowStats(*stats[:4], *row(logq, lse))
         value = _reference_value(x, spec, logp, logq, stats)
     if x.mask is not None:
         value = torch.where(x.mask.to(value.device), value, 0)
-    nan = torch.full_like(lse, torch.nan)
-    columns = [nan if s is None else s.detach() for s in stats[:6]]
-    order = (2, 5, 1, 4, 0, 3)
-    out = torch.stack([columns[i] for i in order])
+    columns = (
+        stats.logp,
+        stats.hindsight_logp,
+        stats.entropy,
+        stats.hindsight_entropy,
+        stats.lse,
+        stats.hindsight_lse,
+    )
+    out = torch.stack([nothing if s is None else s.detach() for s in columns])
     return value, out if x.mask is None else torch.where(x.mask.to(out.device), out, 0)
 
 

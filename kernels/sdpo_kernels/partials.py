@@ -22,6 +22,9 @@ SINGLE, PAIR = 4, 9
 class RowStats(NamedTuple):
     """Statistics of C tokens, each (C,), in nats. The hindsight's are None for a single stream."""
 
+    norm: Tensor
+    """(2, C), or (4, C) for a pair: the maximum logit and log sum e^(z - max), whose sum is the
+    log-sum-exp; apart they keep the digits that a large maximum would take."""
     lse: Tensor
     entropy: Tensor
     logp: Tensor
@@ -63,13 +66,15 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def finish(merged_FC: Tensor) -> RowStats:
     """The whole vocabulary's partials -> statistics."""
-    stats = _finish_stream(merged_FC[:4])
+    norm, lse, entropy, logp = _finish_stream(merged_FC[:4])
     if merged_FC.shape[0] == SINGLE:
-        return RowStats(*stats)
-    return RowStats(*stats, *_finish_stream(merged_FC[4:8]), merged_FC[8] / merged_FC[1])
+        return RowStats(norm, lse, entropy, logp)
+    other, *others = _finish_stream(merged_FC[4:8])
+    gap = merged_FC[8] / merged_FC[1]
+    return RowStats(torch.cat([norm, other]), lse, entropy, logp, *others, gap=gap)
 
 
-def _finish_stream(merged_4C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _finish_stream(merged_4C: Tensor) -> tuple[Tensor, ...]:
     m, s, t, y = merged_4C
     log_s = s.log()
-    return m + log_s, log_s - t / s, (y - m) - log_s
+    return torch.stack([m, log_s]), m + log_s, log_s - t / s, (y - m) - log_s

@@ -30,7 +30,7 @@ def linear_sampled_token(
 
     With weights known up front it costs four products, like a divergence: the advantage is formed
     inside the chunk, between statistics and gradient. Centring needs every advantage of a sequence
-    first, and so a pass of its own: five products (seven without weights, where six are usual).
+    first, and so a pass of its own: five products.
 
     Args:
         targets: (N,) the sampled tokens y.

@@ -32,7 +32,8 @@ class Options(TypedDict, total=False):
     shard: VocabShard | None
     """This rank's rows of a head that is split over a process group; see ``VocabShard``."""
     chunk_bytes: int | None
-    """float32 logits, of both streams, that may be alive at once, in bytes. None: by device."""
+    """float32 logits, of both streams, that may be alive at once, in bytes; with a shard, those of
+    an even one. None: by device."""
     path: Path
     """Forces a way to compute it; see ``Path``. "auto"."""
 

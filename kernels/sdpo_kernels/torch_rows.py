@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .partials import PAIR, SINGLE, RowStats
+from .partials import PAIR, SINGLE
 from .settings import Transform
 
 BLOCK_ELEMENTS = 2**18
@@ -43,7 +43,7 @@ def stats(
         if u_CV is not None:
             u = _transform_(u_CV[r], transform, hindsight_bias_V)
             _stream_stats(u, targets, out[4:8, r])
-            out[8, r] = _weighted(e, z - u).sum(-1)
+            out[8, r] = _dot(e, z - u)
     return out
 
 
@@ -62,7 +62,7 @@ def _stream_stats(x: Tensor, targets: Tensor | None, out_4C: Tensor) -> Tensor:
     shifted = x - m.clamp(min=torch.finfo(x.dtype).min)
     e = shifted.exp()
     out_4C[0], out_4C[1] = m[:, 0], e.sum(-1)
-    out_4C[2] = _weighted(e, shifted).sum(-1)
+    out_4C[2] = _dot(e, shifted)
     out_4C[3] = -torch.inf
     if targets is not None and x.shape[1]:
         at = x.gather(1, targets.clamp(min=0)[:, None])[:, 0]
@@ -75,7 +75,7 @@ def divergence(
     beta: float,
     z_CV: Tensor,
     u_CV: Tensor,
-    row: RowStats,
+    norm_4C: Tensor,
     centre_C: Tensor | None,
     weight_C: Tensor | None,
     transform: Transform,
@@ -86,46 +86,75 @@ def divergence(
 
     Args:
         z_CV, u_CV: transformed logits.
+        norm_4C: see ``RowStats.norm``.
         centre_C: what centres the gradient: sum p (z - u) for reverse KL, KL(p || m) for JSD.
     """
     values = z_CV.new_empty((2 if kind == "jsd" else 1, z_CV.shape[0]))
     for r in _blocks(z_CV):
         z, u = z_CV[r], u_CV[r]
-        gap = z - u
-        p = (z - _column(row.lse, r)).exp_()
-        q = (u - _column(row.hindsight_lse, r)).exp_()
-        # log q - log p: z - u is exact where the two almost agree
-        d = (_column(row.lse, r) - _column(row.hindsight_lse, r)) - gap
-        d = d.masked_fill_((p == 0) & (q == 0), 0)
-        # q - p loses every digit where the two agree; expm1 of the non-positive exponent keeps them
-        expm1 = torch.expm1(-d.abs())
-        difference = torch.where(d < 0, p, -q).mul_(expm1)
-        grad = None
-        if kind == "reverse_kl":
-            values[0, r] = _excess(p, d, difference).sum(-1)
-            if weight_C is not None:
-                grad = _weighted(p, gap.sub_(_column(centre_C, r)))
-        elif kind == "forward_kl":
-            values[0, r] = _excess(q, -d, -difference).sum(-1)
-            if weight_C is not None:
-                grad = -difference
-        else:
-            # log m - log p and log m - log q, from the non-positive exponent again
-            half = torch.log1p(torch.where(d < 0, beta * expm1, (1 - beta) * expm1))
-            to_p, to_q = half + d.clamp(min=0), half + (-d).clamp(min=0)
-            values[0, r] = _excess(p, to_p, beta * difference).sum(-1)
-            values[1, r] = _excess(q, to_q, (beta - 1) * difference).sum(-1)
-            if weight_C is not None:
-                grad = _weighted(p, to_p + _column(centre_C, r)).mul_(beta - 1)
-        if grad is not None:
-            grad *= _column(weight_C, r)
-            z.copy_(_through_transform_(grad, z, transform))
+        norm = norm_4C[:, r, None].unbind()
+        centre = None if centre_C is None else centre_C[r, None]
+        found = None
+        if kind != "jsd" and z.device.type == "cpu":  # elsewhere, to look at d is to wait for it
+            found = _moderate_kl(kind, z, u, norm, centre)
+        values[:, r], grad = found or _divergence(kind, beta, z, u, norm, centre)
+        if weight_C is not None:
+            z.copy_(_through_transform_(grad.mul_(weight_C[r, None]), z, transform))
     return values, None if weight_C is None else z_CV
+
+
+def _moderate_kl(kind: str, z, u, norm, centre) -> tuple[Tensor, Tensor] | None:
+    """Values (1, C) and gradient (C, V) of the KLs in few operations; None where logits are
+    infinite, or q is so much larger than p that p may have underflowed where q has not."""
+    m, log_s, n, log_r = norm
+    gap = z - u
+    p = (z - m).sub_(log_s).exp_()
+    d = ((m - n) + (log_s - log_r)) - gap
+    if d.numel() and not d.amax() < 60:
+        return None
+    expm1 = torch.expm1(d)
+    if kind == "reverse_kl":
+        # of e^d - 1 - d >= 0 only roundings are negative
+        value = (expm1 - d).clamp_(min=0).mul_(p).sum(-1)
+        grad = gap if centre is None else gap.sub_(centre).mul_(p)
+    else:
+        # q (e^-d - 1 + d) = p ((e^d - 1) d + d - (e^d - 1))
+        value = d.addcmul_(expm1, d).sub_(expm1).clamp_(min=0).mul_(p).sum(-1)
+        grad = expm1.mul_(p).neg_()
+    return (value[None], grad) if torch.isfinite(value).all() else None
+
+
+def _divergence(kind: str, beta: float, z, u, norm, centre) -> tuple[Tensor, Tensor]:
+    """Values (1 or 2, C) and gradient (C, V), wherever they are defined."""
+    m, log_s, n, log_r = norm
+    gap = z - u
+    p, q = (z - m).sub_(log_s).exp_(), (u - n).sub_(log_r).exp_()
+    # log q - log p: z - u, like m - n, is exact where the two almost agree
+    d = ((m - n) + (log_s - log_r)) - gap
+    d.masked_fill_((p == 0) & (q == 0), 0)
+    # q - p loses every digit where the two agree; expm1 of the non-positive exponent keeps them
+    expm1 = torch.expm1(-d.abs())
+    difference = torch.where(d < 0, p, -q).mul_(expm1)
+    if kind == "reverse_kl":
+        grad = gap if centre is None else _weighted(p, gap - centre)
+        return _excess(p, d, difference).sum(-1)[None], grad
+    if kind == "forward_kl":
+        return _excess(q, -d, -difference).sum(-1)[None], -difference
+    # log m - log p and log m - log q, from the non-positive exponent again
+    half = torch.log1p(torch.where(d < 0, beta * expm1, (1 - beta) * expm1))
+    to_p, to_q = half + d.clamp(min=0), half + (-d).clamp(min=0)
+    value = torch.stack(
+        [
+            _excess(p, to_p, beta * difference).sum(-1),
+            _excess(q, to_q, (beta - 1) * difference).sum(-1),
+        ]
+    )
+    return value, to_p if centre is None else _weighted(p, to_p + centre).mul_(beta - 1)
 
 
 def softmax_grad(
     z_CV: Tensor,
-    lse_C: Tensor,
+    norm_2C: Tensor,
     a_C: Tensor,
     b_C: Tensor | None,
     targets_C: Tensor | None,
@@ -135,13 +164,14 @@ def softmax_grad(
     """a p + b onehot(y) with respect to raw logits, (C, V), in the memory of transformed ones."""
     for r in _blocks(z_CV):
         z = z_CV[r]
-        grad = (z - _column(lse_C, r)).exp_().mul_(_column(a_C, r))
+        grad = z if transform.identity else z.clone()
+        grad.sub_(norm_2C[0, r, None]).sub_(norm_2C[1, r, None]).exp_().mul_(a_C[r, None])
         if b_C is not None and z.shape[1]:
             assert targets_C is not None
-            here = targets_C[r] >= 0
-            at = torch.where(here, b_C[r], 0)[:, None]
+            at = torch.where(targets_C[r] >= 0, b_C[r], 0)[:, None]
             grad.scatter_add_(1, targets_C[r].clamp(min=0)[:, None], at)
-        z.copy_(_through_transform_(grad, z, transform))
+        if grad is not z:
+            z.copy_(_through_transform_(grad, z, transform))
     return z_CV
 
 
@@ -170,9 +200,13 @@ def _weighted(p: Tensor, x: Tensor | float) -> Tensor:
     return (p * x).masked_fill_(p == 0, 0)
 
 
-def _column(x: Tensor | None, r: slice) -> Tensor:
-    assert x is not None
-    return x[r, None]
+def _dot(p: Tensor, x: Tensor) -> Tensor:
+    """sum p x over columns, where p = 0 counts as nothing, whatever x."""
+    if p.device.type == "cpu":  # elsewhere, to look at the result is to wait for it
+        total = (p * x).sum(-1)
+        if torch.isfinite(total).all():
+            return total
+    return _weighted(p, x).sum(-1)
 
 
 def _blocks(x_CV: Tensor) -> Iterator[slice]:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .partials import PAIR, SINGLE, RowStats
+from .partials import PAIR, SINGLE
 from .settings import Transform
 from .tiles import excess, expm1_nonpositive, log1p, online, transform_grad, weighted
 from .tiles import transform as transformed
@@ -155,8 +155,7 @@ def divergence_kernel(
     z_ptr,
     u_ptr,
     grad_ptr,
-    lse_ptr,
-    hindsight_lse_ptr,
+    norm_ptr,
     centre_ptr,
     weight_ptr,
     values_ptr,
@@ -178,8 +177,12 @@ def divergence_kernel(
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_stride
     u_ptr += row * u_stride
-    lse = tl.load(lse_ptr + row)
-    hindsight_lse = tl.load(hindsight_lse_ptr + row)
+    norm_ptr += row
+    m = tl.load(norm_ptr)
+    log_s = tl.load(norm_ptr + tokens)
+    n = tl.load(norm_ptr + 2 * tokens)
+    log_r = tl.load(norm_ptr + 3 * tokens)
+    shift = (m - n) + (log_s - log_r)
     centre = 0.0
     weight = 0.0
     if GRAD:
@@ -194,11 +197,11 @@ def divergence_kernel(
         inside = columns < vocabulary
         z = tl.load(z_ptr + columns, mask=inside, other=float("-inf"))
         u = tl.load(u_ptr + columns, mask=inside, other=float("-inf"))
-        p = tl.exp(z - lse)
-        q = tl.exp(u - hindsight_lse)
-        # z - u is exact where the two almost agree
+        p = tl.exp((z - m) - log_s)
+        q = tl.exp((u - n) - log_r)
+        # z - u, like m - n, is exact where the two almost agree
         gap = z - u
-        d = tl.where((p == 0) & (q == 0), 0.0, (lse - hindsight_lse) - gap)
+        d = tl.where((p == 0) & (q == 0), 0.0, shift - gap)
         expm1 = expm1_nonpositive(-tl.abs(d))
         difference = tl.where(d < 0, p, -q) * expm1
         if KIND == 0:
@@ -229,7 +232,7 @@ def divergence(
     beta: float,
     z_CV: Tensor,
     u_CV: Tensor,
-    row: RowStats,
+    norm_4C: Tensor,
     centre_C: Tensor | None,
     weight_C: Tensor | None,
     transform: Transform,
@@ -245,8 +248,7 @@ def divergence(
             z_CV,
             u_CV,
             _or(grad, z_CV),
-            _or(row.lse, z_CV),
-            _or(row.hindsight_lse, z_CV),
+            norm_4C,
             _or(centre_C, z_CV),
             _or(weight_C, z_CV),
             values,
@@ -273,10 +275,11 @@ def divergence(
 def softmax_grad_kernel(
     z_ptr,
     grad_ptr,
-    lse_ptr,
+    norm_ptr,
     a_ptr,
     b_ptr,
     targets_ptr,
+    tokens,
     vocabulary,
     z_stride,
     grad_stride,
@@ -291,7 +294,8 @@ def softmax_grad_kernel(
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_stride
     grad_ptr += row * grad_stride
-    lse = tl.load(lse_ptr + row)
+    m = tl.load(norm_ptr + row)
+    log_s = tl.load(norm_ptr + tokens + row)
     a = tl.load(a_ptr + row)
     b = 0.0
     target = -1
@@ -302,7 +306,7 @@ def softmax_grad_kernel(
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocabulary
         z = tl.load(z_ptr + columns, mask=inside, other=float("-inf"))
-        grad = a * tl.exp(z - lse)
+        grad = a * tl.exp((z - m) - log_s)
         if TARGETS:
             grad += tl.where(columns == target, b, 0.0)
         if CAP or SCALE:
@@ -314,7 +318,7 @@ def softmax_grad_kernel(
 
 def softmax_grad(
     z_CV: Tensor,
-    lse_C: Tensor,
+    norm_2C: Tensor,
     a_C: Tensor,
     b_C: Tensor | None,
     targets_C: Tensor | None,
@@ -329,10 +333,11 @@ def softmax_grad(
         softmax_grad_kernel[(tokens,)](
             z_CV,
             grad,
-            lse_C.contiguous(),
-            a_C.contiguous(),
+            norm_2C,
+            a_C,
             _or(b_C, z_CV),
             _or(targets_C, z_CV),
+            tokens,
             vocabulary,
             z_CV.stride(0),
             grad.stride(0),

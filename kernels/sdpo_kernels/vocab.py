@@ -40,6 +40,11 @@ class VocabShard:
         return slice(self.start, min(self.start + -(-self.total // self.group.size()), self.total))
 
 
+def size(name: Any) -> int:
+    """Ranks of the group."""
+    return _resolve_process_group(name).size()
+
+
 def gather(name: Any, partial: Tensor) -> Tensor:
     """(*) on each rank -> (ranks, *): one collective."""
     group = _resolve_process_group(name)

@@ -1,4 +1,4 @@
-"""Small blocks, so that small tests cross the borders of every loop; and bfloat16 as GPUs round it."""
+"""Small blocks, so that small tests cross every loop's borders; bfloat16 as GPUs round it."""
 
 import pytest
 import torch

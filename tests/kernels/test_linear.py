@@ -30,9 +30,10 @@ WITHOUT_SOFTMAX_TERM = {
 """Gradients with respect to the logits that lack what the softmax's normaliser adds."""
 
 
-def tokens(dtype: torch.dtype) -> int:
-    """The interpreter is slow; but a rounded gradient needs many tokens for its errors to even out."""
-    return 12 if dtype == torch.float32 else 32
+def tokens(name: str, path: str, dtype: torch.dtype) -> int:
+    """Errors even out over many tokens; but the interpreter is slow."""
+    rounded = dtype != torch.float32 or "sampled" in name
+    return 32 if rounded or path in ("torch", "reference") else 12
 
 
 def modes(path: str, dtype: torch.dtype, distance: float = 0.1) -> tuple[bool, ...]:
@@ -66,7 +67,7 @@ def mutants(name: str, p: Problem) -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize(("dtype", "distance"), NUMBERS, ids=str)
 @pytest.mark.parametrize(("name", "path"), ON_PATHS)
 def test_values_and_gradients_match_the_oracle(name, path, dtype, distance):
-    p = problem(tokens(dtype), V, 48, distance, dtype)
+    p = problem(tokens(name, path, dtype), V, 48, distance, dtype)
     truth, baseline = oracle(name, p), oracle(name, p, torch.float32)
     wrong = mutants(name, p)
     for known in modes(path, dtype, distance):
@@ -78,7 +79,7 @@ def test_values_and_gradients_match_the_oracle(name, path, dtype, distance):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(("name", "path"), ON_PATHS)
 def test_bias_softcap_and_temperature_are_part_of_the_definition(name, path, dtype):
-    p, bias = problem(tokens(dtype), V, 48, 0.1, dtype), torch.randn(V, dtype=dtype)
+    p, bias = problem(tokens(name, path, dtype), V, 48, 0.1, dtype), torch.randn(V, dtype=dtype)
     options = dict(bias=bias, **TRANSFORM)
     truth, baseline = oracle(name, p, **options), oracle(name, p, torch.float32, **options)
     without = oracle(name, p, bias=bias)
@@ -113,7 +114,7 @@ def test_statistics_are_those_of_both_streams(name, path):
 
 @pytest.mark.parametrize("path", ["torch", "triton"])
 def test_a_divergence_of_nearly_equal_streams_keeps_its_digits_and_its_sign(path):
-    p = problem(64, 301, 48, 1e-3)
+    p = problem(64 if path == "torch" else 8, 301, 48, 1e-3)
     for name in ("reverse_kl", "forward_kl", "jsd", "jsd_0.9", "topk"):
         value = evaluate(name, p, known=False, path=path)["value"]
         truth = oracle(name, p)["value"]
@@ -157,9 +158,8 @@ def test_gradcheck(name):
     def loss(h, w, b):
         return FUNCTIONS[name](p._replace(hidden=h, weight=w), p.upstream, bias=b, **options).loss
 
-    if "topk" not in name or "hindsight" in name:
-        assert torch.autograd.gradcheck(value, (hidden, weight, bias))
-        assert torch.autograd.gradcheck(loss, (hidden, weight, bias), nondet_tol=0)
+    assert torch.autograd.gradcheck(value, (hidden, weight, bias))
+    assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
 
 
 @settings(max_examples=60)
@@ -217,7 +217,7 @@ def test_any_shape_in_the_kernels(n, v, d, name, path, dtype, masked, seed):
     got = evaluate(name, p, known=True, path=path, chunk_bytes=2 * 2 * v * 4, **options)
     for k, ours in got.items():
         # one token, or one word, may leave next to nothing to be relative to
-        scale = truth[k].norm() + p.upstream.sum() * (1e-3 if k == "value" else 1e-2)
+        scale = truth[k].norm() + p.upstream.sum() * (1e-3 if k == "value" else 1e-2) + 1e-9
         error, allowed = (
             (t.double() - truth[k]).norm() / scale for t in (ours, baseline[k].to(ours.dtype))
         )
@@ -292,7 +292,22 @@ def test_extreme_logits_stay_finite_and_right(name, path):
             if name == "sampled_token, PPO clip":  # ratios of 1e3 nats overflow in any dtype
                 continue
             assert torch.isfinite(ours).all(), k
-            assert rel_err(ours, truth[k]) <= 2 * rel_err(baseline[k], truth[k]) + 1e-5, k
+            error, allowed = ((t.double() - truth[k]).norm() for t in (ours, baseline[k]))
+            assert error <= 2 * allowed + 1e-6 * (1e4 + truth[k].norm()), k
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "jsd_0.9"])
+def test_words_that_only_hindsight_would_say(name, path):
+    """p underflows where q does not: distances of 70 to 110 nats."""
+    distance = torch.linspace(70, 110, 9)[:, None]
+    z = torch.cat([torch.zeros(9, 1), -distance, torch.randn(9, 3)], 1)
+    u = torch.cat([torch.zeros(9, 1), -torch.linspace(0, 30, 9)[:, None], torch.randn(9, 3)], 1)
+    p = Problem(z, torch.eye(5), u, torch.zeros(9, dtype=torch.long), torch.ones(9), z[:, 0])
+    truth = oracle(name, p)
+    for known in (False, True):
+        for k, ours in evaluate(name, p, known=known, path=path).items():
+            torch.testing.assert_close(ours.double(), truth[k], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "path"), ON_PATHS)
@@ -322,7 +337,7 @@ def test_a_word_that_is_missing_from_both_is_no_word(path):
         whole = evaluate(name, q, known=True, path=path, bias=bias)
         part = evaluate(name, r, known=True, path=path)
         for k in ("value", "hidden"):
-            torch.testing.assert_close(whole[k], part[k], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(whole[k], part[k], rtol=1e-4, atol=1e-5)
         assert not whole["weight"][::4].any()
 
 

@@ -1,0 +1,220 @@
+"""Liger's fused linear JSD losses, computed by this package: changing the import is all.
+
+``LigerFusedLinearJSD``      as ``liger_kernel.transformers.LigerFusedLinearJSD``
+``LigerFusedLinearJSDLoss``  as ``liger_kernel.chunked_loss.LigerFusedLinearJSDLoss``
+
+Names, arguments and results are those of liger-kernel 0.8: p is the student, q the teacher, and the
+loss is JSD(beta), of which beta = 0 names KL(q || p) and beta = 1 KL(p || q), averaged over the
+rows whose label is not ``ignore_index``; 0 where there are none. Different are
+
+- accuracy: logits, statistics and the head's gradient are always float32. ``accum_dtype``,
+  ``compiled`` and ``chunk_size`` are accepted and have no effect.
+- ignored rows: on the CPU they cost nothing; on a GPU the host never waits for their number.
+- dtypes: under autocast all inputs become its dtype; else the teacher's become the student's.
+
+Liger need not be installed. Oracle: reference.py in float64, and Liger itself.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .divergence import linear_forward_kl, linear_jsd, linear_reverse_kl
+from .logprob import linear_logprob
+
+
+class LigerFusedLinearJSD(nn.Module):
+    """JSD of two heads' distributions, averaged over the rows that count.
+
+    Args:
+        jsd_beta: 0 to 1.
+        ignore_index: the label of rows that do not count.
+        temperature: > 0, divides the logits of both streams.
+        accum_dtype: no effect.
+    """
+
+    def __init__(
+        self,
+        jsd_beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        accum_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.jsd_beta = jsd_beta
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+        self.accum_dtype = accum_dtype
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        shift_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a float32 scalar, differentiable in the student's input and weight.
+
+        Args:
+            student_input: (BT, H), of any floating dtype.
+            student_weight: (V, H), of the same dtype.
+            teacher_input: (BT, H').
+            teacher_weight: (V, H'); the student's own, if it is the same object, in one product.
+            shift_labels: (BT,) integers, already shifted; only ``ignore_index`` among them matters.
+                None: every row counts.
+
+        Raises:
+            ValueError: a shape, dtype, device or setting does not fit.
+        """
+        own_head = teacher_weight is student_weight
+        x = _streams(student_input, student_weight, teacher_input, teacher_weight, own_head)
+        mask, weights = _rows(shift_labels, self.ignore_index, x.student)
+        return _jsd(self.jsd_beta, x, weights=weights, mask=mask, temperature=self.temperature)
+
+
+class LigerFusedLinearJSDLoss(nn.Module):
+    """weight_hard_loss * cross-entropy + weight_soft_loss * JSD, both averaged over the rows that
+    count.
+
+    The hard loss is a pass of its own (three products of BT·V·H more), made only where it is
+    weighted or returned.
+
+    Args:
+        weight_hard_loss: of the cross-entropy with the labels.
+        weight_soft_loss: of the JSD with the teacher.
+        beta: 0 to 1.
+        ignore_index: the label of rows that do not count.
+        temperature: > 0, divides the logits of both streams in the soft loss; the hard loss is
+            always at temperature 1, and neither is multiplied by its square.
+        compiled: no effect.
+        chunk_size: no effect.
+        return_soft_hard_loss: whether to return (loss, soft, hard), the latter two detached.
+    """
+
+    def __init__(
+        self,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        chunk_size: int = 1024,
+        return_soft_hard_loss: bool = False,
+    ):
+        super().__init__()
+        self.weight_hard_loss = weight_hard_loss
+        self.weight_soft_loss = weight_soft_loss
+        self.beta = beta
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+        self.compiled = compiled
+        self.chunk_size = chunk_size
+        self.return_soft_hard_loss = return_soft_hard_loss
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        true_labels: Tensor,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """The loss, a float32 scalar, differentiable in the student's input, weight and bias.
+
+        Args:
+            student_input: (BT, H), of any floating dtype.
+            student_weight: (V, H), of the same dtype.
+            teacher_input: (BT, H').
+            teacher_weight: (V', H'), V' >= V; the student's own, if it and its bias are the same
+                objects, in one product. V' > V gives the student V' - V logits of 0, in a copy of
+                its head: better trim the teacher's.
+            true_labels: (BT,) token ids or ``ignore_index``.
+            student_bias: (V,).
+            teacher_bias: (V',).
+
+        Raises:
+            ValueError: a shape, dtype, device or setting does not fit.
+        """
+        own_head = teacher_weight is student_weight and teacher_bias is student_bias
+        x = _streams(student_input, student_weight, teacher_input, teacher_weight, own_head)
+        mask, weights = _rows(true_labels, self.ignore_index, x.student)
+        padding = teacher_weight.shape[0] - student_weight.shape[0]
+        head, bias = x.student_head, student_bias
+        if padding > 0:
+            head = F.pad(head, (0, 0, 0, padding))
+            bias = None if bias is None else F.pad(bias, (0, padding))
+        soft = _jsd(
+            self.beta,
+            x._replace(student_head=head),
+            weights=weights,
+            mask=mask,
+            bias=bias,
+            hindsight_bias=None if own_head else teacher_bias,
+            temperature=self.temperature,
+        )
+        loss = self.weight_soft_loss * soft
+        if not (self.weight_hard_loss or self.return_soft_hard_loss):
+            return loss
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.weight_hard_loss != 0):
+            logp = linear_logprob(
+                x.student,
+                x.student_head,
+                true_labels,
+                weights=weights,
+                mask=mask,
+                bias=student_bias,
+            ).loss
+        assert logp is not None
+        loss = loss - self.weight_hard_loss * logp
+        return (loss, soft.detach(), -logp.detach()) if self.return_soft_hard_loss else loss
+
+
+class _Streams(NamedTuple):
+    """Of one dtype; ``teacher_head`` None: the student's."""
+
+    student: Tensor
+    student_head: Tensor
+    teacher: Tensor
+    teacher_head: Tensor | None
+
+
+def _streams(
+    student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor, own_head: bool
+) -> _Streams:
+    device = student.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        student, student_head = student.to(dtype), student_head.to(dtype)
+    # detached, it is another object than the student's, and so keeps a bias of its own
+    other = None if own_head else teacher_head.detach().to(student.dtype)
+    return _Streams(student, student_head, teacher.to(student.dtype), other)
+
+
+def _rows(
+    labels: Tensor | None, ignore_index: int, student: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """The mask and weights that make a sum over rows the mean over those that count."""
+    n = student.shape[0]
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    if labels is None:
+        return None, student.new_full((n,), 1 / max(n, 1), dtype=dtype)
+    if labels.shape != (n,):
+        raise ValueError(f"labels must be (BT,) = ({n},), got shape {tuple(labels.shape)}")
+    mask = labels != ignore_index
+    return mask, mask.to(dtype) / mask.sum().clamp(min=1)
+
+
+def _jsd(beta: float, x: _Streams, **options) -> Tensor:
+    """The weighted sum of JSD(beta) over rows, at its limits' usual names."""
+    limits = {0.0: linear_forward_kl, 1.0: linear_reverse_kl}
+    divergence = limits.get(beta) or functools.partial(linear_jsd, beta=beta)
+    loss = divergence(*x, **options).loss
+    assert loss is not None
+    return loss

@@ -1,0 +1,193 @@
+"""The kernels on a GPU: the oracle rule, real sizes, no waiting, capture, compilation, memory."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cases import FUNCTIONS, Problem, evaluate, oracle, problem, statistics
+from oracle import assert_as_good_as
+from sdpo_kernels import linear_logprob, linear_reverse_kl, tuning
+
+pytestmark = pytest.mark.gpu
+
+HALF = [torch.bfloat16, torch.float16]
+TRANSFORM = dict(temperature=0.8, softcap=6.0)
+
+
+def on_gpu(*args, **kwargs) -> Problem:
+    return Problem(*(t.cuda() for t in problem(*args, **kwargs)))
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    """The oracle rule for float32 is about float32, not TF32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("options", [{}, TRANSFORM], ids=["plain", "transformed"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("path", ["triton", "fused", "torch", "auto"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_values_and_gradients_match_the_oracle(name, path, dtype, options):
+    p = on_gpu(300, 5003, 256, 0.1, dtype=dtype)
+    bias = torch.randn(5003, device="cuda", dtype=dtype)
+    truth = oracle(name, p, bias=bias, **options)
+    baseline = oracle(name, p, torch.float32, bias=bias, **options)
+    for known in (False, True):
+        got = evaluate(
+            name, p, known=known, path=path, bias=bias, chunk_bytes=2 * 77 * 5003 * 4, **options
+        )
+        for k, ours in got.items():
+            assert_as_good_as(ours, truth[k], baseline[k], k=2.5 if options else 2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("d", [256, 250, 24])
+def test_fused_statistics_by_descriptors_and_by_pointers(d, dtype):
+    """Rows of 250 half-precision numbers do not begin at 16-byte boundaries, which TMA needs."""
+    p = on_gpu(300, 5003, d, 1.0, dtype=dtype)
+    got = statistics("logprob", p, path="fused", **TRANSFORM)
+    truth, baseline = (
+        statistics("logprob", p.to(to), path="reference", **TRANSFORM)
+        for to in (torch.float64, torch.float32)
+    )
+    for k, ours in got.items():
+        assert_as_good_as(ours, truth[k], baseline[k], k=3.0)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "logprob", "sampled_token"])
+def test_real_sizes(name):
+    """N=8192, V=151,936, D=4096 in bfloat16, against float64 a few hundred tokens at a time."""
+    p = on_gpu(8192, 151_936, 4096, 0.1, dtype=torch.bfloat16)
+    got = evaluate(name, p, known=True)
+    errors = {}
+    for dtype in (torch.float64, torch.float32):
+        weight = p.weight.to(dtype)
+        total = torch.zeros_like(weight)
+        parts: dict[str, list[Tensor]] = {"value": [], "hidden": []}
+        for c in torch.arange(8192, device="cuda").split(256):
+            part = Problem(*(weight if t is p.weight else t[c] for t in p))
+            found = evaluate(name, part.to(dtype), known=False, path="reference")
+            total += found.pop("weight")
+            for k in parts:
+                parts[k].append(found[k])
+        errors[dtype] = {k: torch.cat(v) for k, v in parts.items()} | {"weight": total}
+    for k, ours in got.items():
+        assert_as_good_as(ours, errors[torch.float64][k], errors[torch.float32][k])
+
+
+def test_offsets_beyond_two_to_the_31():
+    p = on_gpu(16_384, 151_936, 64, 0.1, dtype=torch.bfloat16)
+    assert p.hidden.shape[0] * p.weight.shape[0] > 2**31
+    for name in ("logprob", "reverse_kl"):
+        whole = evaluate(name, p, known=True, path="triton", chunk_bytes=2**40)
+        chunked = evaluate(name, p, known=True, path="triton", chunk_bytes=2**31)
+        for k in whole:
+            torch.testing.assert_close(whole[k], chunked[k], rtol=2e-2, atol=1e-3)
+        torch.cuda.empty_cache()
+    fused = statistics("logprob", p, path="fused")
+    for k, t in statistics("logprob", p, path="triton").items():
+        torch.testing.assert_close(fused[k], t, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nothing_waits_for_the_device(name, known, masked):
+    p = on_gpu(200, 3001, 64, 0.1, dtype=torch.bfloat16)
+    options = dict(mask=torch.rand(200, device="cuda") < 0.7) if masked else {}
+    evaluate(name, p, known=known, **options)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    evaluate(name, p, known=known, **options)
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_masked_rows_on_either_side_give_nothing(where):
+    p = on_gpu(200, 3001, 64, 0.1, dtype=torch.bfloat16)
+    mask = torch.rand(200) < 0.7
+    p.hidden[~mask] = torch.nan
+    got = evaluate("reverse_kl", p, known=True, mask=mask.to(where))
+    kept = Problem(*(t if t is p.weight else t[mask.cuda()] for t in p))
+    part = evaluate("reverse_kl", kept, known=True)
+    assert not got["value"][~mask].any() and not got["hidden"][~mask].any()
+    torch.testing.assert_close(got["weight"], part["weight"], rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["logprob", "reverse_kl", "jsd", "sampled_token", "topk"])
+def test_cuda_graph_capture(name):
+    p = on_gpu(200, 3001, 64, 0.1, dtype=torch.bfloat16)
+    hidden, weight = (t.clone().requires_grad_() for t in (p.hidden, p.weight))
+    at = p._replace(hidden=hidden, weight=weight)
+
+    def step() -> None:
+        hidden.grad = weight.grad = None
+        FUNCTIONS[name](at, p.upstream).loss.backward()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    hidden.grad = weight.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        FUNCTIONS[name](at, p.upstream).loss.backward()
+    with torch.no_grad():
+        hidden.copy_(p.hidden.flip(0))
+    graph.replay()
+    replayed = hidden.grad.clone(), weight.grad.clone()
+    eager = evaluate(name, at._replace(hidden=p.hidden.flip(0), weight=p.weight), known=True)
+    torch.testing.assert_close(replayed[0], eager["hidden"], rtol=2e-2, atol=1e-3)
+    torch.testing.assert_close(replayed[1], eager["weight"], rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_compile_fullgraph(known):
+    p = on_gpu(200, 3001, 64, 0.1, dtype=torch.bfloat16)
+    compiled = torch.compile(
+        lambda q, w: FUNCTIONS["reverse_kl"](q, w), fullgraph=True, dynamic=True
+    )
+    hidden = p.hidden.clone().requires_grad_()
+    out = compiled(p._replace(hidden=hidden), p.upstream if known else None)
+    (out.loss if known else (out.value * p.upstream).sum()).backward()
+    eager = evaluate("reverse_kl", p, known=known)
+    torch.testing.assert_close(hidden.grad, eager["hidden"])
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_peak_memory_stays_within_the_budget(known):
+    n, v, d, chunk = 4096, 50_257, 256, 64 * 2**20
+    p = on_gpu(n, v, d, 0.1)
+    hidden, weight = (t.requires_grad_() for t in (p.hidden, p.weight))
+
+    def step() -> None:
+        out = linear_reverse_kl(
+            hidden, weight, p.hindsight, weights=p.upstream if known else None, chunk_bytes=chunk
+        )
+        (out.loss if known else (out.value * p.upstream).sum()).backward()
+
+    step()  # compiles, and opens cuBLAS's workspace
+    hidden.grad = weight.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    gradients = 4 * (n * d + v * d)
+    assert torch.cuda.max_memory_allocated() - before - gradients < 2 * chunk
+
+
+def test_scoring_takes_the_fused_path_and_little_memory():
+    p = on_gpu(2048, 151_936, 256, 0.1, dtype=torch.bfloat16)
+    assert tuning.choose_path(p.hidden.device, torch.bfloat16, 2048, False, False) == "fused"
+    with torch.no_grad():
+        linear_logprob(p.hidden, p.weight, p.targets)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        linear_logprob(p.hidden, p.weight, p.targets)
+    logits = 4 * 2048 * 151_936
+    assert torch.cuda.max_memory_allocated() - before < logits / 4
