@@ -12,23 +12,25 @@ stays float64). Oracle: reference.py. Derivations: kernels/README.md.
 """
 
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import partials, torch_rows, vocab
+from .buckets import topk_divergence
 from .partials import RowStats
-from .settings import IDENTITY, Spec
+from .products import (
+    accumulation_dtype,
+    add_weight_gradient,
+    chunks,
+    hidden_gradient,
+    logits,
+)
+from .settings import Spec
 
 PAIRED = ("reverse_kl", "forward_kl", "jsd", "topk")
 """Kinds that need both streams' logits at once."""
-HEAD_ROWS = 4096
-"""Rows of a half-precision head that are cast to float32 at a time, where the device has no product
-of half-precision operands with a float32 result."""
-
-
 PER_TOKEN = ("hidden", "hindsight", "targets", "old_logp", "advantage")
 
 
@@ -83,11 +85,6 @@ class Result(NamedTuple):
     dweight: Tensor
     dbias: Tensor
     scale: Tensor
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def empty_result(x: Inputs, wanted: Wanted, zero: bool = False) -> Result:
@@ -277,7 +274,7 @@ class _Loop:
             return (1 - self.spec.beta) * values[0] + self.spec.beta * values[1], grad
         if kind == "topk":
             assert z is not None and u is not None
-            return self._topk(z, u, weight_C)
+            return topk_divergence(self.rows, self.spec, z, u, weight_C, self.x.hidden.dtype)
         value, slope = self._of_logprob(c, row)
         if weight_C is None:
             return value, None
@@ -311,51 +308,6 @@ class _Loop:
             assert row.hindsight_logp is not None
             advantage_C = row.hindsight_logp - row.logp
         return policy_gradient(row.logp, advantage_C, old_C, self.spec.clip)
-
-    def _topk(self, z: Tensor, u: Tensor, weight_C: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """A divergence over K + 1 buckets: the K likeliest tokens and all others together."""
-        spec, k = self.spec, self.spec.k
-        columns = _top_columns(z if spec.support == "policy" else u, k, spec)
-        here, safe = columns >= 0, columns.clamp(min=0)
-
-        def pick_(x: Tensor) -> Tensor:
-            """The K logits, -inf where another rank holds them; -inf takes their place."""
-            if not x.shape[1]:
-                return x.new_full(columns.shape, -torch.inf)
-            at = torch.where(here, x.gather(1, safe), -torch.inf)
-            gone = torch.full_like(at, torch.inf).masked_fill_(here, -torch.inf)
-            x.scatter_reduce_(1, safe, gone, "amin")
-            return at
-
-        at = torch.cat([pick_(z), pick_(u)], dim=1).T
-        others = self.rows.stats(z, u, None, IDENTITY)
-        if spec.group:
-            parts = vocab.gather(spec.group, torch.cat([others, at]))
-            others, at = (
-                partials.merge(parts[:, : partials.PAIR]),
-                parts[:, partials.PAIR :].amax(0),
-            )
-        tail = partials.finish(others)
-        tail_z, tail_u = (m + log_s for m, log_s in tail.norm.unflatten(0, (2, 2)))
-        b_z = torch.cat([at[:k].T, tail_z[:, None]], 1)
-        b_u = torch.cat([at[k:].T, tail_u[:, None]], 1)
-        value, grad = _bucket_divergence(spec, b_z, b_u, weight_C)
-        if weight_C is None:
-            return value, None
-        assert grad is not None
-        dz = self.rows.softmax_grad(
-            z,
-            tail.norm[:2].masked_fill(tail.norm[:2].isinf(), 0),  # no others: e^(-inf) of them
-            grad[:, -1].contiguous(),
-            None,
-            None,
-            spec.transform,
-            self.x.hidden.dtype,
-        )
-        if dz.shape[1]:
-            raw = grad[:, :-1] * torch_rows.transform_grad(b_z[:, :-1], spec.transform)
-            dz.scatter_add_(1, safe, torch.where(here, raw, 0).to(dz.dtype))
-        return value, dz
 
     def _accumulate(self, c: slice, grad_CV: Tensor) -> None:
         """dH = G W, dW += G^T H, db += sum G."""
@@ -391,63 +343,6 @@ def policy_gradient(
     return -torch.minimum(free_C, clipped_C), torch.where(free_C <= clipped_C, -free_C, 0)
 
 
-def logits(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
-    """h W^T into float32 memory (float64 for float64)."""
-    if hidden_CD.dtype == out_CV.dtype:
-        torch.mm(hidden_CD, weight_VD.T, out=out_CV)
-    elif hidden_CD.is_cuda:
-        torch.mm(hidden_CD, weight_VD.T, out_dtype=out_CV.dtype, out=out_CV)
-    else:
-        hidden_CD = hidden_CD.to(out_CV.dtype)
-        for v in chunks(weight_VD.shape[0], HEAD_ROWS):
-            torch.mm(hidden_CD, weight_VD[v].to(out_CV.dtype).T, out=out_CV[:, v])
-
-
-def hidden_gradient(grad_CV: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
-    """G W, (C, D), accumulated in float32 and returned in it."""
-    if weight_VD.dtype == dtype:
-        return grad_CV @ weight_VD
-    if weight_VD.is_cuda:
-        return torch.mm(grad_CV, weight_VD, out_dtype=dtype)
-    out_CD = weight_VD.new_zeros((grad_CV.shape[0], weight_VD.shape[1]), dtype=dtype)
-    for v in chunks(weight_VD.shape[0], HEAD_ROWS):
-        out_CD.addmm_(grad_CV[:, v].to(dtype), weight_VD[v].to(dtype))
-    return out_CD
-
-
-def add_weight_gradient(dweight_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
-    """dW += G^T H, in float32."""
-    dtype = dweight_VD.dtype
-    if hidden_CD.dtype == dtype:
-        dweight_VD.addmm_(grad_CV.T, hidden_CD)
-    elif not hidden_CD.is_cuda:
-        dweight_VD.addmm_(grad_CV.T.to(dtype), hidden_CD.to(dtype))
-    elif _accumulates_in_float32(hidden_CD.device, hidden_CD.dtype):
-        torch.addmm(dweight_VD, grad_CV.T, hidden_CD, out_dtype=dtype, out=dweight_VD)
-    else:
-        for v in chunks(dweight_VD.shape[0], HEAD_ROWS):
-            dweight_VD[v] += torch.mm(grad_CV[:, v].T, hidden_CD, out_dtype=dtype)
-
-
-@functools.cache
-def _accumulates_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this torch adds a product of half-precision operands to a float32 matrix in place;
-    its first releases with ``out_dtype`` want the accumulator in the operands' dtype."""
-    one = torch.zeros((16, 16), device=device, dtype=dtype)
-    sum_ = torch.zeros((16, 16), device=device)
-    try:
-        torch.addmm(sum_, one, one, out_dtype=torch.float32, out=sum_)
-    except RuntimeError:
-        return False
-    return True
-
-
-def chunks(n: int, rows: int) -> Iterator[slice]:
-    """Consecutive slices of ``range(n)`` of at most ``rows``."""
-    for start in range(0, n, rows):
-        yield slice(start, min(start + rows, n))
-
-
 def _chunk_rows(x: Inputs, streams: int, spec: Spec, dtype: torch.dtype) -> int:
     """Tokens of a chunk: as many as the budget allows, but at least one, and chunks of one size.
 
@@ -470,55 +365,3 @@ def _row_operations(path: str):
 
 def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype)
-
-
-def _top_columns(x_CV: Tensor, k: int, spec: Spec) -> Tensor:
-    """(C, K): this rank's columns of the whole vocabulary's K largest, -1 where another's."""
-    value, column = x_CV.topk(min(k, x_CV.shape[1]), dim=1)
-    if not spec.group:
-        return column
-    missing = k - value.shape[1]
-    value = torch.nn.functional.pad(value, (0, missing), value=-torch.inf)
-    column = torch.nn.functional.pad(column + spec.start, (0, missing), value=-1)
-    values = vocab.gather(spec.group, value).transpose(0, 1).flatten(1)
-    ids = vocab.gather(spec.group, column).transpose(0, 1).flatten(1)
-    best = ids.gather(1, values.topk(k, dim=1).indices)
-    return vocab.local_targets(best, spec.start, x_CV.shape[1])
-
-
-def _bucket_divergence(
-    spec: Spec, z_CB: Tensor, u_CB: Tensor, weight_C: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The divergence of two softmax distributions over few buckets, and the gradient in z."""
-    z, u = z_CB.clone(), u_CB.clone()
-    row = partials.finish(torch_rows.stats(z, u, None, IDENTITY))
-    centre = row.gap
-    values, _ = torch_rows.divergence(
-        spec.buckets,
-        spec.beta,
-        z,
-        u,
-        row.norm,
-        centre,
-        None,
-        IDENTITY,
-        z.dtype,
-    )
-    value = values[0]
-    if spec.buckets == "jsd":
-        centre = values[0]
-        value = (1 - spec.beta) * values[0] + spec.beta * values[1]
-    if weight_C is None:
-        return value, None
-    _, grad = torch_rows.divergence(
-        spec.buckets,
-        spec.beta,
-        z,
-        u,
-        row.norm,
-        centre,
-        weight_C,
-        IDENTITY,
-        z.dtype,
-    )
-    return value, grad

@@ -52,7 +52,7 @@ FUSED = {
     (8, False): FusedTiles(128, 128, 32, warps=8, stages=3),
     (9, False): FusedTiles(128, 128, 64, warps=8, stages=4),
     (10, False): FusedTiles(128, 128, 64, warps=8, stages=4),
-    (10, True): FusedTiles(128, 64, 64, warps=8, stages=4),
+    (10, True): FusedTiles(128, 64, 64, warps=8, stages=3),
 }
 """By major compute capability, and whether the head has a softcap where that needs other tiles to
 stay clear of spills. Float32 operands take half the hidden units."""

@@ -5,13 +5,13 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from sdpo_kernels import chunked, torch_rows, tuning
+from sdpo_kernels import products, torch_rows, tuning
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "ROW_BLOCK", 128)
-    monkeypatch.setattr(chunked, "HEAD_ROWS", 100)
+    monkeypatch.setattr(products, "HEAD_ROWS", 100)
     monkeypatch.setattr(torch_rows, "BLOCK_ELEMENTS", 700)
 
 

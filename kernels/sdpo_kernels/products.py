@@ -1,0 +1,61 @@
+"""The matrix products between hidden states, logits and gradients, with float32 results.
+
+Shapes: C tokens of a chunk, V rows of the head, D hidden size. Half-precision operands are
+multiplied as they are where the device has such a product with a float32 result, and cast a few
+rows of the head at a time elsewhere. float64 stays float64. To be called with autocast off.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+HEAD_ROWS = 4096
+"""Rows of a half-precision head that are cast to float32 at a time, where the device has no product
+of half-precision operands with a float32 result."""
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def chunks(n: int, rows: int) -> Iterator[slice]:
+    """Consecutive slices of ``range(n)`` of at most ``rows``."""
+    for start in range(0, n, rows):
+        yield slice(start, min(start + rows, n))
+
+
+def logits(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
+    """h W^T into float32 memory (float64 for float64)."""
+    if hidden_CD.dtype == out_CV.dtype:
+        torch.mm(hidden_CD, weight_VD.T, out=out_CV)
+    elif hidden_CD.is_cuda:
+        torch.mm(hidden_CD, weight_VD.T, out_dtype=out_CV.dtype, out=out_CV)
+    else:
+        hidden_CD = hidden_CD.to(out_CV.dtype)
+        for v in chunks(weight_VD.shape[0], HEAD_ROWS):
+            torch.mm(hidden_CD, weight_VD[v].to(out_CV.dtype).T, out=out_CV[:, v])
+
+
+def hidden_gradient(grad_CV: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """G W, (C, D), accumulated in float32 and returned in it."""
+    if weight_VD.dtype == dtype:
+        return grad_CV @ weight_VD
+    if weight_VD.is_cuda:
+        return torch.mm(grad_CV, weight_VD, out_dtype=dtype)
+    out_CD = weight_VD.new_zeros((grad_CV.shape[0], weight_VD.shape[1]), dtype=dtype)
+    for v in chunks(weight_VD.shape[0], HEAD_ROWS):
+        out_CD.addmm_(grad_CV[:, v].to(dtype), weight_VD[v].to(dtype))
+    return out_CD
+
+
+def add_weight_gradient(dweight_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+    """dW += G^T H, in float32."""
+    dtype = dweight_VD.dtype
+    if hidden_CD.dtype == dtype:
+        dweight_VD.addmm_(grad_CV.T, hidden_CD)
+    elif not hidden_CD.is_cuda:
+        dweight_VD.addmm_(grad_CV.T.to(dtype), hidden_CD.to(dtype))
+    else:
+        torch.addmm(dweight_VD, grad_CV.T, hidden_CD, out_dtype=dtype, out=dweight_VD)
