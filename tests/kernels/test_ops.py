@@ -1,5 +1,6 @@
 """The custom operators: opcheck, torch.compile, activation checkpointing, and imports."""
 
+import os
 import subprocess
 import sys
 
@@ -105,5 +106,6 @@ except ValueError as e:
 else:
     raise SystemExit("triton was there")
 """
-    result = subprocess.run([sys.executable, "-c", script], env=ENV, capture_output=True, text=True)
+    env = {**ENV, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
