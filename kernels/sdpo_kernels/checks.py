@@ -1,5 +1,6 @@
 """Argument checks shared by the public functions: a mistake raises before any work is done."""
 
+import torch
 from torch import Tensor
 
 from .chunked import Inputs
@@ -46,7 +47,7 @@ def check(x: Inputs, spec: Spec, weights: Tensor | None) -> None:
     if weights is not None and weights.requires_grad:
         raise ValueError("weights must not require a gradient: they are constants of the loss")
     if x.mask is not None:
-        if x.mask.shape != (n,) or x.mask.dtype.itemsize != 1 or x.mask.is_floating_point():
+        if x.mask.shape != (n,) or x.mask.dtype != torch.bool:
             raise ValueError(
                 f"mask must be (N,) = ({n},) of bool, got {tuple(x.mask.shape)} of {x.mask.dtype}"
             )

@@ -31,6 +31,8 @@ from .settings import Spec
 
 PAIRED = ("reverse_kl", "forward_kl", "jsd", "topk")
 """Kinds that need both streams' logits at once."""
+FUSED_WORD_BYTES = 0.25
+"""What the fused kernel's partials take per token and word: 16 bytes a tile of at least 64 words."""
 PER_TOKEN = ("hidden", "hindsight", "targets", "old_logp", "advantage")
 
 
@@ -177,12 +179,12 @@ class _Loop:
         )
         self.bias = _cast(x.bias, self.dtype)
         self.hindsight_bias = self.bias if self.stacked else _cast(x.hindsight_bias, self.dtype)
-        two = x.hindsight is not None and not self.fused
-        self.chunk_rows = _chunk_rows(x, 1 + two, spec, self.dtype)
-        if self.fused and not self.gradient:
-            self.chunk_rows = max(1, x.hidden.shape[0])
-        else:
-            self.buffer = self._new_buffer(self.chunk_rows * (1 + two))
+        streams = 2 if x.hindsight is not None and not self.fused else 1
+        without_logits = self.fused and not self.gradient
+        word_bytes = FUSED_WORD_BYTES if without_logits else streams * self.dtype.itemsize
+        self.chunk_rows = _chunk_rows(x, word_bytes, spec)
+        if not without_logits:
+            self.buffer = self._new_buffer(streams * self.chunk_rows)
 
     def run(self) -> None:
         for c in chunks(self.x.hidden.shape[0], self.chunk_rows):
@@ -343,7 +345,7 @@ def policy_gradient(
     return -torch.minimum(free_C, clipped_C), torch.where(free_C <= clipped_C, -free_C, 0)
 
 
-def _chunk_rows(x: Inputs, streams: int, spec: Spec, dtype: torch.dtype) -> int:
+def _chunk_rows(x: Inputs, word_bytes: float, spec: Spec) -> int:
     """Tokens of a chunk: as many as the budget allows, but at least one, and chunks of one size.
 
     Ranks must agree on it, however uneven their shards: it is reckoned for an even one.
@@ -351,7 +353,7 @@ def _chunk_rows(x: Inputs, streams: int, spec: Spec, dtype: torch.dtype) -> int:
     n, vocabulary = x.hidden.shape[0], x.weight.shape[0]
     if spec.group:
         vocabulary = -(-spec.total // vocab.size(spec.group))
-    most = max(1, spec.chunk_bytes // max(1, streams * vocabulary * dtype.itemsize))
+    most = max(1, int(spec.chunk_bytes / (word_bytes * max(1, vocabulary))))
     return max(1, -(-n // -(-n // most))) if n else 1
 
 

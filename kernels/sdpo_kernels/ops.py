@@ -169,6 +169,7 @@ def _save(ctx, inputs) -> None:
 
 
 def _values_backward(ctx, upstream, _):
+    _refuse_double_backward()
     wanted = Wanted(*(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE))
     x = Inputs(*ctx.saved_tensors)
     _, _, _, *grads, scale = _gradients(*x, *ctx.spec, upstream.contiguous(), *wanted)
@@ -183,8 +184,14 @@ def _gradients_setup(ctx, inputs, output):
 
 
 def _gradients_backward(ctx, upstream, *_):
+    _refuse_double_backward()
     *grads, scale = ctx.saved_tensors
     return _to_inputs(ctx.dtypes, ctx.wanted, grads, scale * upstream, ctx.n_args)
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():  # as create_graph=True has it; silence would be a wrong gradient
+        raise NotImplementedError("these operators have no second derivative: no create_graph=True")
 
 
 def _to_inputs(

@@ -83,6 +83,21 @@ def test_activation_checkpointing(name, known, reentrant):
         torch.testing.assert_close(leaf.grad, b)
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_second_derivative_is_refused_not_wrong(known):
+    p = problem(5, 21, 8, 1.0)
+    p.hidden.requires_grad_()
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(step("reverse_kl", known, p), p.hidden, create_graph=True)
+
+
+def test_inference_mode():
+    p = problem(5, 21, 8, 1.0)
+    with torch.inference_mode():
+        inside = FUNCTIONS["reverse_kl"](p, p.upstream)
+    torch.testing.assert_close(inside, FUNCTIONS["reverse_kl"](p, p.upstream))
+
+
 def test_nothing_but_torch_is_imported_and_no_triton_is_needed():
     script = """
 import sys, importlib.abc
