@@ -32,7 +32,7 @@ from .settings import Spec
 PAIRED = ("reverse_kl", "forward_kl", "jsd", "topk")
 """Kinds that need both streams' logits at once."""
 FUSED_WORD_BYTES = 0.25
-"""What the fused kernel's partials take per token and word: 16 bytes a tile of at least 64 words."""
+"""Of the fused kernel's partials, per token: 16 bytes a tile of at least 64 words."""
 PER_TOKEN = ("hidden", "hindsight", "targets", "old_logp", "advantage")
 
 
