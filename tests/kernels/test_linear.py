@@ -299,15 +299,19 @@ def test_extreme_logits_stay_finite_and_right(name, path):
 @pytest.mark.parametrize("path", ["torch", "triton"])
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "jsd_0.9"])
 def test_words_that_only_hindsight_would_say(name, path):
-    """p underflows where q does not: distances of 70 to 110 nats."""
-    distance = torch.linspace(70, 110, 9)[:, None]
+    """p is flushed to zero, as on many machines, where q = e^84 p is not."""
+    distance = torch.linspace(88, 96, 9)[:, None]
     z = torch.cat([torch.zeros(9, 1), -distance, torch.randn(9, 3)], 1)
-    u = torch.cat([torch.zeros(9, 1), -torch.linspace(0, 30, 9)[:, None], torch.randn(9, 3)], 1)
+    u = torch.cat([torch.zeros(9, 1), 84 - distance, torch.randn(9, 3)], 1)
     p = Problem(z, torch.eye(5), u, torch.zeros(9, dtype=torch.long), torch.ones(9), z[:, 0])
     truth = oracle(name, p)
-    for known in (False, True):
-        for k, ours in evaluate(name, p, known=known, path=path).items():
-            torch.testing.assert_close(ours.double(), truth[k], rtol=1e-5, atol=1e-5)
+    torch.set_flush_denormal(True)
+    try:
+        got = evaluate(name, p, known=True, path=path)
+    finally:
+        torch.set_flush_denormal(False)
+    for k, ours in got.items():
+        torch.testing.assert_close(ours.double(), truth[k], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "path"), ON_PATHS)
