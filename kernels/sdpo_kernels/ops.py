@@ -94,7 +94,8 @@ def _spec(
 def _choose(x: Inputs, spec: Spec) -> str:
     h = x.hidden
     gradient = any(_wants_gradient(getattr(x, name)) for name in Wanted._fields)
-    return tuning.choose_path(h.device, h.dtype, h.shape[0], gradient, spec.kind in PAIRED)
+    statistics = not gradient and spec.kind not in PAIRED
+    return tuning.choose_path(h.device, h.dtype, h.shape[0], statistics)
 
 
 def _run(x: Inputs, spec: Spec, weights: Tensor | None) -> Call:

@@ -18,18 +18,18 @@ class Choice(NamedTuple):
     """The path of calls on a kind of device, from so many tokens on; the first that fits."""
 
     device: str
-    gradient: bool
-    paired: bool
-    min_tokens: int
     path: str
+    min_tokens: int = 0
+    half: bool = False
+    """Only for half-precision inputs."""
+    statistics: bool = False
+    """Only where one stream is read at a time and no gradient is asked for."""
 
 
 PATHS = (
-    Choice("cuda", gradient=False, paired=False, min_tokens=64, path="fused"),
-    Choice("cuda", gradient=False, paired=False, min_tokens=0, path="triton"),
-    Choice("cuda", gradient=False, paired=True, min_tokens=0, path="triton"),
-    Choice("cuda", gradient=True, paired=False, min_tokens=0, path="triton"),
-    Choice("cuda", gradient=True, paired=True, min_tokens=0, path="triton"),
+    # float32 products that are exact run far from the tensor cores' speed: cuBLAS's are better
+    Choice("cuda", "fused", min_tokens=64, half=True, statistics=True),
+    Choice("cuda", "triton"),
 )
 """Everything else: torch."""
 
@@ -61,16 +61,13 @@ ROW_BLOCK, ROW_WARPS = 4096, 8
 """Logits of a row that a program works on at a time: 16 per thread."""
 
 
-def choose_path(
-    device: torch.device, dtype: torch.dtype, tokens: int, gradient: bool, paired: bool
-):
+def choose_path(device: torch.device, dtype: torch.dtype, tokens: int, statistics: bool) -> str:
     """The path of ``auto``: a row of ``PATHS``, or torch where Triton is not there or cannot."""
-    if dtype == torch.float64 or not HAS_TRITON:
-        return "torch"
-    for row in PATHS:
-        asked = (device.type, gradient, paired)
-        if (row.device, row.gradient, row.paired) == asked and tokens >= row.min_tokens:
-            return row.path
+    if dtype != torch.float64 and HAS_TRITON:
+        for row in PATHS:
+            fits = row.device == device.type and tokens >= row.min_tokens
+            if fits and statistics >= row.statistics and (dtype.itemsize == 2) >= row.half:
+                return row.path
     return "torch"
 
 

@@ -183,7 +183,7 @@ def test_peak_memory_stays_within_the_budget(known):
 
 def test_scoring_takes_the_fused_path_and_little_memory():
     p = on_gpu(2048, 151_936, 256, 0.1, dtype=torch.bfloat16)
-    assert tuning.choose_path(p.hidden.device, torch.bfloat16, 2048, False, False) == "fused"
+    assert tuning.choose_path(p.hidden.device, torch.bfloat16, 2048, True) == "fused"
     with torch.no_grad():
         linear_logprob(p.hidden, p.weight, p.targets)
         before = torch.cuda.memory_allocated()

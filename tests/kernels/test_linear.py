@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.cases import FUNCTIONS, Problem, evaluate, oracle, problem, statistics
 from oracle import assert_as_good_as, rel_err
-from sdpo_kernels import linear_jsd, linear_logprob, linear_reverse_kl, reference
+from sdpo_kernels import linear_jsd, linear_logprob, linear_reverse_kl, reference, tuning
 
 PATHS = ("torch", "triton", "fused", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -471,3 +471,15 @@ def test_an_unknown_option_is_refused():
         linear_logprob(
             torch.randn(2, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.long), temprature=1.0
         )
+
+
+def test_the_path_is_chosen_by_a_table():
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+
+    choose = tuning.choose_path
+    assert choose(cuda, torch.bfloat16, 4096, True) == "fused"
+    assert choose(cuda, torch.bfloat16, 8, True) == "triton"
+    assert choose(cuda, torch.float32, 4096, True) == "triton"
+    assert choose(cuda, torch.bfloat16, 4096, False) == "triton"
+    assert choose(cuda, torch.float64, 4096, True) == "torch"
+    assert choose(cpu, torch.bfloat16, 4096, True) == "torch"
