@@ -96,7 +96,7 @@ def _check_spec(x: Inputs, spec: Spec) -> None:
     if spec.chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be positive, got {spec.chunk_bytes}")
     if spec.softcap < 0:
-        raise ValueError(f"softcap must be positive, got {spec.softcap}: None for none")
+        raise ValueError("softcap must be positive; None for none")
     if spec.path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {spec.path!r}")
     if spec.path in ("triton", "fused"):

@@ -281,7 +281,7 @@ class _Loop:
         if weight_C is None:
             return value, None
         assert z is not None and self.targets_N is not None
-        by = weight_C * slope
+        by = torch.where(weight_C == 0, 0, weight_C * slope)
         return value, self.rows.softmax_grad(
             z, row.norm, -by, by, self.targets_N[c], self.spec.transform, self.x.hidden.dtype
         )

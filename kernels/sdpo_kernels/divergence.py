@@ -74,14 +74,7 @@ def linear_reverse_kl(
         ValueError: a shape, dtype, device or setting does not fit; the message names the argument.
     """
     x = Inputs(hidden, weight, hindsight_hidden, hindsight_weight, targets=targets)
-    return _divergence(
-        call(
-            "reverse_kl",
-            x,
-            weights,
-            options,
-        )
-    )
+    return _divergence(call("reverse_kl", x, weights, options))
 
 
 def linear_forward_kl(
@@ -96,14 +89,7 @@ def linear_forward_kl(
 ) -> Divergence:
     """KL(hindsight || policy) per token: mass-covering. Arguments as ``linear_reverse_kl``."""
     x = Inputs(hidden, weight, hindsight_hidden, hindsight_weight, targets=targets)
-    return _divergence(
-        call(
-            "forward_kl",
-            x,
-            weights,
-            options,
-        )
-    )
+    return _divergence(call("forward_kl", x, weights, options))
 
 
 def linear_jsd(
@@ -125,15 +111,7 @@ def linear_jsd(
     """
     _check_beta(beta)
     x = Inputs(hidden, weight, hindsight_hidden, hindsight_weight, targets=targets)
-    return _divergence(
-        call(
-            "jsd",
-            x,
-            weights,
-            options,
-            beta=beta,
-        )
-    )
+    return _divergence(call("jsd", x, weights, options, beta=beta))
 
 
 def linear_topk_divergence(

@@ -56,6 +56,8 @@ def call(
         mask=options.get("mask"),
     )
     static = {name: value for name, value in options.items() if name not in Inputs._fields}
+    if weights is not None and weights.is_floating_point():
+        weights = weights.to(accumulation_dtype(x.hidden.dtype))
     spec = _spec(kind, x, **static, **of_kind)  # pyright: ignore[reportArgumentType]
     check(x, spec, weights)
     if spec.path == "auto":
@@ -82,8 +84,10 @@ def _spec(
         kind=kind,
         path=path,
         temperature=float(temperature),
-        softcap=float(softcap or 0),
-        chunk_bytes=tuning.chunk_bytes(x.hidden.device) if chunk_bytes is None else chunk_bytes,
+        softcap=0.0 if softcap is None else float(softcap) or -1.0,
+        chunk_bytes=tuning.chunk_bytes(x.hidden.device)
+        if chunk_bytes is None
+        else int(chunk_bytes),
         group="" if shard is None else shard.group.group_name,
         start=0 if shard is None else shard.start,
         total=0 if shard is None else shard.total,
@@ -103,11 +107,11 @@ def _run(x: Inputs, spec: Spec, weights: Tensor | None) -> Call:
         value, stats = _reference(x, spec)
         if weights is None:
             return Call(value, stats, None)
-        return Call(value.detach(), stats, (value * weights).sum())
+        return Call(value.detach(), stats, _weighted_sum(value, weights))
     wanted = Wanted(*(_wants_gradient(getattr(x, name)) for name in Wanted._fields))
     if weights is None or not any(wanted):
         value, stats = _values(*x, *spec)
-        loss = None if weights is None else (value * weights).sum()
+        loss = None if weights is None else _weighted_sum(value, weights)
         return Call(value, stats.detach(), loss)
     loss, value, stats, *_ = _gradients(*x, *spec, weights, *wanted)
     return Call(value.detach(), stats.detach(), loss)
@@ -145,7 +149,7 @@ def _(*args):
 )
 def _gradients(*args):
     x, spec, weights, wanted = _weighted(args)
-    return _with_loss(run(x, spec, weights.to(accumulation_dtype(x.hidden.dtype)), wanted), weights)
+    return _with_loss(run(x, spec, weights, wanted), weights)
 
 
 @_gradients.register_fake
@@ -154,10 +158,13 @@ def _(*args):
     return _with_loss(empty_result(x, wanted), weights)
 
 
+def _weighted_sum(value: Tensor, weights: Tensor) -> Tensor:
+    """A weight of 0 silences whatever the value is."""
+    return torch.where(weights == 0, 0, value * weights).sum()
+
+
 def _with_loss(result: Result, weights: Tensor) -> tuple[Tensor, ...]:
-    # a weight of 0 silences whatever the value is
-    loss = torch.where(weights == 0, 0, result.value * weights).sum()
-    return loss, *result
+    return _weighted_sum(result.value, weights), *result
 
 
 def _values_setup(ctx, inputs, output):
@@ -181,11 +188,14 @@ def _gradients_setup(ctx, inputs, output):
     x, _, _, ctx.wanted = _weighted(inputs)
     ctx.dtypes = [None if t is None else t.dtype for t in x]
     ctx.n_args = len(inputs)
+    ctx.set_materialize_grads(False)  # zeros of the size of dW for an output that nobody sees
     ctx.save_for_backward(*output[-4:])
 
 
 def _gradients_backward(ctx, upstream, *_):
     _refuse_double_backward()
+    if upstream is None:
+        return (None,) * ctx.n_args
     *grads, scale = ctx.saved_tensors
     return _to_inputs(ctx.dtypes, ctx.wanted, grads, scale * upstream, ctx.n_args)
 
@@ -203,7 +213,7 @@ def _to_inputs(
     for i, want, grad in zip(_DIFFERENTIABLE, wanted, grads, strict=True):
         if want:
             dtype = like[i] if isinstance(like, list) else like[i].dtype
-            out[i] = (grad * scale).to(dtype)
+            out[i] = torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
     return tuple(out)
 
 

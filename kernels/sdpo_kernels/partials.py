@@ -3,7 +3,8 @@
 Shapes: R ranges (tiles, or tensor-parallel ranks), F fields, C tokens.
 
   of one stream         m = max z, s = sum e^(z-m), t = sum e^(z-m) (z-m), y = z at the target
-  of the pair, at last  c = sum e^(z-m) (z-u), under the policy's m
+  of the pair, at last  c = sum e^(z-m) ((z-u) - (m-n)), n = max u, so that a difference of level
+                        between the streams' logits does not take its digits
 
 The target's logit is -inf where another range holds it. Ranges merge in any order and grouping, so
 the same ``merge`` serves tiles of a kernel and ranks of a process group.
@@ -32,7 +33,7 @@ class RowStats(NamedTuple):
     hindsight_entropy: Tensor | None = None
     hindsight_logp: Tensor | None = None
     gap: Tensor | None = None
-    """sum p (z - u), the mean difference of logits under the policy."""
+    """sum p ((z - u) - (max z - max u)), under the policy."""
 
 
 def merge(parts_RFC: Tensor) -> Tensor:
@@ -43,7 +44,9 @@ def merge(parts_RFC: Tensor) -> Tensor:
     scale_RC = _merge_stream(parts_RFC[:, :4], out[:4])
     if parts_RFC.shape[1] == PAIR:
         _merge_stream(parts_RFC[:, 4:8], out[4:8])
-        out[8] = _product(scale_RC, parts_RFC[:, 8]).sum(0)
+        offset_RC = (parts_RFC[:, 0] - parts_RFC[:, 4]) - (out[0] - out[4])
+        c_RC = parts_RFC[:, 8] + _product(parts_RFC[:, 1], offset_RC)
+        out[8] = _product(scale_RC, c_RC).sum(0)
     return out
 
 

@@ -43,7 +43,7 @@ def hidden_gradient(grad_CV: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> T
     if weight_VD.dtype == dtype:
         return grad_CV @ weight_VD
     if weight_VD.is_cuda:
-        return torch.mm(grad_CV, weight_VD, out_dtype=dtype)
+        return torch.mm(grad_CV.to(weight_VD.dtype), weight_VD, out_dtype=dtype)
     out_CD = weight_VD.new_zeros((grad_CV.shape[0], weight_VD.shape[1]), dtype=dtype)
     for v in chunks(weight_VD.shape[0], HEAD_ROWS):
         out_CD.addmm_(grad_CV[:, v].to(dtype), weight_VD[v].to(dtype))
@@ -58,4 +58,5 @@ def add_weight_gradient(dweight_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) 
     elif not hidden_CD.is_cuda:
         dweight_VD.addmm_(grad_CV.T.to(dtype), hidden_CD.to(dtype))
     else:
+        grad_CV = grad_CV.to(hidden_CD.dtype)
         torch.addmm(dweight_VD, grad_CV.T, hidden_CD, out_dtype=dtype, out=dweight_VD)

@@ -54,6 +54,9 @@ def linear_sampled_token(
             raise ValueError(f"{name} needs old_logp, the log-probabilities at sampling")
     if ppo_clip is not None and importance_clip is not None:
         raise ValueError("ppo_clip and importance_clip both correct for the sampler: set one")
+    for name, value in (("centre", centre), ("counted", counted)):
+        if value is not None and value.shape != targets.shape:
+            raise ValueError(f"{name} must be (N,) like targets, got shape {tuple(value.shape)}")
     clip = ppo_clip or -(importance_clip or 0.0)
     x = Inputs(hidden, weight, hindsight_hidden, hindsight_weight, targets=targets)
     x = x._replace(old_logp=old_logp)
@@ -64,8 +67,9 @@ def linear_sampled_token(
         both = call("sampled_token", x._replace(old_logp=None), None, options)
         stats = TokenStats(*both.stats.unbind())
         mask = options.get("mask")
-        if counted is None and mask is not None:
-            counted = mask.to(hidden.device, non_blocking=True)
+        if mask is not None:
+            mask = mask.to(hidden.device, non_blocking=True)
+            counted = mask if counted is None else counted & mask
         advantage = centred(stats.logp_hindsight - stats.logp_policy, centre, counted)
     x = x._replace(hindsight=None, hindsight_weight=None, advantage=advantage)
     own: Options = {**options, "hindsight_bias": None}

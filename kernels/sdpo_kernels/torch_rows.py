@@ -43,7 +43,7 @@ def stats(
         if u_CV is not None:
             u = _transform_(u_CV[r], transform, hindsight_bias_V)
             _stream_stats(u, targets, out[4:8, r])
-            out[8, r] = _dot(e, z - u)
+            out[8, r] = _dot(e, (z - u).sub_((out[0, r] - out[4, r])[:, None]))
     return out
 
 
@@ -87,7 +87,7 @@ def divergence(
     Args:
         z_CV, u_CV: transformed logits.
         norm_4C: see ``RowStats.norm``.
-        centre_C: what centres the gradient: sum p (z - u) for reverse KL, KL(p || m) for JSD.
+        centre_C: what centres the gradient: ``RowStats.gap`` for reverse KL, KL(p || m) for JSD.
     """
     values = z_CV.new_empty((2 if kind == "jsd" else 1, z_CV.shape[0]))
     for r in _blocks(z_CV):
@@ -99,7 +99,10 @@ def divergence(
             found = _moderate_kl(kind, z, u, norm, centre)
         values[:, r], grad = found or _divergence(kind, beta, z, u, norm, centre)
         if weight_C is not None:
-            z.copy_(_through_transform_(grad.mul_(weight_C[r, None]), z, transform))
+            grad.mul_(weight_C[r, None])
+            if found is None:  # an infinite value has no gradient, but a weight of 0 silences it
+                grad.masked_fill_(weight_C[r, None] == 0, 0)
+            z.copy_(_through_transform_(grad, z, transform))
     return values, None if weight_C is None else z_CV
 
 
@@ -107,9 +110,9 @@ def _moderate_kl(kind: str, z, u, norm, centre) -> tuple[Tensor, Tensor] | None:
     """Values (1, C) and gradient (C, V) of the KLs in few operations; None where logits are
     infinite, or q is so much larger than p that p may have underflowed where q has not."""
     m, log_s, n, log_r = norm
-    gap = z - u
+    gap = (z - u).sub_(m - n)
     p = (z - m).sub_(log_s).exp_()
-    d = ((m - n) + (log_s - log_r)) - gap
+    d = (log_s - log_r) - gap
     if d.numel() and not d.amax() < 60:
         return None
     expm1 = torch.expm1(d)
@@ -127,10 +130,10 @@ def _moderate_kl(kind: str, z, u, norm, centre) -> tuple[Tensor, Tensor] | None:
 def _divergence(kind: str, beta: float, z, u, norm, centre) -> tuple[Tensor, Tensor]:
     """Values (1 or 2, C) and gradient (C, V), wherever they are defined."""
     m, log_s, n, log_r = norm
-    gap = z - u
+    gap = (z - u).sub_(m - n)
     p, q = (z - m).sub_(log_s).exp_(), (u - n).sub_(log_r).exp_()
     # log q - log p: z - u, like m - n, is exact where the two almost agree
-    d = ((m - n) + (log_s - log_r)) - gap
+    d = (log_s - log_r) - gap
     d.masked_fill_((p == 0) & (q == 0), 0)
     # q - p loses every digit where the two agree; expm1 of the non-positive exponent keeps them
     expm1 = torch.expm1(-d.abs())

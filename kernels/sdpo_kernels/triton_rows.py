@@ -86,6 +86,8 @@ def stats_kernel(
             z = tl.where(inside, transformed(z, cap, temperature, CAP, SCALE), float("-inf"))
         if BIAS or CAP or SCALE:
             tl.store(z_ptr + columns, z, mask=inside)
+        before = s
+        offset = m - n
         m, s, t, e, scale = online(m, s, t, z)
         if PAIRED:
             u = tl.load(u_ptr + columns, mask=inside, other=float("-inf"))
@@ -96,7 +98,8 @@ def stats_kernel(
             if HINDSIGHT_BIAS or CAP or SCALE:
                 tl.store(u_ptr + columns, u, mask=inside)
             n, r, w, _, _ = online(n, r, w, u)
-            c = scale * c + tl.sum(weighted(e, z - u), 0)
+            c = scale * (c + weighted(before, offset - (m - n)))
+            c += tl.sum(weighted(e, (z - u) - (m - n)), 0)
     out_ptr += row
     tl.store(out_ptr, m)
     tl.store(out_ptr + tokens, s)
@@ -123,7 +126,7 @@ def stats(
     paired = u_CV is not None
     out = z_CV.new_empty((PAIR if paired else SINGLE, tokens))
     u = z_CV if u_CV is None else u_CV
-    block, warps = row_tiles(z_CV.device, vocabulary)
+    block, warps = row_tiles(vocabulary)
     with on_device(z_CV):
         stats_kernel[(tokens,)](
             z_CV,
@@ -182,7 +185,6 @@ def divergence_kernel(
     log_s = tl.load(norm_ptr + tokens)
     n = tl.load(norm_ptr + 2 * tokens)
     log_r = tl.load(norm_ptr + 3 * tokens)
-    shift = (m - n) + (log_s - log_r)
     centre = 0.0
     weight = 0.0
     if GRAD:
@@ -200,8 +202,8 @@ def divergence_kernel(
         p = tl.exp((z - m) - log_s)
         q = tl.exp((u - n) - log_r)
         # z - u, like m - n, is exact where the two almost agree
-        gap = z - u
-        d = tl.where((p == 0) & (q == 0), 0.0, shift - gap)
+        gap = (z - u) - (m - n)
+        d = tl.where((p == 0) & (q == 0), 0.0, (log_s - log_r) - gap)
         expm1 = expm1_nonpositive(-tl.abs(d))
         difference = tl.where(d < 0, p, -q) * expm1
         if KIND == 0:
@@ -221,7 +223,9 @@ def divergence_kernel(
                 grad = weighted(grad, transform_grad(z, cap, temperature, CAP, SCALE))
             if NARROW:
                 tl.debug_barrier()
-            tl.store(grad_ptr + columns, (grad * weight).to(grad_ptr.dtype.element_ty), mask=inside)
+            # an infinite value has no gradient, but a weight of 0 silences it
+            grad = tl.where(weight == 0, 0.0, grad * weight)
+            tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=inside)
     tl.store(values_ptr + row, tl.sum(value, 0))
     if KIND == 2:
         tl.store(values_ptr + tokens + row, tl.sum(other, 0))
@@ -242,7 +246,7 @@ def divergence(
     tokens, vocabulary = z_CV.shape
     values = z_CV.new_empty((2 if kind == "jsd" else 1, tokens))
     grad = None if weight_C is None else narrow(z_CV, grad_dtype)
-    block, warps = row_tiles(z_CV.device, vocabulary)
+    block, warps = row_tiles(vocabulary)
     with on_device(z_CV):
         divergence_kernel[(tokens,)](
             z_CV,
@@ -328,7 +332,7 @@ def softmax_grad(
     """See ``torch_rows.softmax_grad``; the gradient is in ``grad_dtype``."""
     tokens, vocabulary = z_CV.shape
     grad = narrow(z_CV, grad_dtype)
-    block, warps = row_tiles(z_CV.device, vocabulary)
+    block, warps = row_tiles(vocabulary)
     with on_device(z_CV):
         softmax_grad_kernel[(tokens,)](
             z_CV,
@@ -355,8 +359,8 @@ def softmax_grad(
 
 def narrow(z_CV: Tensor, dtype: torch.dtype) -> Tensor:
     """(C, V) of ``dtype`` in the memory of (C, V) logits, each row at its row's start."""
-    if dtype == z_CV.dtype:
-        return z_CV
+    if dtype == z_CV.dtype or not z_CV.shape[1]:
+        return z_CV.to(dtype)
     rows = z_CV.as_strided((z_CV.shape[0], z_CV.stride(0)), (z_CV.stride(0), 1))
     return rows.view(dtype)[:, : z_CV.shape[1]]
 

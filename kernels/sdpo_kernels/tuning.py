@@ -57,8 +57,8 @@ FUSED = {
 """By major compute capability, and whether the head has a softcap where that needs other tiles to
 stay clear of spills. Float32 operands take half the hidden units."""
 
-ROW_BLOCK, ROW_WARPS = 4096, 8
-"""Logits of a row that a program works on at a time: 16 per thread."""
+ROW_BLOCK, ROW_WARPS = 4096, 16
+"""Logits of a row that a program works on at a time: 8 per thread."""
 
 
 def choose_path(device: torch.device, dtype: torch.dtype, tokens: int, statistics: bool) -> str:
@@ -76,7 +76,7 @@ def chunk_bytes(device: torch.device) -> int:
     return CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
 
 
-def row_tiles(device: torch.device, vocabulary: int) -> tuple[int, int]:
+def row_tiles(vocabulary: int) -> tuple[int, int]:
     """(block, warps) of the kernels that read rows of logits."""
     block = min(ROW_BLOCK, max(128, 1 << (vocabulary - 1).bit_length()))
     return block, max(1, block * ROW_WARPS // ROW_BLOCK)

@@ -22,6 +22,7 @@ class VocabShard:
     """This rank's weight is rows ``[start, start + weight.shape[0])`` of a head of ``total`` rows.
 
     Shards may be uneven and even empty; together, in any order, they must cover the vocabulary.
+    What requires a gradient must agree over the group: the ranks' collectives follow from it.
     """
 
     group: dist.ProcessGroup
@@ -61,5 +62,5 @@ def sum_(name: Any, x: Tensor) -> Tensor:
 
 def local_targets(targets: Tensor, start: int, rows: int) -> Tensor:
     """Global token ids -> rows of this rank's shard, -1 where another rank holds them."""
-    local = targets - start
+    local = targets.long() - start
     return torch.where((local >= 0) & (local < rows), local, -1)

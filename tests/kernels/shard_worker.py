@@ -55,11 +55,12 @@ def splits(ranks: int) -> dict[str, list[int]]:
     return {"even": even, "uneven": uneven, "empty": [0, *[WORDS] * ranks]}
 
 
-def check(name: str, borders: list[int], path: str, known: bool) -> None:
-    """Values, statistics and gradients of the shards equal the whole's to 1e-5."""
+def check(name: str, borders: list[int], path: str, known: bool, dtype=torch.float32) -> None:
+    """Values, statistics and gradients of the shards equal the whole's to 1e-5, in float32."""
     rank, whole_reduce = dist.get_rank(), dist.all_reduce
     torch.manual_seed(0)
-    p, bias = problem(TOKENS, WORDS, 16, 1.0), torch.randn(WORDS)
+    p, bias = problem(TOKENS, WORDS, 16, 1.0, dtype), torch.randn(WORDS, dtype=dtype)
+    exact = dtype == torch.float32
     chunk = ROWS_PER_CHUNK * WORDS * 4 * 2
     whole = evaluate(name, p, known=known, path="torch", bias=bias, **OPTIONS)
     rows = slice(borders[rank], borders[rank + 1])
@@ -70,7 +71,8 @@ def check(name: str, borders: list[int], path: str, known: bool) -> None:
     whole_reduce(part["hidden"])  # partial
     expected = {**whole, "weight": whole["weight"][rows], "bias": whole["bias"][rows]}
     for k, t in part.items():
-        torch.testing.assert_close(t, expected[k], rtol=1e-5, atol=1e-5, msg=f"{name} {k}")
+        close = 1e-5 if exact or k == "value" else 5e-2
+        torch.testing.assert_close(t, expected[k], rtol=close, atol=close, msg=f"{name} {k}")
     found = statistics(name, local, bias=bias[rows], **mine, **OPTIONS)
     truth = statistics(name, p, bias=bias, **OPTIONS)
     for k, t in found.items():
@@ -105,6 +107,8 @@ def main() -> None:
                 check(name, borders, "torch", known)
         for name in ("logprob", "jsd", "topk") if split == "uneven" else ():
             check(name, borders, "triton", known=True)
+        for path in ("triton", "fused") if split == "empty" else ():
+            check("sampled_token", borders, path, known=True, dtype=torch.bfloat16)
     for name in FLOATS:
         check_bytes(name)
     dist.destroy_process_group()

@@ -5,7 +5,9 @@ import sys
 
 from runs import ENV
 
-SIZES = "N, V, D = 4096, 50257, 256"
+SIZES = "N, V, D, CHUNK = 4096, 50257, 256, 64 * 2**20"
+WIDE = "N, V, D, CHUNK = 64, 50257, 512, 8 * 2**20"
+"""A head's gradient that is far larger than the logits."""
 SCRIPT = """
 import sys, torch
 from pathlib import Path
@@ -38,7 +40,6 @@ def step(hidden, weight, hindsight):
         loss = (value * weights).sum()
     loss.backward()
 
-CHUNK = 64 * 2**20
 step(*inputs(2))  # libraries, threads and their buffers
 tensors = inputs(N)
 Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
@@ -49,10 +50,10 @@ print(resident("VmHWM") - before - gradients, CHUNK)
 """
 
 
-def measure(*options: str) -> tuple[int, int]:
+def measure(*options: str, sizes: str = SIZES) -> tuple[int, int]:
     """(peak beyond inputs and gradients, chunk budget), in bytes."""
     out = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(sizes=SIZES), *options],
+        [sys.executable, "-c", SCRIPT.format(sizes=sizes), *options],
         env=ENV,
         capture_output=True,
         text=True,
@@ -71,6 +72,12 @@ def test_peak_memory_stays_under_twice_the_chunk_budget_beyond_inputs_and_gradie
 def test_half_precision_costs_no_float32_copy_of_the_head_beyond_its_gradient():
     extra, chunk = measure("bfloat16", "known")
     assert extra < 2 * chunk + 4 * 50257 * 256, extra / chunk
+
+
+def test_the_backward_holds_one_copy_of_the_heads_gradient_beside_the_gradient_itself():
+    extra, chunk = measure("float32", "known", sizes=WIDE)
+    kept = 4 * 50257 * 512
+    assert extra < kept + 2 * chunk, (extra / kept, chunk)
 
 
 def test_plain_torch_needs_gigabytes():
