@@ -70,6 +70,10 @@ def kernels(sm: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dic
             found.append(
                 (variant, triton_rows.stats_kernel, {}, {**constants, **shape, **rows}, options)
             )
+        for kind, number in triton_rows.KINDS.items():
+            constants = {"KIND": number, "GRAD": False, "NARROW": False, **shape, **rows}
+            variant = f"{kind}, values only, {name}"
+            found.append((variant, triton_rows.divergence_kernel, {}, constants, options))
         for dtype in ("bf16", "fp32"):
             types = {"grad_ptr": f"*{dtype}"}
             narrow = {"NARROW": dtype != "fp32", **shape, **rows}

@@ -86,33 +86,15 @@ def _bucket_divergence(
     """The divergence of two softmax distributions over few buckets, and the gradient in z."""
     z, u = z_CB.clone(), u_CB.clone()
     row = partials.finish(torch_rows.stats(z, u, None, IDENTITY))
-    centre = row.gap
-    values, _ = torch_rows.divergence(
-        spec.buckets,
-        spec.beta,
-        z,
-        u,
-        row.norm,
-        centre,
-        None,
-        IDENTITY,
-        z.dtype,
-    )
-    value = values[0]
-    if spec.buckets == "jsd":
-        centre = values[0]
-        value = (1 - spec.beta) * values[0] + spec.beta * values[1]
-    if weight_C is None:
-        return value, None
-    _, grad = torch_rows.divergence(
-        spec.buckets,
-        spec.beta,
-        z,
-        u,
-        row.norm,
-        centre,
-        weight_C,
-        IDENTITY,
-        z.dtype,
-    )
-    return value, grad
+
+    def evaluate(centre_C: Tensor | None, by_C: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return torch_rows.divergence(
+            spec.buckets, spec.beta, z, u, row.norm, centre_C, by_C, IDENTITY, z.dtype
+        )
+
+    if spec.buckets != "jsd":
+        values, grad = evaluate(row.gap, weight_C)
+        return values[0], grad
+    values, _ = evaluate(None, None)
+    _, grad = evaluate(values[0], weight_C)
+    return (1 - spec.beta) * values[0] + spec.beta * values[1], grad
