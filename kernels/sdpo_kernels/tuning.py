@@ -57,7 +57,7 @@ FUSED = {
 """By major compute capability, and whether the head has a softcap where that needs other tiles to
 stay clear of spills. Float32 operands take half the hidden units."""
 
-ROW_BLOCK, ROW_WARPS = 4096, 16
+ROW_BLOCK, ROW_WARPS = 2048, 8
 """Logits of a row that a program works on at a time: 8 per thread."""
 
 
