@@ -168,10 +168,6 @@ def _with_loss(result: Result, weights: Tensor) -> tuple[Tensor, ...]:
 
 
 def _values_setup(ctx, inputs, output):
-    _save(ctx, inputs)
-
-
-def _save(ctx, inputs) -> None:
     tensors, ctx.spec = _split(inputs)
     ctx.save_for_backward(*tensors)
 
