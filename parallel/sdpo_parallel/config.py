@@ -38,24 +38,124 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the model is laid out over the ranks that torchrun starts."""
+    """How the model is laid out over the ranks that torchrun starts.
+
+    ranks = replicate x (FSDP2 shards) x context x tensor; the shards are what is left over.
+    """
 
     replicate: int = 1
     """Copies of the sharded model (HSDP); the other ranks shard it (FSDP2)."""
+    tensor: int = 1
+    """Ranks that split every matrix, the head by rows of the vocabulary (TP)."""
+    sequence_parallel: bool = True
+    """With ``tensor``: norms and residuals are split over its ranks by position, too."""
+    context: int = 1
+    """Ranks that split every row of tokens (CP); FSDP2 shards over them as well."""
+    pipeline: int = 1
+    """Only 1: a pipeline schedule runs one pass of a step, and there are two."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of parameters and activations in the passes; master weights, gradients reduced across ranks
     and optimizer state are float32. ``auto``: bfloat16 on an accelerator, float32 on a CPU."""
     activation_checkpoint: Literal["none", "selective", "full"] = "selective"
+    compile: Literal["none", "inductor", "aot_eager"] = "none"
+    """torch.compile of every transformer block, by this backend."""
+    cpu_offload: bool = False
+    """Parameters, gradients and optimizer state live in host memory between their uses."""
+    attention: Literal["auto", "flex", "flex_flash", "varlen", "dense"] = "auto"
+    """Of the torchtitan engine; ``auto``: by device and what is installed, see attention.py."""
+    liger: bool = False
+    """RMSNorm, SwiGLU and rotary embeddings by Liger's Triton kernels; needs the liger extra."""
 
     def __post_init__(self):
-        if self.replicate < 1:
-            raise ValueError(f"replicate must be at least 1, got {self.replicate}")
+        for name in ("replicate", "tensor", "context", "pipeline"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.pipeline > 1:
+            raise ValueError(
+                f"pipeline={self.pipeline}: pipeline parallelism is not supported, as its schedules "
+                "run one pass per micro-batch and SDPO needs two (the hindsight pass feeds the "
+                "policy's loss); use FSDP2 with tensor or context parallelism instead"
+            )
+
+    def shards(self, ranks: int) -> int:
+        """FSDP2's data-parallel shards (context ranks not counted) on ``ranks`` ranks.
+
+        Raises:
+            ValueError: the degrees do not divide ``ranks``.
+        """
+        degrees = self.replicate * self.tensor * self.context
+        if ranks % degrees:
+            raise ValueError(
+                f"replicate={self.replicate} x tensor={self.tensor} x context={self.context} = "
+                f"{degrees} does not divide {ranks} ranks"
+            )
+        return ranks // degrees
 
     def resolve_dtype(self, device_type: str) -> Literal["bfloat16", "float32"]:
         """``compute_dtype`` with ``auto`` decided."""
         if self.compute_dtype == "auto":
             return "float32" if device_type == "cpu" else "bfloat16"
         return self.compute_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Train low-rank adapters beside frozen weights; ``rank`` 0 trains the weights themselves."""
+
+    rank: int = 0
+    alpha: float = 16.0
+    """Adapters add ``alpha / rank * B A x``."""
+    targets: tuple[str, ...] = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+    """torchtitan's names of the linear layers that get one."""
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise ValueError(f"lora rank must not be negative, got {self.rank}")
+        if self.rank and not self.targets:
+            raise ValueError("lora targets is empty: name at least one linear layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Live:
+    """The teacher is the policy itself, as it is now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMA:
+    """The teacher is an exponential moving average of the policy's weights."""
+
+    decay: float = 0.99
+    """After each step: teacher = decay x teacher + (1 - decay) x policy."""
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """The teacher never changes."""
+
+    folder: str | None = None
+    """Hugging Face folder with the policy's tokenizer; None: the weights the run started from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustRegion:
+    """log teacher = (1 - mix) log policy + mix log frozen, renormalised: the live teacher, held
+    near the weights the run started from."""
+
+    mix: float = 0.5
+
+    def __post_init__(self):
+        if not 0 < self.mix < 1:
+            raise ValueError(
+                f"mix must lie strictly between 0 and 1, got {self.mix}: its limits are the "
+                "teachers live (0) and frozen (1)"
+            )
+
+
+Teacher = Live | EMA | Frozen | TrustRegion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +166,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always leaves one."""
     keep: int = 3
     """Newest checkpoints kept, at least 2; 0 keeps all."""
+    asynchronous: bool = True
+    """Write in the background while training goes on; the weights are copied first."""
     export_dtype: Literal["source", "float32", "bfloat16"] = "source"
     """Of the exported weights; ``source``: that of the folder the run started from."""
 
@@ -74,6 +176,6 @@ class CheckpointConfig:
             raise ValueError(f"checkpoint interval must be at least 1, got {self.interval}")
         if self.keep == 1 or self.keep < 0:
             raise ValueError(
-                "keep must be 0 (all) or at least 2, as the newest may be unfinished; "
+                "keep must be 0 (all) or at least 2, as the newest may turn out damaged; "
                 f"got {self.keep}"
             )
