@@ -7,7 +7,8 @@ that an attention mask needs (each slot of padding at a row's end is a document 
 ``index`` names the B*T slots whose hidden state predicts a response token, in the same order in
 both passes.
 
-Not here: how ranks are balanced against each other; each takes every ``world``-th interaction.
+``deal`` hands a step's interactions to ranks and micro-batches so that all have as much to do;
+every rank reckons the same from the lengths of all, and nothing is communicated.
 """
 
 import math
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
+import binpacking
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ from .hindsight import Encoded
 
 ROW_MULTIPLE = 128
 """Rows are as wide as their longest needs, rounded up: the block of flex attention's masks, and
-few enough shapes for compiled kernels."""
+few enough shapes for compiled kernels. Layouts that split rows need a multiple of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +78,12 @@ class Batch:
     """log-probabilities under the policy that sampled the response, where all are known."""
     weight_S: Tensor
     """Interaction weights, normalised over the whole step, so that micro-batches and ranks add."""
-    truncated_3: Tensor
-    """Interactions that lost tokens in the policy prompt, hindsight prompt, response."""
+    truncated_S3: Tensor
+    """Whether an interaction lost tokens in its policy prompt, hindsight prompt, response."""
+    lengths: tuple[int, ...]
+    """Tokens of each response, on the host."""
+    slots: int
+    """Of both passes, padding included."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """Every tensor moved, asynchronously where the host memory is pinned."""
@@ -88,6 +94,28 @@ class Batch:
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+    def only(self, responses: Sequence[int]) -> tuple["Batch", Tensor]:
+        """The loss side of some of its responses, and where their tokens were among the N.
+
+        The rows of both passes stay whole.
+        """
+        keep_S = torch.tensor(responses, dtype=torch.long, device=self.weight_S.device)
+        new_S = torch.full_like(self.weight_S, -1, dtype=torch.long)
+        new_S[keep_S] = torch.arange(len(responses), device=keep_S.device)
+        kept_N = (new_S[self.sequence_N] >= 0).nonzero()[:, 0]
+        batch = replace(
+            self,
+            targets_N=self.targets_N[kept_N],
+            sequence_N=new_S[self.sequence_N[kept_N]],
+            offset_N=self.offset_N[kept_N],
+            end_N=self.end_N[kept_N],
+            old_logp_N=None if self.old_logp_N is None else self.old_logp_N[kept_N],
+            weight_S=self.weight_S[keep_S],
+            truncated_S3=self.truncated_S3[keep_S],
+            lengths=tuple(self.lengths[i] for i in responses),
+        )
+        return batch, kept_N
 
 
 @dataclass
@@ -101,9 +129,15 @@ class Cursor:
     seed: int
     consumed: int = 0
 
+    def peek(self, count: int, ahead: int = 0) -> list[int]:
+        """``count`` indices into the data from ``ahead`` on: epoch after epoch, each its own
+        shuffle."""
+        first = self.consumed + ahead
+        return [self._at(i) for i in range(first, first + count)]
+
     def take(self, count: int) -> list[int]:
-        """The next ``count`` indices into the data: epoch after epoch, each its own shuffle."""
-        out = [self._at(i) for i in range(self.consumed, self.consumed + count)]
+        """The next ``count`` indices, which are then consumed."""
+        out = self.peek(count)
         self.consumed += count
         return out
 
@@ -145,13 +179,13 @@ def total_interactions(n: int, config: BatchConfig) -> int:
     return max(1, round(n * config.epochs))
 
 
-def micro_batches(items: Sequence[tuple[Encoded, float]], config: BatchConfig) -> Iterator[Batch]:
-    """One rank's share of a step, cut so that neither pass exceeds ``micro_batch_tokens``.
+Item = tuple[Encoded, float]
+"""An encoded interaction and its weight, normalised over the whole step."""
 
-    Args:
-        items: (encoded interaction, weight normalised over the whole step).
-    """
-    group: list[tuple[Encoded, float]] = []
+
+def micro_batches(items: Sequence[Item], config: BatchConfig) -> Iterator[Batch]:
+    """One process's items in order, cut so that neither pass exceeds ``micro_batch_tokens``."""
+    group: list[Item] = []
     for item in items:
         if group and _slots([*group, item], config.row_tokens) > config.micro_batch_tokens:
             yield collate(group, config.row_tokens)
@@ -161,63 +195,129 @@ def micro_batches(items: Sequence[tuple[Encoded, float]], config: BatchConfig) -
         yield collate(group, config.row_tokens)
 
 
-def _slots(items: Sequence[tuple[Encoded, float]], row_tokens: int) -> int:
+@dataclass(frozen=True)
+class Deal:
+    """Who computes what in a step: ``micro_batches[m][r]`` holds rank r's items of the m-th.
+
+    All ranks have as many micro-batches, some perhaps empty, as each runs the same collectives;
+    within one, ranks wait for the slowest.
+    """
+
+    micro_batches: list[list[list[Item]]]
+
+    def of(self, rank: int) -> list[list[Item]]:
+        """A rank's micro-batches."""
+        return [ranks[rank] for ranks in self.micro_batches]
+
+    @property
+    def idle(self) -> float:
+        """Share of the step that the average rank waits for the busiest, reckoned by ``cost``."""
+        costs = [[sum(cost(e) for e, _ in items) for items in m] for m in self.micro_batches]
+        longest = sum(max(ranks) for ranks in costs)
+        ranks = len(costs[0])
+        return 1 - sum(map(sum, costs)) / (ranks * longest) if longest else 0.0
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of both passes, padding not included, by rank."""
+        lengths = [
+            [sum(map(sum, (_lengths(e) for e, _ in items))) for items in m]
+            for m in self.micro_batches
+        ]
+        return [sum(column) for column in zip(*lengths, strict=True)]
+
+
+def _lengths(e: Encoded) -> tuple[int, int]:
+    return len(e.policy) + len(e.response), len(e.hindsight) + len(e.response)
+
+
+def cost(e: Encoded) -> int:
+    """Work of an interaction in forward passes of a token: the policy's backward counts two."""
+    policy, hindsight = _lengths(e)
+    return 3 * policy + hindsight
+
+
+def deal(items: Sequence[Item], ranks: int, config: BatchConfig) -> Deal:
+    """As few micro-batches as fit, ranks x micro-batches bins of equal cost (longest processing
+    time first), like bins in the same micro-batch."""
+    costs = {i: cost(e) for i, (e, _) in enumerate(items)}
+    passes = zip(*(_lengths(e) for e, _ in items), strict=True)
+    most = max((sum(lengths) for lengths in passes), default=0)
+    rounds = max(1, -(-most // (ranks * config.micro_batch_tokens)))
+    while True:
+        bins = [sorted(b) for b in binpacking.to_constant_bin_number(costs, ranks * rounds)]
+        contents = [[items[i] for i in b] for b in bins]
+        if all(
+            len(c) <= 1 or _slots(c, config.row_tokens) <= config.micro_batch_tokens
+            for c in contents
+        ):
+            break
+        rounds += 1
+    contents.sort(key=lambda c: -sum(cost(e) for e, _ in c))
+    groups = [contents[m * ranks : (m + 1) * ranks] for m in range(rounds)]
+    # there and back, so that no rank gets the longest of every group
+    return Deal([g if m % 2 == 0 else g[::-1] for m, g in enumerate(groups)])
+
+
+def _slots(items: Sequence[Item], row_tokens: int) -> int:
     """Slots of the larger pass of a micro-batch."""
-    policy = [len(e.policy) + len(e.response) for e, _ in items]
-    hindsight = [len(e.hindsight) + len(e.response) for e, _ in items]
-    rows = [(_fit(lengths, row_tokens), lengths) for lengths in (policy, hindsight)]
+    both = zip(*(_lengths(e) for e, _ in items), strict=True)
+    rows = [(_fit(lengths, row_tokens), lengths) for lengths in both]
     return max(len(r) * _width(r, lengths) for r, lengths in rows)
 
 
-def collate(items: Sequence[tuple[Encoded, float]], row_tokens: int) -> Batch:
-    """Interactions and their weights -> one micro-batch. No items give a batch of no tokens."""
+def collate(items: Sequence[Item], row_tokens: int, row_multiple: int = ROW_MULTIPLE) -> Batch:
+    """Items -> one micro-batch. No items give a batch of no tokens."""
     encoded = [e for e, _ in items]
     lengths = torch.tensor([len(e.response) for e in encoded], dtype=torch.long)
     ends = [i == len(e.response) - 1 and e.ends for e in encoded for i in range(len(e.response))]
     old = [p for e in encoded for p in e.old_logprobs or ()]
     known = bool(encoded) and all(e.old_logprobs is not None for e in encoded)
+    policy, hindsight = (
+        pack(sequences, row_tokens, row_multiple)
+        for sequences in (
+            [(e.policy, e.response) for e in encoded],
+            [(e.hindsight, e.response) for e in encoded],
+        )
+    )
     return Batch(
-        policy=pack([(e.policy, e.response) for e in encoded], row_tokens),
-        hindsight=pack([(e.hindsight, e.response) for e in encoded], row_tokens),
+        policy=policy,
+        hindsight=hindsight,
         targets_N=torch.tensor([t for e in encoded for t in e.response], dtype=torch.long),
         sequence_N=torch.repeat_interleave(torch.arange(len(encoded)), lengths),
         offset_N=torch.tensor([i for e in encoded for i in range(len(e.response))]).long(),
         end_N=torch.tensor(ends, dtype=torch.bool),
         old_logp_N=torch.tensor(old, dtype=torch.float32) if known else None,
         weight_S=torch.tensor([w for _, w in items], dtype=torch.float32),
-        truncated_3=torch.tensor([e.truncated for e in encoded]).view(-1, 3).sum(0),
+        truncated_S3=torch.tensor([e.truncated for e in encoded], dtype=torch.bool).view(-1, 3),
+        lengths=tuple(len(e.response) for e in encoded),
+        slots=policy.tokens_BT.numel() + hindsight.tokens_BT.numel(),
     )
 
 
-def pack(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], row_tokens: int) -> Rows:
+def pack(
+    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+    row_tokens: int,
+    row_multiple: int = ROW_MULTIPLE,
+) -> Rows:
     """(prompt, response) pairs -> rows, each sequence whole in one of them."""
     lengths = [len(p) + len(r) for p, r in sequences]
-    return _lay_out(sequences, lengths, _fit(lengths, row_tokens))
+    return _lay_out(sequences, lengths, _fit(lengths, row_tokens), row_multiple)
 
 
 def _fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Indices by row: longest first into the first row with room. At least one row."""
+    """Indices by row; at least one row."""
     width = max([row_tokens, *lengths])
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, free in enumerate(room) if free >= lengths[i]), None)
-        if row is None:
-            rows.append([])
-            room.append(width)
-            row = len(rows) - 1
-        rows[row].append(i)
-        room[row] -= lengths[i]
-    return rows or [[]]
+    return [list(row) for row in binpacking.to_constant_volume(dict(enumerate(lengths)), width)]
 
 
-def _width(rows: list[list[int]], lengths: Sequence[int]) -> int:
+def _width(rows: list[list[int]], lengths: Sequence[int], multiple: int = ROW_MULTIPLE) -> int:
     used = max(1, max(sum(lengths[i] for i in row) for row in rows))
-    return -(-used // ROW_MULTIPLE) * ROW_MULTIPLE
+    return -(-used // multiple) * multiple
 
 
-def _lay_out(sequences, lengths: list[int], rows: list[list[int]]) -> Rows:
-    width = _width(rows, lengths)
+def _lay_out(sequences, lengths: list[int], rows: list[list[int]], multiple: int) -> Rows:
+    width = _width(rows, lengths, multiple)
     tokens = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.zeros_like(tokens)
     predicts: list[np.ndarray] = [np.empty(0, np.int64)] * len(sequences)

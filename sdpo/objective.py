@@ -11,7 +11,7 @@ interactions; weights come normalised over all ranks, so local losses add up to 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from sdpo_kernels import (
     Divergence,
     TokenStats,
+    VocabShard,
     linear_forward_kl,
     linear_jsd,
     linear_reverse_kl,
@@ -98,7 +99,8 @@ class JSD(Objective):
 class Streams(NamedTuple):
     """What both passes yield: hidden states (N, D) at the response, heads (V, D), and y (N,).
 
-    A ``hindsight_weight`` of None is the policy's own head.
+    A ``hindsight_weight`` of None is the policy's own head. With a ``shard`` both are this rank's
+    rows of the vocabulary, and the gradient of ``hidden`` is partial.
     """
 
     hidden: Tensor
@@ -106,6 +108,7 @@ class Streams(NamedTuple):
     hindsight_hidden: Tensor
     hindsight_weight: Tensor | None
     targets: Tensor
+    shard: VocabShard | None = None
 
 
 class Layout(NamedTuple):
@@ -115,6 +118,15 @@ class Layout(NamedTuple):
     offset_N: Tensor
     weight_S: Tensor
     old_logp_N: Tensor | None = None
+
+
+class Common(TypedDict):
+    """What every objective passes on to its kernel."""
+
+    targets: Tensor
+    weights: Tensor
+    chunk_bytes: int | None
+    shard: VocabShard | None
 
 
 def token_weights(layout: Layout, ignore_first: int = 0) -> Tensor:
@@ -138,17 +150,22 @@ def total_loss(objective: Objective, streams: Streams, layout: Layout) -> tuple[
         ValueError: a clip needs the sampling policy's log-probabilities and they are not there.
         TypeError: the objective is none of this module's.
     """
-    y, chunk_bytes, pair = streams.targets, objective.chunk_bytes, streams[:4]
     weights = token_weights(layout, objective.ignore_first)
+    common = Common(
+        targets=streams.targets,
+        weights=weights,
+        chunk_bytes=objective.chunk_bytes,
+        shard=streams.shard,
+    )
     match objective:
         case SampledToken():
-            out = _sampled_token(objective, streams, layout, weights)
+            out = _sampled_token(objective, streams, layout, common)
         case ReverseKL():
-            out = linear_reverse_kl(*pair, targets=y, weights=weights, chunk_bytes=chunk_bytes)
+            out = linear_reverse_kl(*streams[:4], **common)
         case ForwardKL():
-            out = linear_forward_kl(*pair, targets=y, weights=weights, chunk_bytes=chunk_bytes)
+            out = linear_forward_kl(*streams[:4], **common)
         case JSD(beta=beta):
-            out = linear_jsd(*pair, beta=beta, targets=y, weights=weights, chunk_bytes=chunk_bytes)
+            out = linear_jsd(*streams[:4], beta=beta, **common)
         case _:
             raise TypeError(f"unknown objective {type(objective).__name__}")
     assert out.loss is not None
@@ -156,7 +173,7 @@ def total_loss(objective: Objective, streams: Streams, layout: Layout) -> tuple[
 
 
 def _sampled_token(
-    objective: SampledToken, streams: Streams, layout: Layout, weights: Tensor
+    objective: SampledToken, streams: Streams, layout: Layout, common: Common
 ) -> Divergence:
     if objective.needs_old_logprobs and layout.old_logp_N is None:
         raise ValueError(
@@ -166,12 +183,10 @@ def _sampled_token(
         )
     return linear_sampled_token(
         *streams[:4],
-        targets=streams.targets,
         old_logp=layout.old_logp_N if objective.needs_old_logprobs else None,
         ppo_clip=objective.ppo_clip,
         importance_clip=objective.importance_clip,
         centre=layout.sequence_N if objective.centre else None,
         counted=layout.offset_N >= objective.ignore_first,
-        weights=weights,
-        chunk_bytes=objective.chunk_bytes,
+        **common,
     )

@@ -80,6 +80,15 @@ class RunFolder:
             write_text(path, uuid.uuid4().hex[:8])
         return path.read_text(encoding="utf-8")
 
+    def last_step(self) -> int:
+        """Of the metrics written so far; 0: none."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return 0
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        return json.loads(whole[-1])["step"] if whole else 0
+
     def cut_metrics(self, step: int) -> None:
         """Drop rows later than ``step``, and a last line that was not written whole."""
         path = self.path / "metrics.jsonl"
@@ -95,8 +104,16 @@ RESUMABLE = (
     "log",
     "out",
     "data",  # its content is compared instead
+    "safeguard",
     "parallel.replicate",
+    "parallel.tensor",
+    "parallel.sequence_parallel",
+    "parallel.context",
     "parallel.activation_checkpoint",
+    "parallel.compile",
+    "parallel.cpu_offload",
+    "parallel.attention",
+    "parallel.liger",
     "batch.row_tokens",
     "batch.micro_batch_tokens",
     "objective.chunk_bytes",

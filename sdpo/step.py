@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sdpo_kernels import TokenStats
+from sdpo_parallel.lm_head import LMHead
 
 from .batching import Batch
 from .objective import Layout, Objective, SampledToken, Streams, total_loss
@@ -37,6 +38,7 @@ SUMS = (
     "truncated_policy",
     "truncated_hindsight",
     "truncated_response",
+    "clipped",
 )
 """What ``StepOutput.sums`` holds, in order. They add over micro-batches and ranks."""
 
@@ -49,8 +51,9 @@ class CausalModel(Protocol):
         ``positions_BT`` restarts at 0 and do not see each other."""
         ...
 
-    def lm_head(self) -> Tensor:
-        """(V, D): the head's whole weight; its gradient finds its way back to the parameter."""
+    def lm_head(self) -> LMHead:
+        """(V, D): the head's whole weight, or its rows on this rank; its gradient finds its way
+        back to the parameter."""
         ...
 
 
@@ -81,14 +84,31 @@ def two_pass_loss(
     with torch.no_grad():
         rows = batch.hindsight
         hindsight_ND = teacher.hidden_states(rows.tokens_BT, rows.positions_BT, rows.index_N)
-        hindsight_VD = teacher.lm_head() if teacher is not policy else None
+        hindsight_VD = teacher.lm_head().weight if teacher is not policy else None
     rows = batch.policy
     hidden_ND = policy.hidden_states(rows.tokens_BT, rows.positions_BT, rows.index_N)
-    weight_VD = policy.lm_head()
-    streams = Streams(hidden_ND, weight_VD, hindsight_ND, hindsight_VD, batch.targets_N)
+    batch, hidden_ND, hindsight_ND = _own(policy, batch, hidden_ND, hindsight_ND)
+    head = policy.lm_head()
+    streams = Streams(
+        hidden_ND, head.weight, hindsight_ND, hindsight_VD, batch.targets_N, head.shard
+    )
     layout = Layout(batch.sequence_N, batch.offset_N, batch.weight_S, batch.old_logp_N)
     loss, stats = total_loss(objective, streams, layout)
-    return StepOutput(loss, _sums(loss, stats, batch), stats)
+    return StepOutput(loss, _sums(objective, loss, stats, batch), stats)
+
+
+def _own(
+    policy: CausalModel, batch: Batch, hidden_ND: Tensor, hindsight_ND: Tensor
+) -> tuple[Batch, Tensor, Tensor]:
+    """Where several ranks read the same micro-batch: the responses whose loss is this one's."""
+    share = getattr(policy, "own_responses", None)
+    if share is None:
+        return batch, hidden_ND, hindsight_ND
+    mine = share(batch.lengths)
+    if mine is None:
+        return batch, hidden_ND, hindsight_ND
+    batch, kept_N = batch.only(mine)
+    return batch, hidden_ND[kept_N], hindsight_ND[kept_N]
 
 
 @torch.no_grad()
@@ -115,11 +135,12 @@ def metrics(sums: Tensor) -> dict[str, float]:
         "truncated/policy": s["truncated_policy"],
         "truncated/hindsight": s["truncated_hindsight"],
         "truncated/response": s["truncated_response"],
+        "advantage/clipped": s["clipped"] / tokens,
     }
 
 
 @torch.no_grad()
-def _sums(loss: Tensor, stats: TokenStats, batch: Batch) -> Tensor:
+def _sums(objective: Objective, loss: Tensor, stats: TokenStats, batch: Batch) -> Tensor:
     advantage_N = stats.logp_hindsight - stats.logp_policy
     values = [
         loss.detach(),
@@ -133,6 +154,20 @@ def _sums(loss: Tensor, stats: TokenStats, batch: Batch) -> Tensor:
         stats.entropy_hindsight.sum(),
         stats.logp_policy.sum(),
         stats.logp_hindsight.sum(),
-        *batch.truncated_3,
+        *batch.truncated_S3.sum(0),
+        _clipped(objective, stats, batch),
     ]
     return torch.stack([v.to(loss.device, torch.float64) for v in values])
+
+
+def _clipped(objective: Objective, stats: TokenStats, batch: Batch) -> Tensor:
+    """Tokens whose ratio to the sampling policy lies beyond the objective's clip."""
+    none = stats.logp_policy.new_zeros(())
+    if not isinstance(objective, SampledToken) or batch.old_logp_N is None:
+        return none
+    ratio_N = (stats.logp_policy - batch.old_logp_N).exp()
+    if (c := objective.ppo_clip) is not None:
+        return ((ratio_N - 1).abs() > c).sum()
+    if (c := objective.importance_clip) is not None:
+        return (ratio_N > c).sum()
+    return none

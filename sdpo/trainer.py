@@ -2,31 +2,46 @@
 
     interactions -> cursor -> micro-batches -> two passes -> optimizer -> metrics, checkpoint
 
-Every rank reads the interactions and takes every ``ranks``-th one of a step; all sums are over
-ranks, so a run gives the same losses on any number of them. Method: step.py and objective.py.
+Every rank reads and tokenizes the interactions of a step and computes its share of them
+(``batching.deal``); all sums are over ranks, so a run gives the same losses on any layout. Method:
+step.py and objective.py.
 """
 
 import hashlib
 import math
 import resource
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
+from sdpo_parallel.config import (
+    EMA,
+    CheckpointConfig,
+    Frozen,
+    Live,
+    LoraConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrustRegion,
+)
 from sdpo_parallel.hf_folder import read_config
 
 from .batching import (
     Batch,
     BatchConfig,
     Cursor,
+    Item,
     collate,
-    micro_batches,
+    deal,
     steps_in,
     total_interactions,
 )
@@ -34,7 +49,8 @@ from .conversations import DataError
 from .hindsight import HindsightConfig, encode, load_tokenizer
 from .interactions import Interaction, read_interactions
 from .objective import JSD, ForwardKL, ReverseKL, SampledToken
-from .run_folder import LogConfig, Logger, RunFolder
+from .run_folder import LogConfig, Logger, RunFolder, to_json
+from .safeguards import Probe, SafeguardConfig, StopRequest, Watch, check_drift
 from .step import SUMS, metrics, two_pass_loss
 
 
@@ -49,13 +65,16 @@ class TrainConfig:
     out: str
     """The run's folder."""
     engine: Literal["torchtitan", "transformers"] = "torchtitan"
-    """torchtitan: FSDP2 on any number of ranks; transformers: any causal LM, one device."""
+    """torchtitan: any layout of any number of ranks; transformers: any causal LM, one device."""
     objective: SampledToken | ReverseKL | ForwardKL | JSD = field(default_factory=ReverseKL)
+    teacher: Live | EMA | Frozen | TrustRegion = field(default_factory=Live)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     hindsight: HindsightConfig = field(default_factory=HindsightConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    safeguard: SafeguardConfig = field(default_factory=SafeguardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     @property
@@ -71,11 +90,14 @@ class RunState:
 
     def __init__(self, cursor: Cursor, fingerprint: str):
         self.step, self.cursor, self.fingerprint = 0, cursor, fingerprint
+        self.skipped = self.skipped_in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
         return {
             "step": self.step,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "fingerprint": self.fingerprint,
             "cursor": self.cursor.state_dict(),
         }
@@ -93,6 +115,8 @@ class RunState:
                 f"(sha256 {then[:12]} then, {self.fingerprint[:12]} now)"
             )
         self.step = state_dict["step"]
+        self.skipped = state_dict["skipped"]
+        self.skipped_in_a_row = state_dict["skipped_in_a_row"]
         self.cursor.load_state_dict(state_dict["cursor"])
 
 
@@ -145,15 +169,45 @@ def build_engine(config: TrainConfig, total_steps: int, state: RunState):
         optimizer=config.optimizer,
         parallel=config.parallel,
         checkpoint=config.checkpoint,
+        teacher=config.teacher,
+        lora=config.lora,
     )
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> Path:
-    """Run to the end; returns the exported Hugging Face folder, ``out/export``.
+class Steps:
+    """The interactions of each step, tokenized one step ahead while the devices compute."""
+
+    def __init__(self, config: TrainConfig, interactions, tokenizer, cursor: Cursor):
+        self.config, self.interactions, self.tokenizer = config, interactions, tokenizer
+        self.cursor, self.total = cursor, total_interactions(len(interactions), config.batch)
+        self._pool = ThreadPoolExecutor(1)
+        self._next = None
+
+    def take(self) -> list[Item]:
+        """Of the next step, with weights normalised over it."""
+        count = min(self.config.batch.interactions_per_step, self.total - self.cursor.consumed)
+        ready, self._next = self._next, None
+        drawn = self.cursor.take(count)
+        items = ready.result() if ready is not None else self.encode(drawn)
+        after = min(count, self.total - self.cursor.consumed)
+        if after:
+            self._next = self._pool.submit(self.encode, self.cursor.peek(after))
+        return items
+
+    def encode(self, drawn: list[int]) -> list[Item]:
+        """Items of the interactions at these places in the data."""
+        step = [self.interactions[i] for i in drawn]
+        total = sum(i.weight for i in step) or 1.0
+        return [(encode(i, self.tokenizer, self.config.hindsight), i.weight / total) for i in step]
+
+
+def train(config: TrainConfig, *, resume: bool = False) -> Path | None:
+    """Run to the end; returns the exported Hugging Face folder, ``out/export``, or None where a
+    signal asked for an early, resumable end.
 
     Raises:
         ValueError: (DataError included) the config, model or data cannot be trained on; raised
-            before the first step.
+            before the first step. Later: too many non-finite steps, a collapse, a full disk.
     """
     run = RunFolder(config.out, config, resume=resume)
     tokenizer = load_tokenizer(config.model)
@@ -163,66 +217,179 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path:
     total = steps_in(len(interactions), config.batch)
     state = RunState(Cursor(len(interactions), config.batch.seed), fingerprint)
     engine = build_engine(config, total, state)
+    steps = Steps(config, interactions, tokenizer, state.cursor)
     engine.load()
+    probe = _probe(engine, config, steps)
+    engine.resume()
     if engine.is_main:
+        _tell_loss(run, state)
         run.open()
         run.cut_metrics(state.step)
-    main = engine.is_main
-    log = Logger(run, config.log, step=state.step, total=total) if main else nullcontext()
-    with log as logger:
-        while state.step < total:
-            row = _step(engine, config, interactions, tokenizer, state)
-            if logger:
-                logger.write(state.step, row)
-            engine.save(state.step, last=state.step == total)
+    stopped = _loop(engine, config, run, steps, state, probe, total)
+    if stopped:
+        engine.close()
+        return None
     export = Path(config.out) / "export"
     engine.export(str(export))
     engine.close()
     return export
 
 
-def _step(engine, config: TrainConfig, interactions, tokenizer, state: RunState) -> dict:
-    """One optimizer step over the next ``interactions_per_step``; its metrics."""
-    began = time.perf_counter()
-    left = total_interactions(len(interactions), config.batch) - state.cursor.consumed
-    drawn = state.cursor.take(min(config.batch.interactions_per_step, left))
-    batches = _share(engine, config, [interactions[i] for i in drawn], tokenizer)
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=engine.device)
-    for batch in batches:
-        with engine.context():
-            out = two_pass_loss(engine.policy, batch.to(engine.device), config.objective)
-            out.loss.backward()
-        sums += out.sums
-    norm = engine.clip_gradients()
-    if not math.isfinite(norm):
-        raise ValueError(
-            f"the gradient norm of step {state.step + 1} is {norm}: the weights are as the step "
-            f"found them and nothing was saved; go on from the newest checkpoint in {config.out} "
-            "with --resume, a lower learning rate (as another run), or without the data drawn here"
+def _loop(
+    engine, config: TrainConfig, run: RunFolder, steps: Steps, state: RunState, probe, total: int
+) -> bool:
+    """Steps until the end, or until a signal asks to stop: then True."""
+    guard = config.safeguard
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        watch = stack.enter_context(Watch(guard.stall_seconds, engine.world_rank, engine.world))
+        logger = None
+        if engine.is_main:
+            logger = Logger(run, config.log, step=state.step, total=total)
+            stack.enter_context(logger)
+        asked, saved = False, state.step
+        while state.step < total and not asked:
+            row, asked = _step(engine, config, steps, state, watch, stop)
+            if probe is not None and state.step % guard.probe_every == 0:
+                row |= probe.measure()
+            if logger:
+                logger.write(state.step, row)
+            watch.beat(state.step, "checkpoint")
+            end = state.step == total or asked
+            alarm = _alarm(guard, state, row)
+            if end or alarm or engine.checkpoints.due(state.step):
+                engine.save(state.step, _manifest(config, state, row), wait=end or bool(alarm))
+                saved = state.step
+            engine.checkpoints.poll()
+            if alarm:
+                raise alarm
+        engine.checkpoints.finish()
+        if asked and state.step < total and engine.is_main:
+            print(
+                f"sdpo: asked to stop; step {saved} of {total} is saved in {config.out}, "
+                "go on with --resume",
+                file=sys.stderr,
+            )
+    return asked and state.step < total
+
+
+def _alarm(guard: SafeguardConfig, state: RunState, row: dict) -> ValueError | None:
+    """Why the run must end after this step, if it must."""
+    if state.skipped_in_a_row >= guard.max_nonfinite:
+        return ValueError(
+            f"step {state.step}: the gradient was not finite in {state.skipped_in_a_row} steps in a "
+            "row; their updates were skipped, and a checkpoint holds the weights from before them. "
+            "Lower the learning rate (as another run), or leave out the data drawn here"
         )
-    lr = engine.update()
-    state.step += 1
-    row = metrics(engine.sum_over_ranks(sums))
+    try:
+        check_drift(guard, row, state.step)
+    except ValueError as error:
+        return error
+    return None
+
+
+def _step(
+    engine, config: TrainConfig, steps: Steps, state: RunState, watch: Watch, stop: StopRequest
+) -> tuple[dict, bool]:
+    """One optimizer step over the next ``interactions_per_step``; its metrics, and whether any
+    rank was asked to stop."""
+    began = time.perf_counter()
+    watch.beat(state.step, "data")
+    dealt = deal(steps.take(), engine.ranks, config.batch)
+    mine = [_collate(engine, config, items) for items in dealt.of(engine.rank)]
+    watch.beat(state.step, "passes")
+    sums = torch.zeros(len(SUMS) + 2, dtype=torch.float64, device=engine.device)
+    for m, batch in enumerate(mine):
+        with engine.context():
+            batch = batch.to(engine.device)
+            out = two_pass_loss(engine.policy, batch, config.objective, engine.teacher)
+            engine.backward(out.loss, last=m == len(mine) - 1)
+        sums[:-2] += out.sums
+    sums[-2] = sum(batch.slots for batch in mine)
+    sums[-1] = stop.asked
+    watch.beat(state.step, "update")
+    norm = engine.clip_gradients()
+    sums = engine.sum_over_ranks(sums)
+    finite = math.isfinite(norm) and math.isfinite(float(sums[0]))
+    lr = _update(engine, state, finite)
     seconds = time.perf_counter() - began
-    return row | {
+    row = metrics(sums[:-2])
+    tokens = dealt.tokens
+    slots = float(sums[-2]) / engine.copies
+    row |= {
         "grad_norm": norm,
         "lr": lr,
+        "skipped": state.skipped,
+        "balance/idle": dealt.idle,
+        "balance/padding": 1 - sum(tokens) / slots,
+        "balance/tokens_per_rank": sum(tokens) / len(tokens),
+        "balance/tokens_per_rank_max": max(tokens),
         "seconds": seconds,
         "response_tokens_per_second": row["response/tokens"] / seconds,
+        "tokens_per_second": sum(tokens) / seconds,
         "peak_memory_gib": peak_memory_gib(engine.device),
+    }
+    return row, bool(sums[-1])
+
+
+def _update(engine, state: RunState, finite: bool) -> float:
+    """Apply the gradients, or drop what is not finite; returns the learning rate used."""
+    if finite:
+        lr = engine.update(state.step)
+        state.skipped_in_a_row = 0
+    else:
+        engine.discard()
+        lr = 0.0
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+    state.step += 1
+    return lr
+
+
+def _collate(engine, config: TrainConfig, items: list[Item]) -> Batch:
+    return collate(items, config.batch.row_tokens, engine.row_multiple)
+
+
+def _probe(engine, config: TrainConfig, steps: Steps) -> Probe | None:
+    """Fixed interactions, evenly from the data, dealt over the ranks."""
+    count = min(config.safeguard.probe_interactions, len(steps.interactions))
+    if not count:
+        return None
+    n = len(steps.interactions)
+    dealt = deal(steps.encode([i * n // count for i in range(count)]), engine.ranks, config.batch)
+    return Probe(engine, [_collate(engine, config, items) for items in dealt.of(engine.rank)])
+
+
+def _tell_loss(run: RunFolder, state: RunState) -> None:
+    """Say where the run goes on, and which steps of it are done again."""
+    if not state.step and not (run.path / "metrics.jsonl").is_file():
+        return
+    seen = run.last_step()
+    lost = f"; steps {state.step + 1} to {seen} are done again" if seen > state.step else ""
+    where = f"checkpoint step-{state.step}" if state.step else "the start (no checkpoint)"
+    print(f"sdpo: resumed {run.path} from {where}{lost}", file=sys.stderr)
+
+
+def _manifest(config: TrainConfig, state: RunState, row: Mapping) -> dict[str, Any]:
+    """What a checkpoint says of itself."""
+    return {
+        "config": to_json(config),
+        "data_sha256": state.fingerprint,
+        "interactions_seen": state.cursor.consumed,
+        "commit": code_commit(),
+        "metrics": {name: value for name, value in row.items() if math.isfinite(value)},
     }
 
 
-def _share(engine, config: TrainConfig, step: Sequence[Interaction], tokenizer) -> list[Batch]:
-    """This rank's micro-batches. All ranks get as many, as each runs the same collectives."""
-    total_weight = sum(i.weight for i in step) or 1.0
-    mine = [
-        (encode(i, tokenizer, config.hindsight), i.weight / total_weight)
-        for i in step[engine.rank :: engine.ranks]
-    ]
-    batches = list(micro_batches(mine, config.batch))
-    missing = engine.max_over_ranks(len(batches)) - len(batches)
-    return batches + [collate([], config.batch.row_tokens)] * missing
+@lru_cache(maxsize=1)
+def code_commit() -> str:
+    """The commit that this code was checked out at; "" outside a git checkout."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        return ""
 
 
 def peak_memory_gib(device: torch.device) -> float:

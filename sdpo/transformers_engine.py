@@ -75,9 +75,10 @@ class TransformersModel:
             out = self.decoder(**inputs, use_cache=False)
         return out.last_hidden_state.flatten(0, 1)[index_N].to(self.dtype)
 
-    def lm_head(self) -> Tensor:
+    def lm_head(self) -> LMHead:
         """(V, D)."""
-        return self.model.get_output_embeddings().weight.to(self.dtype)  # pyright: ignore
+        weight: Any = self.model.get_output_embeddings().weight  # pyright: ignore
+        return LMHead(weight.to(self.dtype))
 
     @torch.no_grad()
     def _check_head(self) -> None:

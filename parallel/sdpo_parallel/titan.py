@@ -1,15 +1,18 @@
 """torchtitan 0.3.0 as an engine: a sharded model from a Hugging Face folder, and its training.
 
-The one module that imports torchtitan (with cpu.py and cpu_attention.py, which it loads). Parts
-are composed, no Trainer is subclassed. What each rank holds: parallel/README.md.
+With titan_models.py, context_parallel.py, cpu.py, cpu_attention.py and liger_modules.py the only
+importers of torchtitan. Parts are composed, no Trainer is subclassed. What each rank holds and
+sends: parallel/README.md.
 """
 
 import contextlib
+import json
 import logging
+import math
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,25 +21,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig
+from torch.distributed.checkpoint.stateful import Stateful
 
 from . import cpu
-from .config import CheckpointConfig, OptimizerConfig, ParallelConfig
+from .checkpoints import Checkpoints
+from .config import (
+    EMA,
+    CheckpointConfig,
+    Frozen,
+    Live,
+    LoraConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Teacher,
+)
 from .hf_folder import check_finite, copy_assets, export_dtype, read_config, replace_folder
+from .lm_head import LMHead, gathered, hold
+from .teacher import Teaching, local, reshard
 
 cpu.prepare()  # before torchtitan binds the device
-import torchtitan.models.llama3 as llama3  # noqa: E402
-import torchtitan.models.qwen3 as qwen3  # noqa: E402
-from torch.distributed.checkpoint.stateful import Stateful  # noqa: E402
-from torch.distributed.fsdp import FSDPModule  # noqa: E402
-from torch.distributed.tensor import DTensor  # noqa: E402
-from torchtitan.components.checkpoint import AsyncMode, CheckpointManager  # noqa: E402
+from torch.distributed.checkpoint import HuggingFaceStorageWriter  # noqa: E402
 from torchtitan.components.checkpointer.utils import canonical_fqn  # noqa: E402
-from torchtitan.components.optimizer import (  # noqa: E402
-    LRSchedulersContainer,
-    OptimizersContainer,
-    ParamGroupConfig,
-)
+from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig  # noqa: E402
 from torchtitan.config import (  # noqa: E402
     TORCH_DTYPE_MAP,
     CommConfig,
@@ -49,171 +55,70 @@ from torchtitan.config import (  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC  # noqa: E402
-from torchtitan.models.common import ComplexRoPE, CosSinRoPE, Embedding, Linear  # noqa: E402
-from torchtitan.models.common.nn_modules import RMSNorm  # noqa: E402
 from torchtitan.protocols.model_spec import ModelSpec  # noqa: E402
 from torchtitan.tools import utils  # noqa: E402
 
+from .context_parallel import gather_rows, shard_rows  # noqa: E402
 from .cpu_attention import document_mask  # noqa: E402
+from .titan_models import (  # noqa: E402
+    load_weights,
+    merged_weights,
+    peft_config,
+    peft_weights,
+    spec_from_hf,
+)
 
 CHECKPOINTS = "checkpoints"
-
-
-# ---- a Hugging Face config as a torchtitan model -------------------------------------------------
-def spec_from_hf(folder: str) -> ModelSpec:
-    """The torchtitan model that a Hugging Face folder's config.json describes.
-
-    Raises:
-        ValueError: the architecture, or one of its options, is not one that torchtitan computes
-            exactly as transformers does; the message names the field.
-    """
-    read_config(folder)
-    try:  # for what config.json leaves to defaults
-        c = AutoConfig.from_pretrained(folder).to_dict()
-    except (KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{folder}/config.json: transformers cannot read it ({error})") from error
-    build = {"qwen3": _qwen3, "llama": _llama}.get(c.get("model_type", ""))
-    if build is None:
-        raise ValueError(
-            f"{folder}/config.json: model_type {c.get('model_type')!r} has no torchtitan model "
-            "here (qwen3 and llama have); use --engine transformers"
-        )
-    _refuse(folder, c, "hidden_act", allowed=("silu", None))
-    _refuse(folder, c, "attention_bias", allowed=(False, None))
-    _refuse(folder, c, "mlp_bias", allowed=(False, None))
-    _refuse(folder, c, "use_sliding_window", allowed=(False, None))
-    _refuse(folder, c, "partial_rotary_factor", allowed=(1.0, None))
-    spec = build(folder, c)
-    spec.flavor = Path(folder).name
-    return spec
-
-
-def _refuse(folder: str, config: dict, field: str, allowed: tuple) -> None:
-    if config.get(field) not in allowed:
-        raise ValueError(
-            f"{folder}/config.json: {field}={config[field]!r} is not supported by the torchtitan "
-            "engine; use --engine transformers"
-        )
-
-
-def _norm(c: dict, dim: int) -> RMSNorm.Config:
-    ones = {"weight": torch.nn.init.ones_}
-    return RMSNorm.Config(normalized_shape=dim, eps=c["rms_norm_eps"], param_init=ones)
-
-
-def _rope(folder: str, c: dict) -> dict:
-    """theta and scaling of the rotary embedding, in RoPE.Config's words."""
-    r = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    theta = r.get("rope_theta") or c.get("rope_theta") or 10000.0
-    kind = r.get("rope_type", r.get("type", "default"))
-    if kind == "default":
-        return {"theta": theta, "scaling": "none"}
-    if kind == "llama3" and c["model_type"] == "llama":
-        names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = {name: r[name] for name in names}
-        return {"theta": theta, "scaling": "llama", "scaling_factor": r["factor"], **scaling}
-    raise ValueError(
-        f"{folder}/config.json: rope_type {kind!r} is not supported by the torchtitan engine; "
-        "use --engine transformers"
-    )
-
-
-def _decoder(c: dict, module, layers: list) -> dict:
-    """What every decoder config holds around its layers."""
-    dim, vocabulary, tied = c["hidden_size"], c["vocab_size"], bool(c.get("tie_word_embeddings"))
-    embedding = module._EMBEDDING_SKIP_INIT if tied else module._EMBEDDING_INIT
-    head = module._LINEAR_INIT
-    return dict(
-        dim=dim,
-        vocab_size=vocabulary,
-        norm=_norm(c, dim),
-        enable_weight_tying=tied,
-        layers=layers,
-        tok_embeddings=Embedding.Config(
-            num_embeddings=vocabulary, embedding_dim=dim, param_init=embedding
-        ),
-        lm_head=Linear.Config(in_features=dim, out_features=vocabulary, param_init=head),
-    )
-
-
-def _qwen3(folder: str, c: dict) -> ModelSpec:
-    head_dim = c["head_dim"]
-    length = c["max_position_embeddings"]
-    layers = qwen3._build_qwen3_layers(
-        n_layers=c["num_hidden_layers"],
-        dim=c["hidden_size"],
-        n_heads=c["num_attention_heads"],
-        n_kv_heads=c["num_key_value_heads"],
-        head_dim=head_dim,
-        hidden_dim=c["intermediate_size"],
-        attn_backend="flex",
-        rope=CosSinRoPE.Config(dim=head_dim, max_seq_len=length, **_rope(folder, c)),
-    )
-    for layer in layers:  # the builder knows one eps
-        layer.attention_norm = layer.ffn_norm = _norm(c, c["hidden_size"])
-        layer.attention.qk_norm = _norm(c, head_dim)  # pyright: ignore
-    spec = qwen3.model_registry("debugmodel")
-    spec.model = qwen3.Qwen3Model.Config(**_decoder(c, qwen3, layers))
-    return spec
-
-
-def _llama(folder: str, c: dict) -> ModelSpec:
-    heads = c["num_attention_heads"]
-    head_dim = c.get("head_dim") or c["hidden_size"] // heads
-    if head_dim * heads != c["hidden_size"]:
-        raise ValueError(
-            f"{folder}/config.json: head_dim {head_dim} x {heads} heads is not hidden_size "
-            f"{c['hidden_size']}; the torchtitan engine needs it; use --engine transformers"
-        )
-    length = c["max_position_embeddings"]
-    layers = llama3._build_llama3_layers(
-        n_layers=c["num_hidden_layers"],
-        dim=c["hidden_size"],
-        n_heads=heads,
-        n_kv_heads=c["num_key_value_heads"],
-        hidden_dim=c["intermediate_size"],
-        attn_backend="flex",
-        rope=ComplexRoPE.Config(dim=head_dim, max_seq_len=length, **_rope(folder, c)),
-    )
-    for layer in layers:
-        layer.attention_norm = layer.ffn_norm = _norm(c, c["hidden_size"])
-    spec = llama3.model_registry("debugmodel")
-    spec.model = llama3.Llama3Model.Config(**_decoder(c, llama3, layers))
-    return spec
-
-
-# ---- the model behind the seam of the two passes -------------------------------------------------
-def reshard(model: torch.nn.Module) -> None:
-    """Free every gathered parameter. A model that ran no backward still holds its root group
-    gathered: it would serve stale weights, and its parameters would not be the sharded ones."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 class TitanModel:
     """A torchtitan decoder as ``hidden_states`` and ``lm_head``."""
 
-    def __init__(self, module: Any):
+    def __init__(self, module: Any, dims: ParallelDims):
         self.module = module
         module._skip_lm_head = True  # forward then ends at the final norm
+        self.vocabulary: int = module.config.vocab_size
+        self.context = dims.get_optional_mesh("cp")
+        tensor = dims.get_optional_mesh("tp")
+        self.tensor_group = None if tensor is None else tensor.get_group()
 
     def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
-        """(N, D) normed hidden states at the flat slots ``index_N``."""
+        """(N, D) normed hidden states at the flat slots ``index_N``, the same on all context and
+        tensor ranks; a tensor rank's gradient of them may be partial."""
         on_cpu = tokens_BT.device.type == "cpu"
         build_masks = document_mask if on_cpu else self.module.get_attention_masks
         masks = build_masks(positions_BT)
-        h_BTD = self.module(tokens_BT, positions=positions_BT, attention_masks=masks)
-        return h_BTD.flatten(0, 1)[index_N]
+        if self.context is None:
+            h_BTD = self.module(tokens_BT, positions=positions_BT, attention_masks=masks)
+            return h_BTD.flatten(0, 1)[index_N]
+        slots = positions_BT.numel()
+        slots_BT = torch.arange(slots, device=index_N.device).view_as(positions_BT)
+        inputs = tokens_BT, positions_BT, slots_BT
+        (tokens_BL, positions_BL, slots_BL), masks = shard_rows(self.context, inputs, masks)
+        h_BLD = self.module(tokens_BL, positions=positions_BL, attention_masks=masks)
+        return gather_rows(h_BLD, slots_BL, slots, index_N, self.context.get_group())
 
-    def lm_head(self) -> Tensor:
-        """(V, D), gathered. FSDP2's post-backward reduce-scatters its gradient."""
-        if isinstance(self.module.lm_head, FSDPModule):
-            self.module.lm_head.unshard()
-        return self.module.lm_head.weight  # pyright: ignore[reportAttributeAccessIssue]
+    def lm_head(self) -> LMHead:
+        """Gathered over the data-parallel ranks; with tensor parallelism, this rank's rows."""
+        return gathered(self.module.lm_head, self.vocabulary, self.tensor_group)
+
+    def own_responses(self, lengths: list[int]) -> list[int] | None:
+        """Which responses of a micro-batch this context rank computes the loss of; None: all.
+
+        Longest first, each to the rank with least so far: every rank reckons the same.
+        """
+        if self.context is None:
+            return None
+        load = [0] * self.context.size()
+        mine = []
+        for s in sorted(range(len(lengths)), key=lambda s: -lengths[s]):
+            rank = load.index(min(load))
+            load[rank] += lengths[s]
+            if rank == self.context.get_local_rank():
+                mine.append(s)
+        return sorted(mine)
 
 
-# ---- the engine ----------------------------------------------------------------------------------
 def init_distributed(timeout_seconds: int = 600) -> int:
     """Join torchrun's process group, or be a group of one; returns the world size."""
     if "RANK" not in os.environ:
@@ -242,8 +147,25 @@ def _quiet() -> Iterator[None]:
         logging.getLogger().setLevel(level)
 
 
+def check_layout(folder: str, parallel: ParallelConfig, ranks: int) -> None:
+    """Refuse what cannot run, before any weights load.
+
+    Raises:
+        ValueError: the degrees do not divide the ranks, or the model's heads or widths.
+    """
+    parallel.shards(ranks)
+    config = read_config(folder)
+    fields = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    for field in fields:
+        if (size := config.get(field)) is not None and size % parallel.tensor:
+            raise ValueError(
+                f"tensor={parallel.tensor} does not divide {folder}/config.json's {field}={size}: "
+                "choose a degree that does"
+            )
+
+
 class TitanEngine:
-    """FSDP2 training of one model: parameters, optimizer, checkpoints, export.
+    """Training of one model over a mesh of ranks: parameters, teacher, checkpoints, export.
 
     Args:
         folder: local Hugging Face folder (Qwen3 or Llama) to start from.
@@ -264,164 +186,294 @@ class TitanEngine:
         optimizer: OptimizerConfig,
         parallel: ParallelConfig,
         checkpoint: CheckpointConfig,
+        teacher: Teacher | None = None,
+        lora: LoraConfig | None = None,
     ):
-        self.folder, self.run_folder = folder, run_folder
-        spec = spec_from_hf(folder)
-        longest: int = spec.model.max_seq_len  # pyright: ignore
-        if max_tokens > longest:
-            raise ValueError(
-                f"prompt and response limits allow {max_tokens} tokens, but {folder} has "
-                f"max_position_embeddings={longest}: lower the limits"
-            )
+        self.folder, self.state, self.parallel = folder, state, parallel
+        self.optimizer, self.total_steps = optimizer, total_steps
+        self.lora, self.max_tokens = lora or LoraConfig(), max_tokens
+        self.spec = self._spec(folder, self.lora)
         world = init_distributed()
-        if world % parallel.replicate:
-            raise ValueError(f"replicate={parallel.replicate} does not divide {world} ranks")
-        titan = ParallelismConfig(data_parallel_replicate_degree=parallel.replicate)
-        self.dims = ParallelDims.from_config(titan, world)
-        dist_utils.set_spmd_backend(titan.spmd_backend)
+        check_layout(folder, parallel, world)
+        self.titan = ParallelismConfig(
+            data_parallel_replicate_degree=parallel.replicate,
+            tensor_parallel_degree=parallel.tensor,
+            enable_sequence_parallel=parallel.sequence_parallel,
+            context_parallel_degree=parallel.context,
+        )
+        self.dims = ParallelDims.from_config(self.titan, world)
+        dist_utils.set_spmd_backend(self.titan.spmd_backend)
         self.context: Callable[[], contextlib.AbstractContextManager] = dist_utils.get_spmd_context(
             parallel_dims=self.dims
         )
         self.device = utils.get_local_device()
-        module = self._build(spec, titan, parallel, max_tokens)
-        self.policy = TitanModel(module)
-        self.max_grad_norm = optimizer.max_grad_norm
-        self.export_dtype = export_dtype(folder, checkpoint.export_dtype)
-        self.optimizers = _optimizer(optimizer, module, self.device)
-        self.schedules = LRSchedulersContainer(
-            self.optimizers, lambda step: optimizer.factor(step, total_steps)
+        self.row_multiple = (
+            128
+            * parallel.context
+            * parallel.tensor
+            // math.gcd(128 * parallel.context, parallel.tensor)
         )
-        with _quiet():
-            self.checkpointer = CheckpointManager.Config(
-                enable=True,
-                folder=CHECKPOINTS,
-                interval=checkpoint.interval,
-                keep_latest_k=checkpoint.keep,
-                initial_load_in_hf=True,
-                last_save_model_only=False,
-            ).build(
-                dataloader=None,
-                model_parts=[module],
-                optimizers=self.optimizers,
-                lr_schedulers=self.schedules,
-                states={"run": state},
-                sd_adapter=spec.state_dict_adapter(spec.model, folder),  # pyright: ignore
-                base_folder=run_folder,
-            )
-        self.checkpointer.states.pop("dataloader")  # the cursor in ``state`` is ours
+        self.module = self._build(self.spec, trained=True)
+        self.policy = TitanModel(self.module, self.dims)
+        self.teaching = self._teaching(teacher or Live())
+        self.teacher = self.teaching.model
+        self.export_dtype = export_dtype(folder, checkpoint.export_dtype)
+        self.optimizers = _optimizer(optimizer, self.module)
+        self.checkpoints = Checkpoints(
+            Path(run_folder) / CHECKPOINTS, checkpoint, self._state, distributed=True
+        )
         mesh = self.dims.get_optional_mesh("batch")
-        self.group = mesh.get_group() if mesh is not None else None
         self.rank = mesh.get_local_rank() if mesh is not None else 0
         self.ranks = mesh.size() if mesh is not None else 1
-        self.is_main = dist.get_rank() == 0
+        self.world_rank, self.world = dist.get_rank(), world
+        self.is_main = self.world_rank == 0
+        self.copies = parallel.context
+        """Ranks that read the same micro-batch and add up in ``sum_over_ranks``."""
 
-    def _build(
-        self, spec: ModelSpec, titan: ParallelismConfig, parallel: ParallelConfig, max_tokens: int
-    ) -> torch.nn.Module:
-        dtype = parallel.resolve_dtype(self.device.type)
-        training = TrainingConfig(seq_len=max_tokens, mixed_precision_param=dtype)
+    # ---- building --------------------------------------------------------------------------------
+    def _spec(self, folder: str, lora: LoraConfig) -> ModelSpec:
+        spec = spec_from_hf(folder, lora=lora)
+        longest: int = spec.model.max_seq_len  # pyright: ignore
+        if self.max_tokens > longest:
+            raise ValueError(
+                f"prompt and response limits allow {self.max_tokens} tokens, but {folder} has "
+                f"max_position_embeddings={longest}: lower the limits"
+            )
+        return spec
+
+    def _build(self, spec: ModelSpec, *, trained: bool, dtype: str = "float32") -> Any:
+        """A module on this mesh, its weights not yet set."""
+        parallel = self.parallel
+        training = TrainingConfig(
+            seq_len=self.max_tokens,
+            dtype=dtype,  # pyright: ignore[reportArgumentType]
+            mixed_precision_param=parallel.resolve_dtype(self.device.type),
+            enable_cpu_offload=parallel.cpu_offload,
+        )
         checkpointing = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}
         model: Any = spec.model
-        model.update_from_config(config=SimpleNamespace(parallelism=titan))
+        model.update_from_config(config=SimpleNamespace(parallelism=self.titan))
         for layer in model.layers:
-            layer.attention.rope = replace(layer.attention.rope, max_seq_len=max_tokens)
+            layer.attention.rope = replace(layer.attention.rope, max_seq_len=self.max_tokens)
         if self.device.type == "cpu":
             dense = OverrideConfig(imports=["sdpo_parallel.cpu_attention.flex_to_dense"])
             apply_overrides(dense, model)
         with torch.device("meta"), utils.set_default_dtype(TORCH_DTYPE_MAP[training.dtype]):
             module = model.build()
+        compiled = parallel.compile != "none"
         module = spec.parallelize_fn(
             module,
             parallel_dims=self.dims,
             training=training,
-            parallelism=titan,
-            compile_config=CompileConfig(),
-            ac_config=checkpointing[parallel.activation_checkpoint],
-            dump_folder=self.run_folder,
+            parallelism=self.titan,
+            compile_config=CompileConfig(
+                enable=compiled, components=["model"], backend=parallel.compile
+            ),
+            ac_config=checkpointing[parallel.activation_checkpoint] if trained else None,
+            dump_folder="",
         )
-        module.to_empty(device=self.device.type)
+        module.to_empty(device="cpu" if parallel.cpu_offload else self.device.type)
         with torch.no_grad():
-            module.init_weights(buffer_device=None)
-        return module.train()
+            module.init_weights(buffer_device=self.device if parallel.cpu_offload else None)
+        return module.train(trained)
 
-    def load(self) -> bool:
-        """The newest finished checkpoint of the run, else the Hugging Face weights.
+    def _teaching(self, teacher: Teacher) -> Teaching:
+        outside = isinstance(teacher, Frozen) and teacher.folder is not None
+        if outside:
+            ours, theirs = read_config(self.folder), read_config(teacher.folder)  # pyright: ignore
+            if ours["vocab_size"] != theirs["vocab_size"]:
+                raise ValueError(
+                    f"teacher {teacher.folder} has vocab_size={theirs['vocab_size']}, "  # pyright: ignore
+                    f"{self.folder} {ours['vocab_size']}: both must read the same tokens"
+                )
+            check_layout(teacher.folder, self.parallel, dist.get_world_size())  # pyright: ignore
+        moves = isinstance(teacher, EMA)
 
-        Returns True where a checkpoint was found.
-        """
-        found = self.checkpointer._find_load_step() >= 0
-        self.checkpointer.load()
-        check_finite(
-            ((canonical_fqn(n), _local(p)) for n, p in self.policy.module.named_parameters()),
-            self.run_folder if found else self.folder,
-        )
-        return found
+        def copy() -> tuple[TitanModel, torch.nn.Module]:
+            if outside:
+                spec = self._spec(teacher.folder, LoraConfig())  # pyright: ignore
+            else:
+                spec = self._spec(self.folder, self.lora)
+            dtype = "float32" if moves else self.parallel.resolve_dtype(self.device.type)
+            module = self._build(spec, trained=False, dtype=dtype)
+            self._teacher_spec = spec
+            return TitanModel(module, self.dims), module
 
-    def save(self, step: int, last: bool = False) -> bool:
-        """Write a checkpoint if ``step`` is due one."""
-        reshard(self.policy.module)
-        return self.checkpointer.save(step, last_step=last)
+        switch = self._adapters_off if self.lora.rank else None
+        return Teaching(teacher, self.policy, self.module, copy, switch)
+
+    @contextlib.contextmanager
+    def _adapters_off(self) -> Iterator[None]:
+        layers = [m for m in self.module.modules() if hasattr(m, "_lora_scaling")]
+        scales = [layer._lora_scaling for layer in layers]
+        for layer in layers:
+            layer._lora_scaling = 0.0
+        try:
+            yield
+        finally:
+            for layer, scale in zip(layers, scales, strict=True):
+                layer._lora_scaling = scale
+
+    # ---- weights and checkpoints -----------------------------------------------------------------
+    def _adapter(self, spec: ModelSpec, folder: str) -> Any:
+        with _quiet():
+            return spec.state_dict_adapter(spec.model, folder)  # pyright: ignore
+
+    def load(self) -> None:
+        """The Hugging Face folder's weights, and the teacher's first."""
+        load_weights(self.module, self._adapter(self.spec, self.folder), self.folder)
+        self._check(self.module, self.folder)
+        teacher = self.teaching.config
+        if isinstance(teacher, Frozen) and teacher.folder is not None:
+            assert self.teaching.module is not None
+            adapter = self._adapter(self._teacher_spec, teacher.folder)
+            load_weights(self.teaching.module, adapter, teacher.folder)
+            self._check(self.teaching.module, teacher.folder)
+        self.teaching.start()
+
+    def resume(self, step: int | None = None) -> dict[str, Any] | None:
+        """Go on from a checkpoint, the newest undamaged one by default; its manifest, or None."""
+        step = self.checkpoints.newest() if step is None else step
+        if step is None:
+            return None
+        state, manifest = self.checkpoints.load(step)
+        self.module.load_state_dict(state["model"])
+        self.optimizers.load_state_dict(state["optimizer"])
+        if self.teaching.module is not None:
+            self.teaching.module.load_state_dict(state["teacher"])
+        self.state.load_state_dict(state["run"])
+        self._check(self.module, f"{self.checkpoints.folder}/step-{step}")
+        return manifest
+
+    def save(self, step: int, manifest: Mapping[str, Any], *, wait: bool = False) -> None:
+        """Write a checkpoint."""
+        self.checkpoints.save(step, {"layout": self.layout, **manifest}, wait=wait)
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """Degrees of the mesh."""
+        d = self.dims
+        return {"replicate": d.dp_replicate, "shard": d.dp_shard, "context": d.cp, "tensor": d.tp}
+
+    def _state(self) -> dict[str, Any]:
+        reshard(self.module)
+        return {
+            "model": self.module.state_dict(),
+            "optimizer": self.optimizers.state_dict(),
+            "teacher": self.teaching.state_dict(),
+            "run": self.state.state_dict(),
+        }
+
+    def _check(self, module: torch.nn.Module, source: str) -> None:
+        check_finite(((canonical_fqn(n), local(p)) for n, p in module.named_parameters()), source)
+
+    # ---- a step ----------------------------------------------------------------------------------
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients of a micro-batch; ``last``: of this step."""
+        hold(self.module.lm_head, until_last=not last)
+        loss.backward()
 
     def clip_gradients(self) -> float:
         """Returns the gradient norm before clipping, over all ranks."""
-        parameters = list(self.policy.module.parameters())
-        return float(dist_utils.clip_grad_norm_(parameters, self.max_grad_norm, foreach=True))
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        norm = dist_utils.clip_grad_norm_(parameters, self.optimizer.max_grad_norm, foreach=True)
+        return float(norm)
 
-    def update(self) -> float:
-        """Update the weights and zero the gradients; returns the learning rate used."""
-        lr = self.schedules.schedulers[0].get_last_lr()[0]
+    def update(self, step: int) -> float:
+        """Update weights and teacher with the gradients of step ``step`` (from 0), and drop them;
+        returns the learning rate used."""
+        lr = self.optimizer.lr * self.optimizer.factor(step, self.total_steps)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         self.optimizers.step()
-        self.schedules.step()
+        self.discard()
+        self.teaching.update()
+        return lr
+
+    def discard(self) -> None:
+        """Drop the gradients."""
         self.optimizers.zero_grad()
-        return float(lr)
+
+    def release(self) -> None:
+        """Free the weights that passes without a backward left gathered."""
+        reshard(self.module)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
-        """The sum of ``x`` over data-parallel ranks."""
-        return self._reduce(x, dist.ReduceOp.SUM)
+        """The sum of ``x`` over ranks with tokens of their own: tensor ranks count once."""
+        dist.all_reduce(x)
+        return x / self.parallel.tensor
 
-    def max_over_ranks(self, x: int) -> int:
-        """The largest ``x`` of all data-parallel ranks."""
-        return int(self._reduce(torch.tensor(x, device=self.device), dist.ReduceOp.MAX))
-
-    def _reduce(self, x: Tensor, op) -> Tensor:
-        if self.group is not None:
-            dist.all_reduce(x, op=op, group=self.group)
-        return x
-
-    def export(self, folder: str) -> None:
-        """Write a Hugging Face folder that transformers loads: weights, configs, tokenizer."""
-        module, partial = self.policy.module, f"{folder}.partial"
+    # ---- out -------------------------------------------------------------------------------------
+    def export(self, folder: str, *, adapters: bool = False) -> None:
+        """Write a Hugging Face folder that transformers loads: weights (adapters merged), configs,
+        tokenizer; or, with ``adapters``, a PEFT folder of the adapters alone."""
+        partial = Path(f"{folder}.partial")
         if self.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-            Path(partial).mkdir(parents=True)
+            partial.mkdir(parents=True)
         dist.barrier()
-        reshard(module)
-        weights = {name: w.to(self.export_dtype) for name, w in module.state_dict().items()}
-        self.checkpointer.dcp_save(weights, partial, async_mode=AsyncMode.DISABLED, to_hf=True)
+        reshard(self.module)
+        adapter = self._adapter(self.spec, self.folder)
+        if adapters:
+            weights = peft_weights(self.module, adapter)
+            if self.is_main:
+                _write_peft(partial, weights, peft_config(adapter, self.lora, self.folder))
+        else:
+            weights = merged_weights(self.module, self.lora)
+            weights = {name: w.to(self.export_dtype) for name, w in weights.items()}
+            _write_hf(adapter, weights, partial)
+            if self.is_main:
+                copy_assets(self.folder, str(partial), self.export_dtype)
         dist.barrier()
         if self.is_main:
-            shutil.rmtree(Path(partial) / "sharded", ignore_errors=True)
-            copy_assets(self.folder, partial, self.export_dtype)
-            replace_folder(partial, folder)
+            replace_folder(str(partial), folder)
         dist.barrier()
 
     def close(self) -> None:
         """Finish what runs in the background and leave the process group."""
-        self.checkpointer.close()
+        self.checkpoints.finish()
         dist.barrier()
         dist.destroy_process_group()
 
 
-def _optimizer(config: OptimizerConfig, module, device: torch.device) -> OptimizersContainer:
+def _write_hf(adapter: Any, weights: dict[str, Any], folder: Path) -> None:
+    """Safetensors, as many files as the source had."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint._consolidate_hf_safetensors import (
+        consolidate_safetensors_files_on_every_rank,
+    )
+
+    hf = adapter.to_hf(weights)
+    files = adapter.fqn_to_index_mapping
+    writer = HuggingFaceStorageWriter(
+        path=str(folder / "sharded" if files else folder),
+        save_distributed=True,
+        fqn_to_index_mapping=files,
+        enable_consolidation=not files,
+    )
+    dcp.save(hf, storage_writer=writer)
+    if files:
+        consolidate_safetensors_files_on_every_rank(
+            input_dir=str(folder / "sharded"), output_dir=str(folder), fqn_to_index_mapping=files
+        )
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder / "sharded", ignore_errors=True)
+
+
+def _write_peft(folder: Path, weights: dict[str, Tensor], config: Mapping[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def _optimizer(config: OptimizerConfig, module: torch.nn.Module) -> OptimizersContainer:
     kwargs = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     kwargs["weight_decay"] = config.weight_decay
     group = ParamGroupConfig(pattern=".*", optimizer_name="AdamW", optimizer_kwargs=kwargs)
-    fused = "foreach" if device.type == "cpu" else "fused"
-    return OptimizersContainer.Config(param_groups=[group], implementation=fused).build(
-        model_parts=[module]
-    )
-
-
-def _local(p: Tensor) -> Tensor:
-    p = p.detach()
-    return p.to_local() if isinstance(p, DTensor) else p
+    on_cpu = next(module.parameters()).device.type == "cpu"
+    return OptimizersContainer.Config(
+        param_groups=[group], implementation="foreach" if on_cpu else "fused"
+    ).build(model_parts=[module])

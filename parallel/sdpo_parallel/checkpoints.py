@@ -1,0 +1,234 @@
+"""Checkpoints that are whole or absent, and verified before they are read. For both engines.
+
+torch.distributed.checkpoint (DCP) writes ``step-N.partial``; every rank notes length and CRC-32 of
+its files; when all are on disk the coordinator writes ``manifest.json`` and renames the folder to
+``step-N``. Reading checks every file first, each rank its share of them; a damaged checkpoint is
+set aside as ``step-N.damaged`` and the next older one is taken. DCP reshards: any number of ranks
+and any layout may read what another wrote.
+"""
+
+import json
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+
+from .config import CheckpointConfig
+
+MANIFEST = "manifest.json"
+BLOCK = 1 << 24
+"""Bytes read at a time while summing."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint could not be written; the newest one before it is untouched."""
+
+
+def summed(path: Path) -> dict[str, int]:
+    """Length and CRC-32 of a file."""
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return {"bytes": size, "crc32": crc}
+
+
+class SummedWriter(FileSystemWriter):
+    """DCP's writer; sums beside each file, the manifest and the final name at the end."""
+
+    def __init__(self, final: Path, manifest: Mapping[str, Any]):
+        self.final, self.partial = final, Path(f"{final}.partial")
+        self.manifest = manifest
+        super().__init__(self.partial, sync_files=True)
+
+    def write_data(self, plan, planner):
+        """Runs on every rank."""
+        future = super().write_data(plan, planner)
+        results = future.wait()
+        for name in {r.storage_data.relative_path for r in results}:
+            sums = json.dumps(summed(self.partial / name))
+            (self.partial / f"{name}.sum").write_text(sums, encoding="utf-8")
+        return future
+
+    def finish(self, metadata, results) -> None:
+        """Runs on the coordinator, when every rank has written."""
+        super().finish(metadata, results)
+        files = {}
+        for path in sorted(self.partial.glob("*.sum")):
+            files[path.name.removesuffix(".sum")] = json.loads(path.read_text(encoding="utf-8"))
+            path.unlink()
+        files[".metadata"] = summed(self.partial / ".metadata")
+        with (self.partial / MANIFEST).open("w", encoding="utf-8") as file:
+            json.dump({**self.manifest, "files": files}, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(self.final, ignore_errors=True)
+        os.rename(self.partial, self.final)
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: holds ``step-N`` folders.
+        state: returns what a checkpoint holds: a nest of dicts of tensors and plain values.
+        distributed: every rank of the default process group takes part; False: there is no group.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: CheckpointConfig,
+        state: Callable[[], dict[str, Any]],
+        *,
+        distributed: bool,
+    ):
+        self.folder, self.config, self.state = Path(folder), config, state
+        self.distributed = distributed
+        self.rank = dist.get_rank() if distributed else 0
+        self.ranks = dist.get_world_size() if distributed else 1
+        # of its own: a background save must not mix its messages with training's
+        self.group = dist.new_group(backend="gloo") if distributed else None
+        self._saving: tuple[int, Future] | None = None
+
+    def steps(self) -> list[int]:
+        """Of the finished checkpoints, ascending."""
+        names = [f.name.removeprefix("step-") for f in self.folder.glob("step-*")]
+        return sorted(int(n) for n in names if n.isdigit())
+
+    def newest(self) -> int | None:
+        """The newest undamaged checkpoint; damaged ones newer than it are set aside, and told."""
+        if self.rank == 0:
+            for partial in self.folder.glob("step-*.partial"):
+                shutil.rmtree(partial)
+        self._barrier()
+        for step in reversed(self.steps()):
+            problems = self._verify(step)
+            self._barrier()
+            if not problems:
+                return step
+            if self.rank == 0:
+                aside = self.folder / f"step-{step}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(self.folder / f"step-{step}", aside)
+                print(
+                    f"sdpo: checkpoint {self.folder}/step-{step} is damaged "
+                    f"({'; '.join(problems)}); set aside as {aside.name}",
+                    file=sys.stderr,
+                )
+            self._barrier()
+        return None
+
+    def load(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Fill the state's tensors in place; returns the state and the manifest."""
+        folder = self.folder / f"step-{step}"
+        state = self.state()
+        dcp.load(
+            state, storage_reader=FileSystemReader(folder), process_group=self.group, **self._mode()
+        )
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return state, manifest
+
+    def due(self, step: int) -> bool:
+        """``step`` ends an interval."""
+        return step % self.config.interval == 0
+
+    def save(self, step: int, manifest: Mapping[str, Any], *, wait: bool = False) -> None:
+        """Write ``step-N``; with ``wait``, or where saves are not asynchronous, before returning.
+
+        Raises:
+            CheckpointError: it, or the one before it that was still under way, failed.
+        """
+        self.finish()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        writer = SummedWriter(self.folder / f"step-{step}", {"step": step, **manifest})
+        if self.config.asynchronous and self.distributed and not wait:
+            future = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
+            assert isinstance(future, Future)
+            self._saving = step, future
+            return
+        try:
+            dcp.save(self.state(), storage_writer=writer, process_group=self.group, **self._mode())
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._saved()
+
+    def poll(self) -> None:
+        """Notice that a background save has ended.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        if self._saving is not None and self._saving[1].done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for a background save.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        if self._saving is None:
+            return
+        (step, future), self._saving = self._saving, None
+        try:
+            future.result()
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._saved()
+
+    def _failed(self, step: int, error: Exception) -> CheckpointError:
+        reason = getattr(error, "failures", None)  # DCP's: by rank
+        told = "; ".join(f"rank {r}: {e[0]}" for r, e in reason.items()) if reason else str(error)
+        partial = self.folder / f"step-{step}.partial"
+        if self.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        done = self.steps()
+        newest = f"step-{done[-1]} is the newest" if done else "there is none before it"
+        return CheckpointError(
+            f"{self.folder}/step-{step} could not be written ({told}); {newest}: make room, then "
+            "go on with --resume"
+        )
+
+    def _saved(self) -> None:
+        if self.rank == 0 and self.config.keep:
+            for old in self.steps()[: -self.config.keep]:
+                shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
+
+    def _verify(self, step: int) -> list[str]:
+        """What is wrong with a checkpoint, by file; the same on every rank."""
+        folder = self.folder / f"step-{step}"
+        try:
+            files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        except (OSError, ValueError, KeyError) as error:
+            return [f"{MANIFEST}: {error}"]
+        problems = []
+        for name in sorted(files)[self.rank :: self.ranks]:
+            try:
+                found = summed(folder / name)
+            except OSError as error:
+                problems.append(f"{name}: {error.strerror}")
+                continue
+            for what, then in files[name].items():
+                if found[what] != then:
+                    problems.append(f"{name}: {what} {found[what]}, was {then}")
+        if not self.distributed:
+            return problems
+        every: list[Any] = [None] * self.ranks
+        dist.all_gather_object(every, problems, group=self.group)
+        return [p for ps in every for p in ps]
+
+    def _mode(self) -> dict[str, bool]:
+        return {} if self.distributed else {"no_dist": True}
+
+    def _barrier(self) -> None:
+        if self.distributed:
+            dist.barrier(group=self.group)
