@@ -1,5 +1,6 @@
 """What keeps a long run honest: skipped steps, drift from the first policy, ranks that stall."""
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -121,8 +122,8 @@ def check_drift(config: SafeguardConfig, row: dict[str, float], step: int) -> No
     if entropy is not None and config.stop_entropy is not None and entropy < config.stop_entropy:
         raise Collapse(
             f"step {step}: the policy's entropy is {entropy:.3f} nats per token, under "
-            f"stop_entropy={config.stop_entropy}; a checkpoint was written. Use reverse KL, a lower "
-            "learning rate or another teacher, as another run"
+            f"stop_entropy={config.stop_entropy}; a checkpoint was written. Use reverse KL, a "
+            "lower learning rate or another teacher, as another run"
         )
 
 
@@ -185,10 +186,8 @@ class Watch:
     def _run(self) -> None:
         period = min(10.0, self.seconds / 4)
         while not self._stop.wait(period):
-            try:
+            with contextlib.suppress(RuntimeError, OSError):  # the store went with rank 0's host
                 self._tell()
-            except (RuntimeError, OSError):  # the store went with rank 0's host
-                pass
             if time.time() - self._at > self.seconds and not self._stop.is_set():
                 self._end()
 

@@ -8,6 +8,7 @@
 causal LM of transformers, ``sdpo_parallel.titan.TitanModel`` a sharded torchtitan model.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,6 +57,11 @@ class CausalModel(Protocol):
         back to the parameter."""
         ...
 
+    def own_responses(self, lengths: Sequence[int]) -> list[int] | None:
+        """Where several processes read the same micro-batch: the responses, of these lengths,
+        whose loss is this one's. None: all."""
+        ...
+
 
 @dataclass(frozen=True)
 class StepOutput:
@@ -101,10 +107,7 @@ def _own(
     policy: CausalModel, batch: Batch, hidden_ND: Tensor, hindsight_ND: Tensor
 ) -> tuple[Batch, Tensor, Tensor]:
     """Where several ranks read the same micro-batch: the responses whose loss is this one's."""
-    share = getattr(policy, "own_responses", None)
-    if share is None:
-        return batch, hidden_ND, hindsight_ND
-    mine = share(batch.lengths)
+    mine = policy.own_responses(batch.lengths)
     if mine is None:
         return batch, hidden_ND, hindsight_ND
     batch, kept_N = batch.only(mine)

@@ -19,6 +19,8 @@ class TrainCommand:
     """Print the resolved config, data counts, parameters and estimated memory; do not train."""
     ranks: int = 1
     """Ranks that --dry-run estimates memory for."""
+    gpu_memory_gib: float | None = None
+    """Memory of a GPU: --dry-run then refuses what is estimated not to fit."""
     resume: bool = False
     """Go on from the newest checkpoint in --out."""
 
@@ -33,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if command.dry_run:
         from .dry_run import dry_run
 
-        dry_run(command.config, ranks=command.ranks)
+        dry_run(command.config, ranks=command.ranks, gpu_memory_gib=command.gpu_memory_gib)
         return
     train(command.config, resume=command.resume)
 

@@ -19,19 +19,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 
 from sdpo_parallel.config import (
-    EMA,
+    TEACHERS,
     CheckpointConfig,
-    Frozen,
     Live,
     LoraConfig,
     OptimizerConfig,
     ParallelConfig,
-    TrustRegion,
+    Teacher,
+    parse_teacher,
+    write_teacher,
 )
 from sdpo_parallel.hf_folder import read_config
 
@@ -53,6 +55,14 @@ from .run_folder import LogConfig, Logger, RunFolder, to_json
 from .safeguards import Probe, SafeguardConfig, StopRequest, Watch, check_drift
 from .step import SUMS, metrics, two_pass_loss
 
+TEACHER = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar=TEACHERS,
+    instance_from_str=lambda words: parse_teacher(words[0]),
+    is_instance=lambda value: isinstance(value, Teacher),
+    str_from_instance=lambda teacher: [write_teacher(teacher)],
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -67,7 +77,9 @@ class TrainConfig:
     engine: Literal["torchtitan", "transformers"] = "torchtitan"
     """torchtitan: any layout of any number of ranks; transformers: any causal LM, one device."""
     objective: SampledToken | ReverseKL | ForwardKL | JSD = field(default_factory=ReverseKL)
-    teacher: Live | EMA | Frozen | TrustRegion = field(default_factory=Live)
+    teacher: Annotated[Teacher, TEACHER] = field(default_factory=Live)
+    """Who reads the hindsight prompt: the policy as it is, its moving average, the weights it
+    started from or another folder's, or the policy held near its start."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     hindsight: HindsightConfig = field(default_factory=HindsightConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -277,9 +289,9 @@ def _alarm(guard: SafeguardConfig, state: RunState, row: dict) -> ValueError | N
     """Why the run must end after this step, if it must."""
     if state.skipped_in_a_row >= guard.max_nonfinite:
         return ValueError(
-            f"step {state.step}: the gradient was not finite in {state.skipped_in_a_row} steps in a "
-            "row; their updates were skipped, and a checkpoint holds the weights from before them. "
-            "Lower the learning rate (as another run), or leave out the data drawn here"
+            f"step {state.step}: {state.skipped_in_a_row} steps in a row had gradients that were "
+            "not finite; their updates were skipped, and a checkpoint holds the weights from before "
+            "them. Lower the learning rate (as another run), or leave out the data drawn here"
         )
     try:
         check_drift(guard, row, state.step)

@@ -8,8 +8,10 @@
 """
 
 import contextlib
+import os
 import shutil
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,15 +23,21 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
-from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
+from sdpo_parallel.checkpoints import Checkpoints
+from sdpo_parallel.config import (
+    CheckpointConfig,
+    Frozen,
+    Live,
+    LoraConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Teacher,
+)
 from sdpo_parallel.hf_folder import (
     check_finite,
     copy_assets,
@@ -37,6 +45,11 @@ from sdpo_parallel.hf_folder import (
     read_config,
     replace_folder,
 )
+from sdpo_parallel.lm_head import LMHead
+from sdpo_parallel.teacher import Teaching
+
+from .batching import ROW_MULTIPLE
+from .liger_patch import apply_liger
 
 # one process is what this engine is for
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -74,6 +87,9 @@ class TransformersModel:
         with torch.autocast(tokens_BT.device.type, self.dtype, enabled=mixed):
             out = self.decoder(**inputs, use_cache=False)
         return out.last_hidden_state.flatten(0, 1)[index_N].to(self.dtype)
+
+    def own_responses(self, lengths: Sequence[int]) -> None:
+        """All of them."""
 
     def lm_head(self) -> LMHead:
         """(V, D)."""
@@ -159,6 +175,7 @@ def load_model(
     device: str | None = None,
     attention: str | None = None,
     compute_dtype: torch.dtype | None = None,
+    liger: bool = False,
 ) -> TransformersModel:
     """A local Hugging Face folder as a model of the two passes.
 
@@ -168,6 +185,7 @@ def load_model(
         compute_dtype: of the passes, where it is not that of the weights.
         attention: transformers' ``attn_implementation``; None: flash_attention_2 where flash-attn
             is installed and the model runs on a GPU in bfloat16, else sdpa.
+        liger: Liger's RMSNorm, SwiGLU and rotary embeddings; see liger_patch.py.
 
     Raises:
         ValueError: no such folder, no weights in it, or weights that are not finite.
@@ -182,7 +200,10 @@ def load_model(
         folder, dtype=getattr(torch, dtype), attn_implementation=attention
     )
     check_finite(model.named_parameters(), folder)
-    return TransformersModel(model.to(device).eval(), compute_dtype)  # pyright: ignore
+    model = model.to(device).eval()  # pyright: ignore
+    if liger:
+        apply_liger(model)
+    return TransformersModel(model, compute_dtype)
 
 
 def choose_attention(device: str, compute_dtype: str) -> str:
@@ -198,7 +219,8 @@ class TransformersEngine:
     ``parallel.compute_dtype`` says bfloat16.
     """
 
-    rank, ranks, is_main = 0, 1, True
+    rank, ranks, world_rank, world, copies, is_main = 0, 1, 0, 1, 1, True
+    row_multiple = ROW_MULTIPLE
 
     def __init__(
         self,
@@ -211,25 +233,21 @@ class TransformersEngine:
         optimizer: OptimizerConfig,
         parallel: ParallelConfig,
         checkpoint: CheckpointConfig,
+        teacher: Teacher | None = None,
+        lora: LoraConfig | None = None,
     ):
+        _refuse_layouts(parallel, lora)
         limit = read_config(folder).get("max_position_embeddings")
         if limit is not None and max_tokens > limit:
             raise ValueError(
                 f"prompt and response limits allow {max_tokens} tokens, but {folder} has "
                 f"max_position_embeddings={limit}: lower the limits"
             )
-        self.folder, self.run_folder, self.state = folder, Path(run_folder), state
-        self.checkpoint, self.max_grad_norm = checkpoint, optimizer.max_grad_norm
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = parallel.resolve_dtype(kind)
-        attention = choose_attention(kind, dtype)
-        self.policy = load_model(
-            folder,
-            dtype="float32",
-            device=kind,
-            attention=attention,
-            compute_dtype=getattr(torch, dtype),
-        )
+        self.folder, self.state, self.checkpoint = folder, state, checkpoint
+        self.optimizer_config, self.total_steps = optimizer, total_steps
+        self.kind = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype, self.liger = parallel.resolve_dtype(self.kind), parallel.liger
+        self.policy = self._load(folder, "float32")
         self.module = self.policy.model.train()
         disable_dropout(self.module)
         if parallel.activation_checkpoint != "none":
@@ -237,6 +255,10 @@ class TransformersEngine:
             enable = enable or self.module.gradient_checkpointing_enable  # its name before 5.20
             enable({"use_reentrant": False})
         self.device = self.module.device
+        self.teaching = Teaching(
+            teacher or Live(), self.policy, self.module, lambda: self._teacher(teacher)
+        )
+        self.teacher = self.teaching.model
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(),
             lr=optimizer.lr,
@@ -244,57 +266,94 @@ class TransformersEngine:
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
         )
-        self.schedule = LambdaLR(self.optimizer, lambda s: optimizer.factor(s, total_steps))
+        self.checkpoints = Checkpoints(
+            Path(run_folder) / "checkpoints", checkpoint, self._checkpoint_state, distributed=False
+        )
+
+    def _load(self, folder: str, dtype: Literal["float32", "bfloat16"]) -> TransformersModel:
+        attention = choose_attention(self.kind, self.dtype)
+        compute = getattr(torch, self.dtype)
+        return load_model(
+            folder,
+            dtype=dtype,
+            device=self.kind,
+            attention=attention,
+            compute_dtype=compute,
+            liger=self.liger,
+        )
+
+    def _teacher(self, teacher: Teacher | None) -> tuple[TransformersModel, torch.nn.Module]:
+        folder = teacher.folder if isinstance(teacher, Frozen) else None
+        model = self._load(folder or self.folder, "float32" if folder is None else self.dtype)
+        theirs = model.lm_head().weight.shape[0]
+        if theirs != (ours := self.policy.lm_head().weight.shape[0]):
+            raise ValueError(
+                f"teacher {folder} has a vocabulary of {theirs}, {self.folder} of {ours}: both "
+                "must read the same tokens"
+            )
+        return model, model.model
 
     def context(self) -> contextlib.AbstractContextManager:
         """What a step runs in: nothing special."""
         return contextlib.nullcontext()
 
-    def load(self) -> bool:
-        """The newest finished checkpoint of the run, else what the folder held."""
-        done = [s for s in self._steps() if (self._step_folder(s) / ".metadata").is_file()]
-        if done:
-            saved = self._checkpoint_state()
-            dcp_load(saved, checkpoint_id=str(self._step_folder(max(done))), no_dist=True)
-            set_model_state_dict(self.module, saved["model"])
-            set_optimizer_state_dict(self.module, self.optimizer, saved["optimizer"])
-            self.schedule.load_state_dict(saved["schedule"])
-        return bool(done)
+    def load(self) -> None:
+        """The folder's weights are in place; the teacher's first are set."""
+        self.teaching.start()
 
-    def save(self, step: int, last: bool = False) -> bool:
-        """Write a checkpoint if ``step`` is due one."""
-        if not last and step % self.checkpoint.interval:
-            return False
-        folder = str(self._step_folder(step))
-        dcp_save(self._checkpoint_state(), checkpoint_id=folder, no_dist=True)
-        if self.checkpoint.keep:
-            for old in self._steps()[: -self.checkpoint.keep]:
-                shutil.rmtree(self._step_folder(old))
-        return True
+    def resume(self, step: int | None = None) -> dict[str, Any] | None:
+        """Go on from a checkpoint, the newest undamaged one by default; its manifest, or None."""
+        step = self.checkpoints.newest() if step is None else step
+        if step is None:
+            return None
+        saved, manifest = self.checkpoints.load(step)
+        set_model_state_dict(self.module, saved["model"])
+        set_optimizer_state_dict(self.module, self.optimizer, saved["optimizer"])
+        if self.teaching.module is not None:
+            self.teaching.module.load_state_dict(saved["teacher"])
+        self.state.load_state_dict(saved["run"])
+        return manifest
+
+    def save(self, step: int, manifest: Mapping[str, Any], *, wait: bool = False) -> None:
+        """Write a checkpoint."""
+        self.checkpoints.save(step, manifest, wait=wait)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulate gradients of a micro-batch."""
+        loss.backward()
 
     def clip_gradients(self) -> float:
         """Returns the gradient norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm)
-        return float(norm)
+        limit = self.optimizer_config.max_grad_norm
+        return float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit))
 
-    def update(self) -> float:
-        """Update the weights and zero the gradients; returns the learning rate used."""
-        lr = self.schedule.get_last_lr()[0]
+    def update(self, step: int) -> float:
+        """Update weights and teacher with the gradients of step ``step`` (from 0), and drop them;
+        returns the learning rate used."""
+        config = self.optimizer_config
+        lr = config.lr * config.factor(step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.step()
-        self.schedule.step()
+        self.discard()
+        self.teaching.update()
+        return lr
+
+    def discard(self) -> None:
+        """Drop the gradients."""
         self.optimizer.zero_grad()
-        return float(lr)
+
+    def release(self) -> None:
+        """Nothing is gathered here."""
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """There is one rank."""
         return x
 
-    def max_over_ranks(self, x: int) -> int:
-        """There is one rank."""
-        return x
-
-    def export(self, folder: str) -> None:
+    def export(self, folder: str, *, adapters: bool = False) -> None:
         """Write a Hugging Face folder: weights, configs, tokenizer."""
+        if adapters:
+            raise ValueError("this run trained no adapters: it has none to export")
         partial = f"{folder}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         dtype = export_dtype(self.folder, self.checkpoint.export_dtype)
@@ -310,13 +369,25 @@ class TransformersEngine:
         return {
             "model": get_model_state_dict(self.module),
             "optimizer": get_optimizer_state_dict(self.module, self.optimizer),
-            "schedule": self.schedule.state_dict(),
-            "run": self.state,
+            "teacher": self.teaching.state_dict(),
+            "run": self.state.state_dict(),
         }
 
-    def _step_folder(self, step: int) -> Path:
-        return self.run_folder / "checkpoints" / f"step-{step}"
 
-    def _steps(self) -> list[int]:
-        folders = (self.run_folder / "checkpoints").glob("step-*")
-        return sorted(int(f.name.removeprefix("step-")) for f in folders)
+def _refuse_layouts(parallel: ParallelConfig, lora: LoraConfig | None) -> None:
+    """What only the torchtitan engine can do."""
+    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(
+            f"the transformers engine trains on one device, and torchrun started {world} ranks: "
+            "start it without torchrun, or use --engine torchtitan"
+        )
+    for name, off in {"replicate": 1, "tensor": 1, "context": 1, "cpu_offload": False}.items():
+        if (value := getattr(parallel, name)) != off:
+            raise ValueError(
+                f"parallel.{name}={value}: the transformers engine trains on one device; use "
+                "--engine torchtitan"
+            )
+    if parallel.compile != "none":
+        raise ValueError("parallel.compile: the transformers engine does not compile; leave it out")
+    if lora is not None and lora.rank:
+        raise ValueError("lora: the transformers engine trains whole weights; use torchtitan")

@@ -7,7 +7,13 @@ from pathlib import Path
 
 from sdpo.run_folder import read_metrics
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+PATHS = [Path(__file__).parents[1] / p for p in (".", "kernels", "parallel", "tests")]
+ENV = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
+}
 SMALL = {
     "hindsight.max-prompt-tokens": 150,
     "hindsight.max-hindsight-prompt-tokens": 250,
@@ -18,6 +24,11 @@ SMALL = {
     "optimizer.lr": 3e-4,
     "optimizer.max-grad-norm": 1.0,
 }
+
+
+def cause(stderr: str) -> str:
+    """What went wrong, without what torchrun says of it."""
+    return stderr.partition("torch/distributed/elastic/multiprocessing/api.py")[0][-9000:]
 
 
 def command(recipe: str, model: str, data: str, out: Path, *options: str, ranks: int = 0) -> list:
@@ -35,7 +46,7 @@ def train(recipe: str, model: str, data: str, out: Path, *options: str, ranks: i
     """Run to the end; the rows of metrics.jsonl."""
     argv = command(recipe, model, data, out, *options, ranks=ranks)
     result = subprocess.run(argv, env=ENV, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.returncode == 0, cause(result.stderr)
     return read_metrics(out)
 
 

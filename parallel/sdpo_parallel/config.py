@@ -72,7 +72,7 @@ class ParallelConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.pipeline > 1:
             raise ValueError(
-                f"pipeline={self.pipeline}: pipeline parallelism is not supported, as its schedules "
+                f"pipeline={self.pipeline}: pipeline parallelism is not supported: its schedules "
                 "run one pass per micro-batch and SDPO needs two (the hindsight pass feeds the "
                 "policy's loss); use FSDP2 with tensor or context parallelism instead"
             )
@@ -105,8 +105,8 @@ class LoraConfig:
     rank: int = 0
     alpha: float = 16.0
     """Adapters add ``alpha / rank * B A x``."""
-    targets: tuple[str, ...] = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
-    """torchtitan's names of the linear layers that get one."""
+    targets: tuple[str, ...] = ("wq", "wkv", "wo", "w1", "w2", "w3")
+    """torchtitan's names of the linear layers that get one; ``wkv`` is both wk and wv."""
 
     def __post_init__(self):
         if self.rank < 0:
@@ -156,6 +156,43 @@ class TrustRegion:
 
 
 Teacher = Live | EMA | Frozen | TrustRegion
+
+TEACHERS = "live|ema:DECAY|frozen|frozen:FOLDER|trust-region:MIX"
+"""How a teacher is written on the command line."""
+
+
+def parse_teacher(text: str) -> Teacher:
+    """A teacher as ``TEACHERS`` writes them.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    kind, _, value = text.partition(":")
+    try:
+        match kind, value:
+            case "live", "":
+                return Live()
+            case "ema", _:
+                return EMA(decay=float(value)) if value else EMA()
+            case "frozen", _:
+                return Frozen(folder=value or None)
+            case "trust-region", _:
+                return TrustRegion(mix=float(value)) if value else TrustRegion()
+    except ValueError as error:
+        raise ValueError(f"teacher {text!r}: {error}") from error
+    raise ValueError(f"teacher {text!r} is none of {TEACHERS}")
+
+
+def write_teacher(teacher: Teacher) -> str:
+    """The inverse of ``parse_teacher``."""
+    match teacher:
+        case EMA(decay=decay):
+            return f"ema:{decay}"
+        case Frozen(folder=folder):
+            return f"frozen:{folder}" if folder else "frozen"
+        case TrustRegion(mix=mix):
+            return f"trust-region:{mix}"
+    return "live"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ def prepare() -> None:
     if torch.cuda.is_available():
         return
     from torch import _utils
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
     # torchtitan.tools.utils falls back to "cuda" where no accelerator is found
     _utils._get_available_device_type = lambda: "cpu"
@@ -32,6 +32,8 @@ def prepare() -> None:
         "current_device": 0,
     }.items():
         setattr(torch.cpu, name, lambda *_, answer=answer: answer)
+
+    CPUOffloadPolicy.__init__.__defaults__ = (False,)  # pin_memory: there is nothing to copy to
 
     if getattr(FSDPModule.set_gradient_divide_factor, "forces_sum", False):
         return

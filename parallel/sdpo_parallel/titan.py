@@ -12,8 +12,10 @@ import math
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
 from . import cpu
+from .attention import choose_attention, importable
 from .checkpoints import Checkpoints
 from .config import (
     EMA,
@@ -66,6 +69,7 @@ from .titan_models import (  # noqa: E402
     peft_config,
     peft_weights,
     spec_from_hf,
+    start_adapters,
 )
 
 CHECKPOINTS = "checkpoints"
@@ -74,8 +78,9 @@ CHECKPOINTS = "checkpoints"
 class TitanModel:
     """A torchtitan decoder as ``hidden_states`` and ``lm_head``."""
 
-    def __init__(self, module: Any, dims: ParallelDims):
+    def __init__(self, module: Any, dims: ParallelDims, *, dense: bool):
         self.module = module
+        self.masks = document_mask if dense else module.get_attention_masks
         module._skip_lm_head = True  # forward then ends at the final norm
         self.vocabulary: int = module.config.vocab_size
         self.context = dims.get_optional_mesh("cp")
@@ -85,9 +90,7 @@ class TitanModel:
     def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
         """(N, D) normed hidden states at the flat slots ``index_N``, the same on all context and
         tensor ranks; a tensor rank's gradient of them may be partial."""
-        on_cpu = tokens_BT.device.type == "cpu"
-        build_masks = document_mask if on_cpu else self.module.get_attention_masks
-        masks = build_masks(positions_BT)
+        masks = self.masks(positions_BT)
         if self.context is None:
             h_BTD = self.module(tokens_BT, positions=positions_BT, attention_masks=masks)
             return h_BTD.flatten(0, 1)[index_N]
@@ -102,7 +105,7 @@ class TitanModel:
         """Gathered over the data-parallel ranks; with tensor parallelism, this rank's rows."""
         return gathered(self.module.lm_head, self.vocabulary, self.tensor_group)
 
-    def own_responses(self, lengths: list[int]) -> list[int] | None:
+    def own_responses(self, lengths: Sequence[int]) -> list[int] | None:
         """Which responses of a micro-batch this context rank computes the loss of; None: all.
 
         Longest first, each to the rank with least so far: every rank reckons the same.
@@ -134,6 +137,14 @@ def init_distributed(timeout_seconds: int = 600) -> int:
     comm = CommConfig(init_timeout_seconds=timeout_seconds, trace_buf_size=0)
     with _quiet():
         return dist_utils.init_distributed(comm, base_folder="")
+
+
+@lru_cache(maxsize=1)
+def _mesh(world: dist.ProcessGroup, replicate: int, context: int, tensor: int) -> ParallelDims:
+    """One mesh per layout: FSDP2 finds the meshes that it derived by the equality of their parents,
+    so a second engine of a process must use the first one's."""
+    degrees = {"dp_replicate": replicate, "dp_shard": -1, "cp": context, "tp": tensor}
+    return ParallelDims(**degrees, pp=1, ep=1, world_size=world.size())
 
 
 @contextlib.contextmanager
@@ -192,6 +203,16 @@ class TitanEngine:
         self.folder, self.state, self.parallel = folder, state, parallel
         self.optimizer, self.total_steps = optimizer, total_steps
         self.lora, self.max_tokens = lora or LoraConfig(), max_tokens
+        device = utils.get_local_device()
+        nvidia = device.type == "cuda" and torch.version.hip is None
+        self.attention = choose_attention(
+            parallel.attention,
+            device_type=device.type,
+            capability=torch.cuda.get_device_capability(device) if nvidia else None,
+            context=parallel.context,
+            installed=importable,
+            compute_dtype=parallel.resolve_dtype(device.type),
+        )
         self.spec = self._spec(folder, self.lora)
         world = init_distributed()
         check_layout(folder, parallel, world)
@@ -201,7 +222,8 @@ class TitanEngine:
             enable_sequence_parallel=parallel.sequence_parallel,
             context_parallel_degree=parallel.context,
         )
-        self.dims = ParallelDims.from_config(self.titan, world)
+        degrees = parallel.replicate, parallel.context, parallel.tensor
+        self.dims = _mesh(dist.group.WORLD, *degrees)
         dist_utils.set_spmd_backend(self.titan.spmd_backend)
         self.context: Callable[[], contextlib.AbstractContextManager] = dist_utils.get_spmd_context(
             parallel_dims=self.dims
@@ -214,7 +236,7 @@ class TitanEngine:
             // math.gcd(128 * parallel.context, parallel.tensor)
         )
         self.module = self._build(self.spec, trained=True)
-        self.policy = TitanModel(self.module, self.dims)
+        self.policy = self._model(self.module)
         self.teaching = self._teaching(teacher or Live())
         self.teacher = self.teaching.model
         self.export_dtype = export_dtype(folder, checkpoint.export_dtype)
@@ -227,12 +249,18 @@ class TitanEngine:
         self.ranks = mesh.size() if mesh is not None else 1
         self.world_rank, self.world = dist.get_rank(), world
         self.is_main = self.world_rank == 0
+        if self.is_main:
+            print(
+                f"sdpo: attention {self.attention.backend} ({self.attention.why})", file=sys.stderr
+            )
         self.copies = parallel.context
         """Ranks that read the same micro-batch and add up in ``sum_over_ranks``."""
 
     # ---- building --------------------------------------------------------------------------------
     def _spec(self, folder: str, lora: LoraConfig) -> ModelSpec:
-        spec = spec_from_hf(folder, lora=lora)
+        backend = self.attention.backend
+        backend = "flex" if backend == "dense" else backend  # an override makes it dense
+        spec = spec_from_hf(folder, attention=backend, lora=lora)
         longest: int = spec.model.max_seq_len  # pyright: ignore
         if self.max_tokens > longest:
             raise ValueError(
@@ -255,11 +283,11 @@ class TitanEngine:
         model.update_from_config(config=SimpleNamespace(parallelism=self.titan))
         for layer in model.layers:
             layer.attention.rope = replace(layer.attention.rope, max_seq_len=self.max_tokens)
-        if self.device.type == "cpu":
-            dense = OverrideConfig(imports=["sdpo_parallel.cpu_attention.flex_to_dense"])
-            apply_overrides(dense, model)
+        with _quiet():
+            apply_overrides(OverrideConfig(imports=self._overrides()), model)
         with torch.device("meta"), utils.set_default_dtype(TORCH_DTYPE_MAP[training.dtype]):
             module = model.build()
+        trainable = {name for name, p in module.named_parameters() if p.requires_grad}
         compiled = parallel.compile != "none"
         module = spec.parallelize_fn(
             module,
@@ -275,7 +303,23 @@ class TitanEngine:
         module.to_empty(device="cpu" if parallel.cpu_offload else self.device.type)
         with torch.no_grad():
             module.init_weights(buffer_device=self.device if parallel.cpu_offload else None)
+        for name, p in module.named_parameters():  # sharding forgets which are frozen
+            p.requires_grad_(canonical_fqn(name) in trainable)
         return module.train(trained)
+
+    def _model(self, module: Any) -> TitanModel:
+        return TitanModel(module, self.dims, dense=self.attention.backend == "dense")
+
+    def _overrides(self) -> list[str]:
+        """torchtitan's modules that are swapped for others."""
+        out = []
+        if self.attention.backend == "dense":
+            out.append("sdpo_parallel.cpu_attention.flex_to_dense")
+        if self.parallel.liger:
+            from .liger_modules import OVERRIDES
+
+            out += OVERRIDES
+        return out
 
     def _teaching(self, teacher: Teacher) -> Teaching:
         outside = isinstance(teacher, Frozen) and teacher.folder is not None
@@ -297,7 +341,7 @@ class TitanEngine:
             dtype = "float32" if moves else self.parallel.resolve_dtype(self.device.type)
             module = self._build(spec, trained=False, dtype=dtype)
             self._teacher_spec = spec
-            return TitanModel(module, self.dims), module
+            return self._model(module), module
 
         switch = self._adapters_off if self.lora.rank else None
         return Teaching(teacher, self.policy, self.module, copy, switch)
@@ -322,6 +366,7 @@ class TitanEngine:
     def load(self) -> None:
         """The Hugging Face folder's weights, and the teacher's first."""
         load_weights(self.module, self._adapter(self.spec, self.folder), self.folder)
+        start_adapters(self.module)
         self._check(self.module, self.folder)
         teacher = self.teaching.config
         if isinstance(teacher, Frozen) and teacher.folder is not None:
@@ -418,7 +463,7 @@ class TitanEngine:
         if adapters:
             weights = peft_weights(self.module, adapter)
             if self.is_main:
-                _write_peft(partial, weights, peft_config(adapter, self.lora, self.folder))
+                _write_peft(partial, weights, peft_config(weights, self.lora, self.folder))
         else:
             weights = merged_weights(self.module, self.lora)
             weights = {name: w.to(self.export_dtype) for name, w in weights.items()}

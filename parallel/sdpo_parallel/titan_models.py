@@ -4,7 +4,9 @@ torchtitan never reads config.json and writes weights only; adapters (LoRA) it t
 merges nor exports.
 """
 
+import math
 import re
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,7 @@ def spec_from_hf(
         converter = LoRAConverter.Config(
             rank=lora.rank, alpha=lora.alpha, target_modules=list(lora.targets)
         )
-        known = {"wq", "wk", "wv", "wo", "w1", "w2", "w3"}
+        known = set(LoraConfig.targets)
         if unknown := set(lora.targets) - known:
             raise ValueError(
                 f"lora targets {', '.join(sorted(unknown))}: no such linear layers; there are "
@@ -183,6 +185,19 @@ def load_weights(module: torch.nn.Module, adapter: Any, folder: str) -> None:
     module.load_state_dict(adapter.from_hf(hf), strict=False)
 
 
+@torch.no_grad()
+def start_adapters(module: torch.nn.Module, seed: int = 0) -> None:
+    """A ~ kaiming uniform, B = 0 (arXiv:2106.09685), the same whatever the layout."""
+    for name, p in module.state_dict().items():
+        if name.endswith(".lora_a.weight"):
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+            whole = torch.empty(p.shape, dtype=p.dtype)
+            torch.nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+            p.copy_(_like(whole, p))
+        elif name.endswith(".lora_b.weight"):
+            p.zero_()
+
+
 def merged_weights(module: torch.nn.Module, lora: LoraConfig) -> dict[str, Any]:
     """The module's state dict with W + alpha / rank B A in place of adapted W, and no adapters."""
     state = module.state_dict()
@@ -220,10 +235,8 @@ def peft_weights(module: torch.nn.Module, adapter: Any) -> dict[str, Tensor]:
     return out
 
 
-def peft_config(adapter: Any, lora: LoraConfig, base: str) -> Mapping[str, Any]:
-    """adapter_config.json as PEFT reads it."""
-    names = {ours: theirs for theirs, ours in adapter.from_hf_map.items() if ours}
-    hf = [t for t in names if t.removesuffix(".weight").rpartition(".")[2] in lora.targets]
+def peft_config(weights: Mapping[str, Tensor], lora: LoraConfig, base: str) -> dict[str, Any]:
+    """adapter_config.json as PEFT reads it, for ``peft_weights``."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -232,7 +245,7 @@ def peft_config(adapter: Any, lora: LoraConfig, base: str) -> Mapping[str, Any]:
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(names[t].removesuffix(".weight").rpartition(".")[2] for t in hf),
+        "target_modules": sorted({name.rsplit(".", 3)[1] for name in weights}),
     }
 
 
