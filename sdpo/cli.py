@@ -10,6 +10,7 @@ from pathlib import Path
 COMMANDS = {
     "data": ("sdpo.data_cli", "prepare interactions from conversation logs, and look at them"),
     "train": ("sdpo.train", "train a model on interactions; run it under torchrun on many GPUs"),
+    "export": ("sdpo.export", "write a checkpoint of a run as a Hugging Face folder"),
     "signal": ("sdpo.signal", "what each follow-up says about each token of a response"),
     "demo": ("sdpo.demo.main", "the whole method on a tiny chat world, on any machine"),
 }

@@ -301,9 +301,9 @@ class TransformersEngine:
         """The folder's weights are in place; the teacher's first are set."""
         self.teaching.start()
 
-    def resume(self, step: int | None = None) -> dict[str, Any] | None:
-        """Go on from a checkpoint, the newest undamaged one by default; its manifest, or None."""
-        step = self.checkpoints.newest() if step is None else step
+    def resume(self) -> dict[str, Any] | None:
+        """Go on from the newest undamaged checkpoint; its manifest, or None."""
+        step = self.checkpoints.newest()
         if step is None:
             return None
         saved, manifest = self.checkpoints.load(step)
@@ -313,6 +313,16 @@ class TransformersEngine:
             self.teaching.module.load_state_dict(saved["teacher"])
         self.state.load_state_dict(saved["run"])
         return manifest
+
+    def load_weights(self, step: int) -> None:
+        """A checkpoint's weights alone.
+
+        Raises:
+            ValueError: it is not there, or damaged.
+        """
+        self.checkpoints.check(step)
+        state, _ = self.checkpoints.load(step, "model")
+        set_model_state_dict(self.module, state["model"])
 
     def save(self, step: int, manifest: Mapping[str, Any], *, wait: bool = False) -> None:
         """Write a checkpoint."""

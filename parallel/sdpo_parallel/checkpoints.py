@@ -127,10 +127,24 @@ class Checkpoints:
             self._barrier()
         return None
 
-    def load(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Fill the state's tensors in place; returns the state and the manifest."""
+    def check(self, step: int) -> None:
+        """Refuse a checkpoint that is not there or damaged.
+
+        Raises:
+            ValueError: names it, its files and what is wrong with them.
+        """
+        if step not in self.steps():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise ValueError(f"{self.folder}: no checkpoint of step {step}; there are: {there}")
+        if problems := self._verify(step):
+            raise ValueError(f"{self.folder}/step-{step} is damaged ({'; '.join(problems)})")
+
+    def load(self, step: int, *parts: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Fill the state's tensors in place; returns the state, or only ``parts`` of it, and the
+        manifest."""
         folder = self.folder / f"step-{step}"
         state = self.state()
+        state = {name: state[name] for name in parts or state}
         dcp.load(
             state, storage_reader=FileSystemReader(folder), process_group=self.group, **self._mode()
         )

@@ -203,6 +203,7 @@ class TitanEngine:
         self.folder, self.state, self.parallel = folder, state, parallel
         self.optimizer, self.total_steps = optimizer, total_steps
         self.lora, self.max_tokens = lora or LoraConfig(), max_tokens
+        world = init_distributed()
         device = utils.get_local_device()
         nvidia = device.type == "cuda" and torch.version.hip is None
         self.attention = choose_attention(
@@ -214,7 +215,6 @@ class TitanEngine:
             compute_dtype=parallel.resolve_dtype(device.type),
         )
         self.spec = self._spec(folder, self.lora)
-        world = init_distributed()
         check_layout(folder, parallel, world)
         self.titan = ParallelismConfig(
             data_parallel_replicate_degree=parallel.replicate,
@@ -376,9 +376,9 @@ class TitanEngine:
             self._check(self.teaching.module, teacher.folder)
         self.teaching.start()
 
-    def resume(self, step: int | None = None) -> dict[str, Any] | None:
-        """Go on from a checkpoint, the newest undamaged one by default; its manifest, or None."""
-        step = self.checkpoints.newest() if step is None else step
+    def resume(self) -> dict[str, Any] | None:
+        """Go on from the newest undamaged checkpoint; its manifest, or None."""
+        step = self.checkpoints.newest()
         if step is None:
             return None
         state, manifest = self.checkpoints.load(step)
@@ -389,6 +389,16 @@ class TitanEngine:
         self.state.load_state_dict(state["run"])
         self._check(self.module, f"{self.checkpoints.folder}/step-{step}")
         return manifest
+
+    def load_weights(self, step: int) -> None:
+        """A checkpoint's weights alone.
+
+        Raises:
+            ValueError: it is not there, or damaged.
+        """
+        self.checkpoints.check(step)
+        state, _ = self.checkpoints.load(step, "model")
+        self.module.load_state_dict(state["model"])
 
     def save(self, step: int, manifest: Mapping[str, Any], *, wait: bool = False) -> None:
         """Write a checkpoint."""
