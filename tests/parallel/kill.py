@@ -8,6 +8,7 @@ else may be lost; every interaction must be seen as often. Needs no GPU; about a
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -84,6 +85,13 @@ def workers(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in listed]
 
 
+def kill(pids: list[int]) -> None:
+    """SIGKILL to those that still are."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def disturb(run: Run, way: str, rng: random.Random) -> None:
     """Start or resume the run, and break it in one way at a random moment."""
     if way == "full disk":
@@ -97,15 +105,14 @@ def disturb(run: Run, way: str, rng: random.Random) -> None:
         step = max(step, INTERVAL + 2)
     run.until(process, step, delay=rng.random() * 0.1)
     if way == "kill one":
-        for pid in rng.sample(workers(process), 1):
-            os.kill(pid, signal.SIGKILL)
+        kill(rng.sample(workers(process), 1))
     elif way == "SIGTERM":
         process.send_signal(signal.SIGTERM)
     else:
-        os.killpg(process.pid, signal.SIGKILL)
+        kill([process.pid, *workers(process)])
     _, told = process.communicate(timeout=120)
     if way == "SIGTERM" and not run.done:
-        assert "go on with --resume" in told, told[-3000:]
+        assert "go on with --resume" in told, told[-30000:]
         assert run.checkpoints()[-1] == run.metrics[-1]["step"], "SIGTERM saves where it stops"
     if way in DAMAGES and run.checkpoints():
         damage(run.out / "checkpoints" / f"step-{run.checkpoints()[-1]}", way, rng)
@@ -136,8 +143,8 @@ def fill_disk(run: Run) -> None:
     kept.mkdir()
     process = run.start(["unshare", "-rm", "sh", "-c", script])
     _, told = process.communicate(timeout=300)
-    assert process.returncode != 0 and "could not be written" in told, told[-3000:]
-    assert "No space left on device" in told, told[-3000:]
+    assert process.returncode != 0 and "could not be written" in told, told[-30000:]
+    assert "No space left on device" in told, told[-30000:]
     shutil.rmtree(folder)
     kept.rename(folder)
     assert not list(folder.glob("*.partial")), "a failed save leaves nothing half-written"
@@ -186,13 +193,14 @@ def prepare(folder: Path) -> tuple[str, str, list[dict]]:
 def main() -> None:
     """Random points."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--points", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, data, undisturbed = prepare(folder)
-        for point in range(args.points):
+        for point in range(args.first, args.points):
             rng = random.Random(f"{args.seed} {point}")
             ways = [WAYS[point % len(WAYS)]]
             if rng.random() < 0.3:

@@ -1,8 +1,8 @@
-"""Train two steps of two micro-batches, alone or under torchrun, with every allocation counted;
+"""Run under torchrun: train two steps of two micro-batches, with every allocation counted;
 rank 0 prints bytes as JSON.
 
-argv: JSON with folder, out, parallel (fields of ParallelConfig), rows, prompt, hindsight, response,
-chunk_bytes.
+argv: JSON with folder, out, parallel (fields of ParallelConfig), lora_rank, rows, prompt,
+hindsight, response, chunk_bytes.
 """
 
 import json
@@ -19,7 +19,7 @@ from sdpo.hindsight import Encoded
 from sdpo.objective import ReverseKL
 from sdpo.step import two_pass_loss
 from sdpo.trainer import RunState
-from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
+from sdpo_parallel.config import CheckpointConfig, LoraConfig, OptimizerConfig, ParallelConfig
 from sdpo_parallel.titan import TitanEngine
 
 
@@ -44,6 +44,7 @@ def train(a: dict) -> dict[str, int]:
         optimizer=OptimizerConfig(),
         parallel=ParallelConfig(**a["parallel"]),
         checkpoint=CheckpointConfig(),
+        lora=LoraConfig(rank=a["lora_rank"]),
     )
     ids = {name: tuple(range(5, 5 + a[name])) for name in ("prompt", "hindsight", "response")}
     item = Encoded(
@@ -106,6 +107,6 @@ def peak(found: list, span: str) -> int:
 with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
     sizes = train(json.loads(sys.argv[1]))
 if os.environ.get("RANK", "0") == "0":
-    assert trace.profiler is not None
+    assert trace.profiler is not None and trace.profiler.kineto_results is not None
     found = list(events(trace.profiler.kineto_results.experimental_event_tree()))
     print(json.dumps(sizes | {"total": peak(found, "step 1")}))

@@ -1,0 +1,431 @@
+"""Bytes a rank holds at the peak of a step, from config.json alone. No torchtitan, no weights.
+
+Reckoned from what torchtitan 0.3.0's Qwen3 and Llama blocks leave for autograd, what FSDP2 gathers
+and reduces, and what the chunked kernels allocate; held against counted allocations by
+tests/parallel/test_memory_estimate.py.
+
+Shapes: T tokens of a micro-batch's policy pass over ``context``, N response tokens, D hidden size,
+F intermediate size, Q and K widths of all query and of all key heads, H head size, V vocabulary,
+t ``tensor``, s = t with sequence parallelism (else 1), c ``context``, r adapters' rank.
+
+What one layer leaves for its backward, in elements of the compute dtype per token:
+
+    input of the layer and of the second norm     2 D / s        norms keep their inputs
+    inputs of wqkv and of w1, w3                  2 D            gathered over tensor ranks
+    inputs of the query and key norms (Qwen3)     (Q + K) / t
+    rotated queries, attention's output           2 Q / t
+    keys and values                               2 K / t        x c: context ranks gather them
+    w1 x, silu(w1 x), w3 x, their product         4 F / t
+    outputs of adapters' A                        r each
+    an elementwise norm (CPU)                     its normed input once more, before the weight
+    dense attention                               the row's width: a float mask, made per layer
+
+and in float32: the positions' rotary values (2 H; Llama: H), attention's log-sum-exp (Q / H t) and
+the norms' inverse deviations. ``full`` checkpointing keeps D / s; ``selective`` keeps D / s and the
+outputs of every other linear layer (wqkv, w1, w2; SelectiveAC counts them in the order in which
+they run), of flash attention, and of reduce-scatters. Either holds one layer's whole set while it
+is computed again.
+
+Tied embeddings and head are one parameter, but FSDP2 gathers and reduces it as two.
+
+The peak is the largest of these moments; all but ``update`` include the head, gathered:
+
+    objective    all layers' kept tensors; the final norm's; h, g, dH (N, D); a chunk's logits, its
+                 rows of h, g and dH; dW (V / t, D) in float32
+    head         the same with, in place of the chunk, dW in the compute dtype; then, in place of
+                 the float32 one, FSDP2's float32 input of the reduce-scatter
+    layer        the last layer's whole set, the others' kept tensors; gradients inside its MLP,
+                 2 F / t + D / s per token; this layer and the next one gathered; w2's gradient; the
+                 head's gradient on its way
+    embedding    the gradient of the embeddings, and its reduce-scatter's float32 input
+    update       AdamW's temporaries, one float32 copy of what it trains (CPU: foreach; GPU: fused)
+
+Not reckoned, all of it lower: torch.compile's and Liger's savings, frozen norms under adapters.
+Not reckoned, and higher: fragmentation, NCCL's and cuBLAS's buffers (see USABLE).
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from transformers import AutoConfig
+
+from .config import EMA, Frozen, Live, LoraConfig, ParallelConfig, Teacher, TrustRegion
+
+MASTER = 4
+"""Bytes of a float32: master weights, gradients reduced across ranks, each of AdamW's moments."""
+BLOCK_BYTES = 6 * 2**20
+"""Temporaries of the kernels' torch path (``torch_rows.BLOCK_ELEMENTS``)."""
+USABLE = 0.9
+"""Assumed share of a device's memory that tensors can fill: CUDA's context, NCCL, cuBLAS and the
+allocator's fragmentation take the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a decoder that decide its memory."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    """Embeddings and head are one matrix."""
+    qk_norm: bool
+    """Queries and keys are normed per head, and rotated by cosines and sines (Qwen3)."""
+
+    @classmethod
+    def from_config(cls, folder: str) -> "ModelShape":
+        """From a Hugging Face folder's config.json; no weights are needed.
+
+        Raises:
+            ValueError: no config.json, or none that transformers reads, or not a decoder's.
+        """
+        try:
+            c: Any = AutoConfig.from_pretrained(folder)
+        except (KeyError, ValueError, OSError) as error:
+            raise ValueError(f"{folder}: transformers cannot read config.json ({error})") from error
+        try:
+            hidden, heads = c.hidden_size, c.num_attention_heads
+            return cls(
+                hidden=hidden,
+                layers=c.num_hidden_layers,
+                heads=heads,
+                kv_heads=getattr(c, "num_key_value_heads", None) or heads,
+                head_dim=getattr(c, "head_dim", None) or hidden // heads,
+                intermediate=getattr(c, "intermediate_size", None) or 4 * hidden,
+                vocabulary=c.vocab_size,
+                tied=bool(c.tie_word_embeddings),
+                qk_norm=c.model_type == "qwen3",
+            )
+        except AttributeError as error:
+            raise ValueError(f"{folder}/config.json: not a decoder's ({error})") from error
+
+    @property
+    def q(self) -> int:
+        """Width of all query heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv(self) -> int:
+        """Width of all key heads."""
+        return self.kv_heads * self.head_dim
+
+    def head(self, tensor: int = 1) -> float:
+        """Weights of the head on one of ``tensor`` ranks."""
+        return self.vocabulary * self.hidden / tensor
+
+    def layer(self, tensor: int = 1) -> float:
+        """Weights of a layer on one of ``tensor`` ranks; norms are on all of them."""
+        matrices = 2 * self.hidden * (self.q + self.kv) + 3 * self.hidden * self.intermediate
+        return matrices / tensor + 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
+
+    def parameters(self, tensor: int = 1) -> float:
+        """Weights of the model on one of ``tensor`` ranks."""
+        edges = (1 if self.tied else 2) * self.head(tensor) + self.hidden
+        return self.layers * self.layer(tensor) + edges
+
+    def linears(self) -> dict[str, tuple[int, int, bool]]:
+        """torchtitan's name -> (inputs, outputs, True where tensor ranks split the outputs and not
+        the inputs), in the order in which a layer runs them, Q, K and V apart."""
+        d, f = self.hidden, self.intermediate
+        return {
+            "wq": (d, self.q, True),
+            "wk": (d, self.kv, True),
+            "wv": (d, self.kv, True),
+            "wo": (self.q, d, False),
+            "w1": (d, f, True),
+            "w3": (d, f, True),
+            "w2": (f, d, False),
+        }
+
+    def adapters(self, lora: LoraConfig, tensor: int = 1) -> float:
+        """Weights of all adapters on one of ``tensor`` ranks: A (r, in) and B (out, r)."""
+        each = (
+            (inputs + out / tensor) if split else (inputs / tensor + out)
+            for name, (inputs, out, split) in self.linears().items()
+            if name in adapted(lora)
+        )
+        return self.layers * lora.rank * sum(each)
+
+
+def adapted(lora: LoraConfig) -> set[str]:
+    """Names of ``ModelShape.linears`` that get adapters."""
+    both = {"wk", "wv"} if "wkv" in lora.targets else set()
+    return {*lora.targets, *both} if lora.rank else set()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a rank computes at a time."""
+
+    tokens: int
+    """Slots of a micro-batch's policy pass, before context parallelism."""
+    response_tokens: int
+    """Of them, how many predict a response token."""
+    row_tokens: int
+    """Slots of a row."""
+    max_tokens: int
+    """The longest sequence: rows of the rotary tables."""
+    chunk_bytes: int
+    """Logits of both passes that may be alive at once."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak, by part."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    rotary_tables: float
+    gathered_layers: float = 0.0
+    """Weights that FSDP2 holds whole, and gradients before their reduce-scatter."""
+    activations: float = 0.0
+    head: float = 0.0
+    """Chunk of logits, and the head's gradient before its reduce-scatter."""
+    teacher: float = 0.0
+
+    def by_part(self) -> dict[str, int]:
+        """Names for people, and the total."""
+        names = {f.name: f.name.replace("_", " ") for f in fields(self)}
+        names["head"] = "head chunk and head gradient"
+        parts = {names[f.name]: round(getattr(self, f.name)) for f in fields(self)}
+        return parts | {"total": sum(parts.values())}
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """One rank of a layout, and the sizes that follow."""
+
+    model: ModelShape
+    parallel: ParallelConfig
+    lora: LoraConfig
+    teacher: Teacher
+    teacher_model: ModelShape
+    shards: int
+    load: Load
+    device_type: str
+
+    @property
+    def item(self) -> int:
+        """Bytes of the compute dtype."""
+        return 4 if self.parallel.resolve_dtype(self.device_type) == "float32" else 2
+
+    @property
+    def tokens(self) -> float:
+        return self.load.tokens / self.parallel.context
+
+    @property
+    def attention(self) -> Literal["flash", "dense"]:
+        dense = self.parallel.attention == "dense" or self.device_type == "cpu"
+        return "dense" if dense else "flash"
+
+    @property
+    def residual(self) -> float:
+        """Width of the residual stream on this rank."""
+        split = self.parallel.tensor if self.parallel.sequence_parallel else 1
+        return self.model.hidden / split
+
+    @property
+    def norm_copies(self) -> int:
+        """Tensors of its input's size that a norm leaves: one, and its elementwise form two."""
+        return 2 if self.device_type == "cpu" else 1
+
+    @property
+    def own_teacher(self) -> bool:
+        """The teacher has weights of its own; adapters switched off are the start's."""
+        of_the_start = self.teacher == Frozen() or isinstance(self.teacher, TrustRegion)
+        return not isinstance(self.teacher, Live) and not (self.lora.rank and of_the_start)
+
+    @property
+    def trains_head(self) -> bool:
+        return not self.lora.rank
+
+    @property
+    def trained(self) -> float:
+        """Weights that this rank's optimizer updates."""
+        t = self.parallel.tensor
+        whole = self.model.adapters(self.lora, t) if self.lora.rank else self.model.parameters(t)
+        return whole / self.shards
+
+    def saved(self) -> float:
+        """Bytes that one layer leaves for its backward: the first table of the module."""
+        m, p = self.model, self.parallel
+        t, copies = p.tensor, self.norm_copies
+        items = 2 * copies * self.residual + 2 * m.hidden
+        items += (2 * m.q + 2 * m.kv * p.context + 4 * m.intermediate) / t
+        inverse = 2.0
+        if m.qk_norm:
+            items += copies * (m.q + m.kv) / t
+            inverse += (m.heads + m.kv_heads) / t
+        items += self.lora.rank * len(adapted(self.lora) & set(m.linears()))
+        if self.attention == "dense":
+            items += self.load.row_tokens
+        rotary = (2 if m.qk_norm else 1) * m.head_dim
+        return self.tokens * (self.item * items + 4 * (rotary + m.heads / t + inverse))
+
+    def kept(self) -> float:
+        """Bytes that one layer keeps from its forward to its backward."""
+        mode, m, t = self.parallel.activation_checkpoint, self.model, self.parallel.tensor
+        if mode == "none":
+            return self.saved()
+        items, single = self.residual, 0.0
+        if mode == "selective":
+            items += sum(self._products()[::2])
+            if self.attention == "flash":
+                items += m.q / t
+                single = m.heads / t
+            if t > 1 and self.parallel.sequence_parallel:
+                items += 2 * self.residual
+        return self.tokens * (self.item * items + 4 * single)
+
+    def _products(self) -> list[float]:
+        """Output widths of a layer's matrix products, in order."""
+        t, rank = self.parallel.tensor, self.lora.rank
+        widths = {
+            name: out / t if split else float(out)
+            for name, (_, out, split) in self.model.linears().items()
+        }
+        if not rank:  # Q, K and V are one product
+            qkv = widths.pop("wq") + widths.pop("wk") + widths.pop("wv")
+            return [qkv, *widths.values()]
+        names = adapted(self.lora)
+        return [w for name, o in widths.items() for w in ([o, rank, o] if name in names else [o])]
+
+    def resident(self) -> Memory:
+        """What is there all the time, wherever it lives."""
+        m, t = self.model, self.parallel.tensor
+        frozen = self.model.adapters(self.lora, t) if self.lora.rank else 0.0
+        twice = m.head(t) if m.tied and self.trains_head else 0.0
+        tables = 4 * (2 if m.qk_norm else 1) * m.head_dim * self.load.max_tokens
+        teacher = 0.0
+        if self.own_teacher:
+            weights = self.teacher_model.parameters(t)
+            weights += self.model.adapters(self.lora, t) if isinstance(self.teacher, EMA) else 0
+            teacher = weights * (MASTER if isinstance(self.teacher, EMA) else self.item)
+        return Memory(
+            parameters=MASTER * (m.parameters(t) + frozen) / self.shards,
+            gradients=MASTER * (self.trained + twice / self.shards),
+            optimizer=2 * MASTER * self.trained,
+            rotary_tables=m.layers * tables * (2 if self.own_teacher else 1),
+            teacher=teacher / self.shards,
+        )
+
+    def teacher_at_work(self) -> float:
+        """The head that a teacher's pass leaves gathered; a mixture's head of twice the width."""
+        head = self.item * self.teacher_model.head(self.parallel.tensor)
+        gathered = head * (2 if self.teacher_model.tied else 1)
+        mixed = 2 * head + self.item * self.load.response_tokens * self.model.hidden
+        return (gathered if self.own_teacher else 0.0) + (
+            mixed if isinstance(self.teacher, TrustRegion) else 0.0
+        )
+
+    def chunk(self) -> float:
+        """A chunk's logits, the rows that are multiplied, and dH in float32."""
+        m, row = self.model, 2 * 4 * self.model.vocabulary / self.parallel.tensor
+        rows = min(max(1.0, self.load.chunk_bytes // row), self.load.response_tokens)
+        temporaries = BLOCK_BYTES if self.device_type == "cpu" else 0
+        return rows * (row + (4 + 2 * self.item) * m.hidden) + temporaries
+
+    def moments(self) -> dict[str, tuple[float, float, float]]:
+        """Moment -> (gathered layers, activations, head): the second table of the module."""
+        m, item, t = self.model, self.item, self.parallel.tensor
+        head, rows = m.head(t), item * self.load.response_tokens * m.hidden
+        trains, copies = self.trains_head, 2 if m.tied else 1
+        mask = self.tokens * self.load.row_tokens if self.attention == "dense" else 0.0
+        stream = item * self.tokens * self.residual
+        whole = item * self.tokens * m.hidden
+        kept, gathered = m.layers * self.kept() + mask, item * head * copies
+        inside = item * self.tokens * 2 * m.intermediate / t + stream
+        ending = kept + self.norm_copies * stream
+        reducing = (item + MASTER) * head * trains
+        weight_gradient = item * m.hidden * m.intermediate / t * trains
+        moving = (item if m.tied else MASTER) * head * trains
+        return {
+            "objective": (gathered, ending + 3 * rows, self.chunk() + MASTER * head * trains),
+            "head": (gathered, ending + 2 * rows + whole, reducing),
+            "layer": (
+                gathered + 2 * item * m.layer(t) + weight_gradient,
+                kept - self.kept() + self.saved() + inside,
+                moving,
+            ),
+            "embedding": (gathered, whole, reducing * copies),
+        }
+
+
+def _rank(
+    model: ModelShape,
+    parallel: ParallelConfig,
+    lora: LoraConfig,
+    teacher: Teacher,
+    ranks: int,
+    load: Load,
+    device_type: str,
+    teacher_model: ModelShape | None,
+) -> _Rank:
+    shards = parallel.shards(ranks) * parallel.context
+    for name in ("heads", "kv_heads", "intermediate", "vocabulary"):
+        if (size := getattr(model, name)) % parallel.tensor:
+            raise ValueError(
+                f"tensor={parallel.tensor} does not divide the model's {name}={size}: choose a "
+                "degree that does"
+            )
+    return _Rank(model, parallel, lora, teacher, teacher_model or model, shards, load, device_type)
+
+
+def estimate(
+    model: ModelShape,
+    parallel: ParallelConfig,
+    lora: LoraConfig,
+    teacher: Teacher,
+    *,
+    ranks: int,
+    load: Load,
+    device_type: str = "cuda",
+    teacher_model: ModelShape | None = None,
+) -> dict[str, int]:
+    """Bytes of a rank's device memory at the peak of a step, by part, and their total.
+
+    Args:
+        ranks: of the whole run.
+        device_type: "cpu" reckons with what a CPU runs: dense attention, elementwise norms.
+        teacher_model: of ``Frozen(folder)``, where it is not ``model``.
+
+    Raises:
+        ValueError: the degrees do not divide ``ranks``, or ``tensor`` the model's sizes.
+    """
+    rank = _rank(model, parallel, lora, teacher, ranks, load, device_type, teacher_model)
+    resident = rank.resident()
+    if parallel.cpu_offload and device_type != "cpu":
+        resident = replace(resident, parameters=0.0, gradients=0.0, optimizer=0.0, teacher=0.0)
+    teaching = resident.teacher + rank.teacher_at_work()
+    peaks = [
+        replace(resident, gathered_layers=g, activations=a, head=h, teacher=teaching)
+        for g, a, h in rank.moments().values()
+    ]
+    if device_type == "cpu":
+        peaks.append(replace(resident, activations=MASTER * rank.trained))
+    return max((peak.by_part() for peak in peaks), key=lambda parts: parts["total"])
+
+
+def host_bytes(
+    model: ModelShape,
+    parallel: ParallelConfig,
+    lora: LoraConfig,
+    teacher: Teacher,
+    *,
+    ranks: int,
+    load: Load,
+    device_type: str = "cuda",
+    teacher_model: ModelShape | None = None,
+) -> int:
+    """Bytes of host memory that a rank's ``cpu_offload`` moves parameters, gradients, optimizer
+    state and teacher to; 0 without it."""
+    if not parallel.cpu_offload:
+        return 0
+    rank = _rank(model, parallel, lora, teacher, ranks, load, device_type, teacher_model)
+    r = rank.resident()
+    return round(r.parameters + r.gradients + r.optimizer + r.teacher)
