@@ -20,12 +20,17 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from .config import CheckpointConfig
 
 MANIFEST = "manifest.json"
 BLOCK = 1 << 24
 """Bytes read at a time while summing."""
+
+
+FAILURES = (Exception, CheckpointException)
+"""What a save may raise; DCP's own is no ``Exception``."""
 
 
 class CheckpointError(ValueError):
@@ -171,7 +176,7 @@ class Checkpoints:
             return
         try:
             dcp.save(self.state(), storage_writer=writer, process_group=self.group, **self._mode())
-        except Exception as error:
+        except FAILURES as error:
             raise self._failed(step, error) from error
         self._saved()
 
@@ -195,21 +200,22 @@ class Checkpoints:
         (step, future), self._saving = self._saving, None
         try:
             future.result()
-        except Exception as error:
+        except FAILURES as error:
             raise self._failed(step, error) from error
         self._saved()
 
-    def _failed(self, step: int, error: Exception) -> CheckpointError:
+    def _failed(self, step: int, error: BaseException) -> CheckpointError:
         reason = getattr(error, "failures", None)  # DCP's: by rank
         told = "; ".join(f"rank {r}: {e[0]}" for r, e in reason.items()) if reason else str(error)
         partial = self.folder / f"step-{step}.partial"
+        free = shutil.disk_usage(self.folder).free / 2**20  # torch.save hides a full disk
         if self.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         done = self.steps()
         newest = f"step-{done[-1]} is the newest" if done else "there is none before it"
         return CheckpointError(
-            f"{self.folder}/step-{step} could not be written ({told}); {newest}: make room, then "
-            "go on with --resume"
+            f"{self.folder}/step-{step} could not be written ({told}; {free:,.1f} MiB are free "
+            f"there); {newest}: make room, then go on with --resume"
         )
 
     def _saved(self) -> None:
