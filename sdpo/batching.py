@@ -237,7 +237,9 @@ def cost(e: Encoded) -> int:
     return 3 * policy + hindsight
 
 
-def deal(items: Sequence[Item], ranks: int, config: BatchConfig) -> Deal:
+def deal(
+    items: Sequence[Item], ranks: int, config: BatchConfig, row_multiple: int = ROW_MULTIPLE
+) -> Deal:
     """As few micro-batches as fit, ranks x micro-batches bins of equal cost (longest processing
     time first), like bins in the same micro-batch."""
     costs = {i: cost(e) for i, (e, _) in enumerate(items)}
@@ -248,7 +250,7 @@ def deal(items: Sequence[Item], ranks: int, config: BatchConfig) -> Deal:
         bins = [sorted(b) for b in binpacking.to_constant_bin_number(costs, ranks * rounds)]
         contents = [[items[i] for i in b] for b in bins]
         if all(
-            len(c) <= 1 or _slots(c, config.row_tokens) <= config.micro_batch_tokens
+            len(c) <= 1 or _slots(c, config.row_tokens, row_multiple) <= config.micro_batch_tokens
             for c in contents
         ):
             break
@@ -259,11 +261,11 @@ def deal(items: Sequence[Item], ranks: int, config: BatchConfig) -> Deal:
     return Deal([g if m % 2 == 0 else g[::-1] for m, g in enumerate(groups)])
 
 
-def _slots(items: Sequence[Item], row_tokens: int) -> int:
+def _slots(items: Sequence[Item], row_tokens: int, row_multiple: int = ROW_MULTIPLE) -> int:
     """Slots of the larger pass of a micro-batch."""
     both = zip(*(_lengths(e) for e, _ in items), strict=True)
     rows = [(_fit(lengths, row_tokens), lengths) for lengths in both]
-    return max(len(r) * _width(r, lengths) for r, lengths in rows)
+    return max(len(r) * _width(r, lengths, row_multiple) for r, lengths in rows)
 
 
 def collate(items: Sequence[Item], row_tokens: int, row_multiple: int = ROW_MULTIPLE) -> Batch:

@@ -307,7 +307,7 @@ def _step(
     rank was asked to stop."""
     began = time.perf_counter()
     watch.beat(state.step, "data")
-    dealt = deal(steps.take(), engine.ranks, config.batch)
+    dealt = deal(steps.take(), engine.ranks, config.batch, engine.row_multiple)
     mine = [_collate(engine, config, items) for items in dealt.of(engine.rank)]
     watch.beat(state.step, "passes")
     sums = torch.zeros(len(SUMS) + 2, dtype=torch.float64, device=engine.device)
@@ -368,7 +368,8 @@ def _probe(engine, config: TrainConfig, steps: Steps) -> Probe | None:
     if not count:
         return None
     n = len(steps.interactions)
-    dealt = deal(steps.encode([i * n // count for i in range(count)]), engine.ranks, config.batch)
+    items = steps.encode([i * n // count for i in range(count)])
+    dealt = deal(items, engine.ranks, config.batch, engine.row_multiple)
     return Probe(engine, [_collate(engine, config, items) for items in dealt.of(engine.rank)])
 
 

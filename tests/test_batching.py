@@ -1,5 +1,6 @@
 """Packing, alignment of y in both passes, and the data cursor."""
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdpo.batching import BatchConfig, Cursor, Rows, collate, micro_batches, steps_in
+from sdpo.batching import (
+    BatchConfig,
+    Cursor,
+    Rows,
+    collate,
+    cost,
+    deal,
+    micro_batches,
+    steps_in,
+)
 from sdpo.hindsight import Encoded
 
 ids = st.lists(st.integers(1, 99), min_size=1, max_size=12).map(tuple)
@@ -53,7 +63,7 @@ def test_both_passes_hold_every_sequence_whole_and_predict_the_same_targets(item
     assert batch.targets_N.tolist() == [t for e in items for t in e.response]
     assert batch.offset_N.tolist() == [i for e in items for i in range(len(e.response))]
     assert batch.end_N.sum() == sum(e.ends for e in items)
-    assert batch.truncated_3.tolist() == [sum(e.truncated[i] for e in items) for i in range(3)]
+    assert batch.truncated_S3.tolist() == [list(e.truncated) for e in items]
 
 
 @given(st.lists(encoded(), max_size=40), st.integers(1, 1000))
@@ -65,6 +75,67 @@ def test_micro_batches_respect_the_budget_and_lose_nothing(items, budget):
             assert rows.tokens_BT.numel() <= budget or len(b.weight_S) == 1
     weights = [w for b in batches for w in b.weight_S.tolist()]
     assert weights == [float(i) for i in range(len(items))]
+
+
+@given(
+    st.lists(encoded(), max_size=40),
+    st.integers(1, 5),
+    st.integers(1, 1000),
+    st.sampled_from([128, 256]),
+)
+def test_a_deal_hands_out_everything_once_within_the_budget(items, ranks, budget, multiple):
+    config = BatchConfig(row_tokens=16, micro_batch_tokens=budget)
+    dealt = deal([(e, float(i)) for i, e in enumerate(items)], ranks, config, multiple)
+    mine = [dealt.of(r) for r in range(ranks)]
+    assert len({len(m) for m in mine}) == 1, "every rank has as many micro-batches"
+    flat = [w for m in mine for b in m for _, w in b]
+    assert sorted(flat) == [float(i) for i in range(len(items))]
+    for m in mine:
+        for b in m:
+            batch = collate(b, config.row_tokens, multiple)
+            slots = max(r.tokens_BT.numel() for r in (batch.policy, batch.hindsight))
+            assert slots <= budget or len(b) <= 1
+            assert batch.policy.tokens_BT.shape[1] % multiple == 0
+    assert 0 <= dealt.idle < 1 and sum(dealt.tokens) == sum(
+        len(e.policy) + len(e.hindsight) + 2 * len(e.response) for e in items
+    )
+
+
+def test_a_deal_of_wildly_different_lengths_is_balanced():
+    """128 responses of log-normal length on 8 ranks: taking every 8th interaction would leave the
+    average rank waiting for a good part of the step."""
+    rng = random.Random(0)
+    items = [
+        (
+            Encoded(
+                id=str(i),
+                policy=(1,) * rng.randint(20, 800),
+                hindsight=(1,) * rng.randint(50, 1000),
+                response=(1,) * min(4000, int(rng.lognormvariate(5.5, 1.2)) + 1),
+                old_logprobs=None,
+                ends=True,
+                truncated=(False, False, False),
+            ),
+            1.0,
+        )
+        for i in range(128)
+    ]
+    naive = [sum(cost(e) for e, _ in items[r::8]) for r in range(8)]
+    waiting = 1 - sum(naive) / (8 * max(naive))
+    dealt = deal(items, 8, BatchConfig())
+    assert waiting > 0.2 and dealt.idle < 0.02, (waiting, dealt.idle)
+
+
+@given(st.lists(encoded(), min_size=1, max_size=12), st.data())
+def test_part_of_a_batch_is_that_of_its_responses(items, data):
+    batch = collate([(e, float(i)) for i, e in enumerate(items)], 64)
+    keep = sorted(data.draw(st.sets(st.integers(0, len(items) - 1))))
+    part, kept_N = batch.only(keep)
+    alone = collate([(items[i], float(i)) for i in keep], 64)
+    for name in ("targets_N", "sequence_N", "offset_N", "end_N", "weight_S", "truncated_S3"):
+        assert torch.equal(getattr(part, name), getattr(alone, name)), name
+    assert part.lengths == alone.lengths
+    assert torch.equal(batch.targets_N[kept_N], part.targets_N)
 
 
 def test_no_interactions_make_a_batch_of_no_tokens():

@@ -1,10 +1,12 @@
 """Whole runs through the command line: layouts and engines agree, a killed run goes on."""
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -59,8 +61,12 @@ def test_a_killed_run_resumes_on_the_same_course(engine, ranks, data, models, tm
     while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 5:
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.005)
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    children = [int(pid) for pid in listed.stdout.split()]
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    for pid in children:  # torchrun's workers have groups of their own
+        os.kill(pid, signal.SIGKILL)
     before = len(metrics.read_text().splitlines())
     assert 5 <= before < len(undisturbed), "it was killed too late to show anything"
     assert not (out / "export").exists()
@@ -79,6 +85,112 @@ def test_a_run_resumes_on_another_number_of_ranks(data, models, tmp_path):
     shutil.rmtree(out / "checkpoints" / "step-6")
     resumed = runs.train("reverse-kl", model, data, out, *options, "--resume", ranks=2)
     runs.assert_same_course(whole, resumed)
+
+
+def test_a_run_goes_on_in_other_layouts(data, models, tmp_path):
+    """FSDP2 on two ranks -> tensor parallel -> context parallel -> one process, with a teacher."""
+    model, out = models("qwen3-tied"), tmp_path / "run"
+    options = ["--checkpoint.interval", "1", "--checkpoint.keep", "0", "--batch.epochs", "1.5"]
+    options += ["--teacher", "ema:0.6", "--safeguard.probe-every", "2"]
+    whole = runs.train("reverse-kl", model, data, tmp_path / "whole", *options)
+    assert len(whole) == 8
+    layouts = [
+        (2, []),
+        (2, ["--parallel.tensor", "2"]),
+        (2, ["--parallel.context", "2"]),
+        (0, []),
+    ]
+    for i, (ranks, layout) in enumerate(layouts):
+        runs.train("reverse-kl", model, data, out, *options, *layout, "--resume", ranks=ranks)
+        if i < len(layouts) - 1:  # as if it had stopped after two steps
+            for step in range(2 * i + 3, len(whole) + 1):
+                shutil.rmtree(out / "checkpoints" / f"step-{step}")
+    rows = runs.read_metrics(out)
+    runs.assert_same_course(whole, rows, tolerance=1e-4)
+    for a, b in zip(whole, rows, strict=True):
+        assert a.get("drift/kl", 0) == pytest.approx(b.get("drift/kl", 0), abs=1e-5)
+    assert [("drift/kl" in r) for r in rows] == [False, True] * 4
+    assert 0 < rows[1]["drift/kl"] < rows[7]["drift/kl"]
+    manifest = json.loads((out / "checkpoints" / "step-8" / "manifest.json").read_text())
+    assert manifest["interactions_seen"] == round(N * 1.5)
+    assert manifest["layout"] == {"replicate": 1, "shard": 1, "context": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize("engine", ["torchtitan", "transformers"])
+def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(
+    engine, data, models, tmp_path
+):
+    """A weight of an interaction that overflows spoils its step, and nothing else."""
+    from dataclasses import replace
+
+    model, options = models("qwen3"), ["--engine", engine]
+    options += ["--batch.interactions-per-step", "1", "--safeguard.probe-interactions", "0"]
+    rows = [replace(i, completion_logprobs=None) for i in read_interactions(data)[:6]]
+
+    def run(name, spoiled):
+        broken = [
+            replace(
+                i,
+                completion_token_ids=(7, 8, 9),
+                completion_logprobs=(-1e30, -1e30, -1e30) if n in spoiled else (-3.0, -3.0, -3.0),
+            )
+            for n, i in enumerate(rows)
+        ]
+        path = tmp_path / f"{name}.jsonl"
+        write_interactions(path, broken)
+        argv = runs.command("paper-online", model, str(path), tmp_path / name, *options)
+        argv += ["--objective.no-centre"]
+        return subprocess.run(argv, env=runs.ENV, capture_output=True, text=True)
+
+    assert run("one", {2}).returncode == 0
+    course = runs.read_metrics(tmp_path / "one")
+    assert [r["skipped"] for r in course][-1] == 1
+    assert sum(not math.isfinite(r["grad_norm"]) for r in course) == 1
+    assert (tmp_path / "one" / "export").is_dir()
+
+    ended = run("all", {0, 1, 2, 3, 4, 5})
+    assert ended.returncode == 2 and "3 steps in a row" in ended.stderr, ended.stderr[-2000:]
+    assert len(runs.read_metrics(tmp_path / "all")) == 3
+    assert (tmp_path / "all" / "checkpoints" / "step-3").is_dir()
+
+
+def test_a_collapse_stops_the_run_where_asked(data, models, tmp_path):
+    options = ["--engine", "transformers", "--optimizer.lr", "1e-2"]
+    options += ["--safeguard.probe-every", "1", "--safeguard.stop-kl", "0.01"]
+    argv = runs.command("reverse-kl", models("qwen3"), data, tmp_path / "r", *options)
+    result = subprocess.run(argv, env=runs.ENV, capture_output=True, text=True)
+    assert result.returncode == 2 and "beyond stop_kl=0.01" in result.stderr
+    last = runs.read_metrics(tmp_path / "r")[-1]
+    assert last["drift/kl"] > 0.01
+    assert (tmp_path / "r" / "checkpoints" / f"step-{last['step']}" / "manifest.json").is_file()
+
+
+def test_export_writes_any_checkpoint(data, models, tmp_path):
+    model, out = models("qwen3"), tmp_path / "run"
+    options = ["--checkpoint.interval", "2", "--checkpoint.keep", "0", "--parallel.tensor", "2"]
+    runs.train("reverse-kl", model, data, out, *options, ranks=2)
+
+    def export(name, *args, code=0):
+        argv = [sys.executable, "-m", "sdpo", "export", str(out), "--out", str(tmp_path / name)]
+        result = subprocess.run([*argv, *args], env=runs.ENV, capture_output=True, text=True)
+        assert result.returncode == code, result.stderr[-3000:]
+        return result.stderr
+
+    def weights(folder):
+        return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+    export("newest")
+    export("second", "--step", "2")
+    last, newest, second = (
+        weights(f) for f in (out / "export", tmp_path / "newest", tmp_path / "second")
+    )
+    assert all(torch.equal(last[name], newest[name]) for name in last)
+    assert any(not torch.equal(last[name], second[name]) for name in last)
+    assert "no checkpoint of step 3; there are: 2, 4, 6" in export("x", "--step", "3", code=2)
+    assert "lora.rank is 0" in export("x", "--adapters", code=2)
+    (next((out / "checkpoints" / "step-4").glob("*.distcp"))).write_bytes(b"spoiled")
+    assert "step-4 is damaged" in export("x", "--step", "4", code=2)
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_run_folder_and_the_export(data, models, tmp_path):

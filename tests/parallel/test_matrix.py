@@ -9,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matrix
 import pytest
 
-import matrix
 import runs
 import tiny
 

@@ -1,0 +1,58 @@
+"""What a step sends: counted on real process groups."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import runs
+import tiny
+
+WORKER = str(Path(__file__).with_name("comm_worker.py"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return tiny.make_interactions(tmp_path_factory.mktemp("data") / "i.jsonl", 16)
+
+
+def collectives(model: str, data: str, *, tensor: int = 1) -> dict:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    argv = [sys.executable, *launch, WORKER, model, data, str(tensor)]
+    result = subprocess.run(argv, env=runs.ENV, capture_output=True, text=True)
+    assert result.returncode == 0, runs.cause(result.stderr)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3-tied"])
+def test_the_head_is_gathered_once_per_step(kind, models, data):
+    """Not once per chunk, pass or micro-batch. Norm and head (and, tied, the embeddings) are one
+    group of FSDP2; other layers are gathered for each pass."""
+    model = models(kind)
+    vocabulary, width = AutoModelForCausalLM.from_pretrained(model).lm_head.weight.shape
+    counted = collectives(model, data)
+    gathers = [n for op, n in counted["seen"] if "allgather" in op or "all_gather" in op]
+    assert counted["micro_batches"] > 2
+    heads = [n for n in gathers if n > vocabulary * width]
+    assert len(heads) == 1, sorted(gathers)
+    layers = [n for n in gathers if n < vocabulary * width]
+    assert len(layers) >= 2 * 2 * counted["micro_batches"], "the count sees no gathers"
+
+
+def test_bytes_under_tensor_parallelism_do_not_depend_on_the_vocabulary(models, data, tmp_path):
+    small = models("qwen3")
+    large = tmp_path / "large"
+    tiny.make_model(large, "qwen3")
+    model = AutoModelForCausalLM.from_pretrained(large)
+    model.resize_token_embeddings(8 * 448)
+    for p in model.parameters():
+        assert torch.isfinite(p).all()
+    model.save_pretrained(large)
+    a, b = (collectives(str(m), data, tensor=2)["seen"] for m in (small, large))
+    sent = [sum(n for _, n in seen) for seen in (a, b)]
+    # more chunks of the same bytes: the same numbers of every token, in more messages
+    assert sent[0] > 0 and abs(sent[1] - sent[0]) <= 0.001 * sent[0], sent
