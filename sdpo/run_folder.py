@@ -5,6 +5,7 @@ back to the checkpoint that a resumed run goes on from.
 """
 
 import json
+import math
 import os
 import uuid
 from collections.abc import Mapping
@@ -194,7 +195,8 @@ class Logger:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One step's metrics, to everywhere."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        finite = {n: v if math.isfinite(v) else None for n, v in metrics.items()}  # JSON has no NaN
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)

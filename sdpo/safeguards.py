@@ -185,9 +185,10 @@ class Watch:
 
     def _run(self) -> None:
         period = min(10.0, self.seconds / 4)
-        while not self._stop.wait(period):
+        while not self._stop.is_set():
             with contextlib.suppress(RuntimeError, OSError):  # the store went with rank 0's host
                 self._tell()
+            self._stop.wait(period)
             if time.time() - self._at > self.seconds and not self._stop.is_set():
                 self._end()
 

@@ -290,8 +290,8 @@ def _alarm(guard: SafeguardConfig, state: RunState, row: dict) -> ValueError | N
     if state.skipped_in_a_row >= guard.max_nonfinite:
         return ValueError(
             f"step {state.step}: {state.skipped_in_a_row} steps in a row had gradients that were "
-            "not finite; their updates were skipped, and a checkpoint holds the weights from before "
-            "them. Lower the learning rate (as another run), or leave out the data drawn here"
+            "not finite; their updates were skipped, and a checkpoint holds the weights as they "
+            "were. Lower the learning rate (as another run), or leave out the data drawn here"
         )
     try:
         check_drift(guard, row, state.step)

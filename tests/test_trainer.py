@@ -1,7 +1,6 @@
 """Whole runs through the command line: layouts and engines agree, a killed run goes on."""
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -145,7 +144,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(
     assert run("one", {2}).returncode == 0
     course = runs.read_metrics(tmp_path / "one")
     assert [r["skipped"] for r in course][-1] == 1
-    assert sum(not math.isfinite(r["grad_norm"]) for r in course) == 1
+    assert sum(r["grad_norm"] is None for r in course) == 1
     assert (tmp_path / "one" / "export").is_dir()
 
     ended = run("all", {0, 1, 2, 3, 4, 5})

@@ -41,3 +41,13 @@ def hold(lm_head: torch.nn.Module, until_last: bool) -> None:
     """Before a micro-batch's backward: stay gathered after it, unless it is the step's last."""
     if isinstance(lm_head, FSDPModule):
         lm_head.set_reshard_after_backward(not until_last, recurse=False)
+
+
+def end_prefetch(embeddings: torch.nn.Module) -> None:
+    """Let the backward's prefetch end at the embeddings.
+
+    FSDP2 prefetches what ran before, and before the policy's embeddings ran the hindsight pass's
+    head: it would be gathered again, for nothing. A module that is gathered already costs nothing.
+    """
+    if isinstance(embeddings, FSDPModule):
+        embeddings.set_modules_to_backward_prefetch([embeddings])

@@ -39,7 +39,7 @@ from .config import (
     Teacher,
 )
 from .hf_folder import check_finite, copy_assets, export_dtype, read_config, replace_folder
-from .lm_head import LMHead, gathered, hold
+from .lm_head import LMHead, end_prefetch, gathered, hold
 from .teacher import Teaching, local, reshard
 
 cpu.prepare()  # before torchtitan binds the device
@@ -145,6 +145,18 @@ def _mesh(world: dist.ProcessGroup, replicate: int, context: int, tensor: int) -
     so a second engine of a process must use the first one's."""
     degrees = {"dp_replicate": replicate, "dp_shard": -1, "cp": context, "tp": tensor}
     return ParallelDims(**degrees, pp=1, ep=1, world_size=world.size())
+
+
+def _stay_tied(module: Any) -> None:
+    """torchtitan distributes embeddings and head one by one, which parts them: FSDP2 would gather
+    and reduce the one matrix twice."""
+    distribute = module.parallelize
+
+    def parallelize(dims: ParallelDims) -> None:
+        distribute(dims)
+        module.tok_embeddings.weight = module.lm_head.weight
+
+    module.parallelize = parallelize
 
 
 @contextlib.contextmanager
@@ -288,6 +300,8 @@ class TitanEngine:
         with torch.device("meta"), utils.set_default_dtype(TORCH_DTYPE_MAP[training.dtype]):
             module = model.build()
         trainable = {name for name, p in module.named_parameters() if p.requires_grad}
+        if model.enable_weight_tying:
+            _stay_tied(module)
         compiled = parallel.compile != "none"
         module = spec.parallelize_fn(
             module,
@@ -303,6 +317,7 @@ class TitanEngine:
         module.to_empty(device="cpu" if parallel.cpu_offload else self.device.type)
         with torch.no_grad():
             module.init_weights(buffer_device=self.device if parallel.cpu_offload else None)
+        end_prefetch(module.tok_embeddings)
         for name, p in module.named_parameters():  # sharding forgets which are frozen
             p.requires_grad_(canonical_fqn(name) in trainable)
         return module.train(trained)

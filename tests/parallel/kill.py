@@ -23,8 +23,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-import runs
-import tiny
+import runs  # noqa: E402
+import tiny  # noqa: E402
 
 INTERVAL, STEPS, RANKS = 3, 14, 2
 OPTIONS = ["--checkpoint.interval", str(INTERVAL), "--checkpoint.keep", "2"]

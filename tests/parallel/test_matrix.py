@@ -1,4 +1,4 @@
-"""Losses and gradient norms are the one-process run's on every layout; exports are what was trained.
+"""Every layout has the one-process run's losses and gradient norms, and exports what it trained.
 
 ``make test`` runs a representative part, ``make test-all`` all of it (``-m matrix``).
 """
