@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: .venv/demo
 	$(BIN)/sdpo demo
 
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m matrix
+	$(BIN)/python tests/parallel/kill.py --points 20
 
 lint: .venv/dev
 	$(BIN)/ruff check .

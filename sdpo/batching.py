@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
-import binpacking
 import numpy as np
 import torch
+from binpacking.to_constant_bin_number import to_constant_bin_number
+from binpacking.to_constant_volume import to_constant_volume
 from torch import Tensor
 
 from .hindsight import Encoded
@@ -247,7 +248,7 @@ def deal(
     most = max((sum(lengths) for lengths in passes), default=0)
     rounds = max(1, -(-most // (ranks * config.micro_batch_tokens)))
     while True:
-        bins = [sorted(b) for b in binpacking.to_constant_bin_number(costs, ranks * rounds)]
+        bins = [sorted(b) for b in to_constant_bin_number(costs, ranks * rounds)]
         contents = [[items[i] for i in b] for b in bins]
         if all(
             len(c) <= 1 or _slots(c, config.row_tokens, row_multiple) <= config.micro_batch_tokens
@@ -310,7 +311,7 @@ def pack(
 def _fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     """Indices by row; at least one row."""
     width = max([row_tokens, *lengths])
-    return [list(row) for row in binpacking.to_constant_volume(dict(enumerate(lengths)), width)]
+    return [list(row) for row in to_constant_volume(dict(enumerate(lengths)), width)]
 
 
 def _width(rows: list[list[int]], lengths: Sequence[int], multiple: int = ROW_MULTIPLE) -> int:

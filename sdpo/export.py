@@ -59,10 +59,14 @@ def _build(kind: type, stored: dict[str, Any], where: str) -> Any:
             raise ValueError(f"{where}, field {field.name}: missing; was it written by this sdpo?")
         value, hint = stored[field.name], hints[field.name]
         if isinstance(value, dict):
-            options = {c.__name__: c for c in (hint, *get_args(hint)) if is_dataclass(c)}
+            options: dict[str, Any] = {
+                c.__name__: c
+                for c in (hint, *get_args(hint))
+                if isinstance(c, type) and is_dataclass(c)
+            }
             if value.get("kind") not in options:
                 raise ValueError(f"{where}, field {field.name}.kind: {value.get('kind')!r} unknown")
-            value = _build(options[value["kind"]], value, f"{where}, {field.name}")  # pyright: ignore
+            value = _build(options[value["kind"]], value, f"{where}, {field.name}")
         values[field.name] = tuple(value) if isinstance(value, list) else value
     return kind(**values)
 

@@ -47,6 +47,35 @@ def paper_offline(
     )
 
 
+def qwen3_4b(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/qwen3-4b"
+) -> TrainConfig:
+    """The paper's Qwen3-4B run on logs, laid out for one node of 8 x 80 GB."""
+    return paper_offline(model, data, out)
+
+
+def qwen3_8b(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/qwen3-8b"
+) -> TrainConfig:
+    """The paper's Qwen3-8B run on logs, laid out for one node of 8 x 80 GB."""
+    return paper_offline(model, data, out)
+
+
+def olmo3_7b(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/olmo-3-7b"
+) -> TrainConfig:
+    """The paper's Olmo-3-7B run on logs: the transformers engine, one device of 141 GB or more.
+
+    torchtitan has no Olmo 3 model yet, and so no layout of several ranks.
+    """
+    return replace(
+        paper_offline(model, data, out),
+        engine="transformers",
+        batch=BatchConfig(interactions_per_step=128, epochs=2, micro_batch_tokens=8192),
+        parallel=ParallelConfig(activation_checkpoint="full"),
+    )
+
+
 def paper_online(
     model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/paper-online"
 ) -> TrainConfig:
@@ -96,6 +125,9 @@ RECIPES: dict[str, Callable[..., TrainConfig]] = {
     "forward-kl": forward_kl,
     "jsd": jsd,
     "paper-offline": paper_offline,
+    "qwen3-4b": qwen3_4b,
+    "qwen3-8b": qwen3_8b,
+    "olmo-3-7b": olmo3_7b,
     "paper-online": paper_online,
     "demo": demo,
     "demo-sampled-token": demo_sampled_token,

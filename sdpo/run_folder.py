@@ -74,6 +74,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.path / "config.json", json.dumps(self.config, indent=2))
 
+    @property
+    def stopped(self) -> Path:
+        """There while the run waits to be resumed after a signal stopped it."""
+        return self.path / "stopped"
+
     def wandb_id(self) -> str:
         """The run's id on W&B, the same when it is resumed."""
         path = self.path / "wandb_id"

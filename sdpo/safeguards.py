@@ -33,7 +33,7 @@ class SafeguardConfig:
     """Nats per token: KL(policy || first policy) on the probe beyond which the run stops."""
     stop_entropy: float | None = None
     """Nats per token: the policy's entropy on the probe under which the run stops (collapse)."""
-    stall_seconds: float = 1800.0
+    stall_seconds: float = 1200.0
     """Without a step for as long, the run ends with an error that names the ranks behind; 0: off.
     Longer than the slowest step, the first one's compilation and a checkpoint's writing."""
 
@@ -165,10 +165,12 @@ class Watch:
         self.seconds, self.rank, self.ranks = seconds, rank, ranks
         self._at, self._phase, self._step = time.time(), PHASES[0], 0
         self._stop = threading.Event()
-        self._store = None
+        self._store: Any = None
         if seconds and ranks > 1:
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self._store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+            self._store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+                host, port, is_master=False, wait_for_workers=False
+            )
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> "Watch":

@@ -230,12 +230,14 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path | None:
     state = RunState(Cursor(len(interactions), config.batch.seed), fingerprint)
     engine = build_engine(config, total, state)
     steps = Steps(config, interactions, tokenizer, state.cursor)
+    engine.check_agreement(config.data, fingerprint)
     engine.load()
     probe = _probe(engine, config, steps)
     engine.resume()
     if engine.is_main:
         _tell_loss(run, state)
         run.open()
+        run.stopped.unlink(missing_ok=True)
         run.cut_metrics(state.step)
     stopped = _loop(engine, config, run, steps, state, probe, total)
     if stopped:
@@ -277,6 +279,7 @@ def _loop(
                 raise alarm
         engine.checkpoints.finish()
         if asked and state.step < total and engine.is_main:
+            run.stopped.touch()
             print(
                 f"sdpo: asked to stop; step {saved} of {total} is saved in {config.out}, "
                 "go on with --resume",

@@ -270,7 +270,7 @@ class TransformersEngine:
             Path(run_folder) / "checkpoints", checkpoint, self._checkpoint_state, distributed=False
         )
 
-    def _load(self, folder: str, dtype: Literal["float32", "bfloat16"]) -> TransformersModel:
+    def _load(self, folder: str, dtype: Any) -> TransformersModel:
         attention = choose_attention(self.kind, self.dtype)
         compute = getattr(torch, self.dtype)
         return load_model(
@@ -355,6 +355,9 @@ class TransformersEngine:
 
     def release(self) -> None:
         """Nothing is gathered here."""
+
+    def check_agreement(self, what: str, value: str) -> None:
+        """There is one rank."""
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """There is one rank."""

@@ -14,17 +14,21 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from .config import CheckpointConfig
 
 MANIFEST = "manifest.json"
+PATIENCE = timedelta(hours=4)
+"""For the slowest rank's writing, or summing, of its part."""
 BLOCK = 1 << 24
 """Bytes read at a time while summing."""
 
@@ -101,7 +105,9 @@ class Checkpoints:
         self.rank = dist.get_rank() if distributed else 0
         self.ranks = dist.get_world_size() if distributed else 1
         # of its own: a background save must not mix its messages with training's
-        self.group = dist.new_group(backend="gloo") if distributed else None
+        self.group: Any = None
+        if distributed:
+            self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._saving: tuple[int, Future] | None = None
 
     def steps(self) -> list[int]:
@@ -150,7 +156,7 @@ class Checkpoints:
         folder = self.folder / f"step-{step}"
         state = self.state()
         state = {name: state[name] for name in parts or state}
-        dcp.load(
+        load(
             state, storage_reader=FileSystemReader(folder), process_group=self.group, **self._mode()
         )
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -170,12 +176,12 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         writer = SummedWriter(self.folder / f"step-{step}", {"step": step, **manifest})
         if self.config.asynchronous and self.distributed and not wait:
-            future = dcp.async_save(self.state(), storage_writer=writer, process_group=self.group)
+            future = async_save(self.state(), storage_writer=writer, process_group=self.group)
             assert isinstance(future, Future)
             self._saving = step, future
             return
         try:
-            dcp.save(self.state(), storage_writer=writer, process_group=self.group, **self._mode())
+            save(self.state(), storage_writer=writer, process_group=self.group, **self._mode())
         except FAILURES as error:
             raise self._failed(step, error) from error
         self._saved()
@@ -246,7 +252,7 @@ class Checkpoints:
         dist.all_gather_object(every, problems, group=self.group)
         return [p for ps in every for p in ps]
 
-    def _mode(self) -> dict[str, bool]:
+    def _mode(self) -> dict[str, Any]:
         return {} if self.distributed else {"no_dist": True}
 
     def _barrier(self) -> None:

@@ -26,7 +26,8 @@ outputs of every other linear layer (wqkv, w1, w2; SelectiveAC counts them in th
 they run), of flash attention, and of reduce-scatters. Either holds one layer's whole set while it
 is computed again.
 
-Tied embeddings and head are one parameter, but FSDP2 gathers and reduces it as two.
+Tied embeddings and head are one parameter of FSDP2, gathered and reduced once; the head's gradient
+waits for the embeddings'.
 
 The peak is the largest of these moments; all but ``update`` include the head, gathered:
 
@@ -299,7 +300,6 @@ class _Rank:
         """What is there all the time, wherever it lives."""
         m, t = self.model, self.parallel.tensor
         frozen = self.model.adapters(self.lora, t) if self.lora.rank else 0.0
-        twice = m.head(t) if m.tied and self.trains_head else 0.0
         tables = 4 * (2 if m.qk_norm else 1) * m.head_dim * self.load.max_tokens
         teacher = 0.0
         if self.own_teacher:
@@ -308,7 +308,7 @@ class _Rank:
             teacher = weights * (MASTER if isinstance(self.teacher, EMA) else self.item)
         return Memory(
             parameters=MASTER * (m.parameters(t) + frozen) / self.shards,
-            gradients=MASTER * (self.trained + twice / self.shards),
+            gradients=MASTER * self.trained,
             optimizer=2 * MASTER * self.trained,
             rotary_tables=m.layers * tables * (2 if self.own_teacher else 1),
             teacher=teacher / self.shards,
@@ -317,9 +317,8 @@ class _Rank:
     def teacher_at_work(self) -> float:
         """The head that a teacher's pass leaves gathered; a mixture's head of twice the width."""
         head = self.item * self.teacher_model.head(self.parallel.tensor)
-        gathered = head * (2 if self.teacher_model.tied else 1)
         mixed = 2 * head + self.item * self.load.response_tokens * self.model.hidden
-        return (gathered if self.own_teacher else 0.0) + (
+        return (head if self.own_teacher else 0.0) + (
             mixed if isinstance(self.teacher, TrustRegion) else 0.0
         )
 
@@ -334,11 +333,11 @@ class _Rank:
         """Moment -> (gathered layers, activations, head): the second table of the module."""
         m, item, t = self.model, self.item, self.parallel.tensor
         head, rows = m.head(t), item * self.load.response_tokens * m.hidden
-        trains, copies = self.trains_head, 2 if m.tied else 1
+        trains = self.trains_head
         mask = self.tokens * self.load.row_tokens if self.attention == "dense" else 0.0
         stream = item * self.tokens * self.residual
         whole = item * self.tokens * m.hidden
-        kept, gathered = m.layers * self.kept() + mask, item * head * copies
+        kept, gathered = m.layers * self.kept() + mask, item * head
         inside = item * self.tokens * 2 * m.intermediate / t + stream
         ending = kept + self.norm_copies * stream
         reducing = (item + MASTER) * head * trains
@@ -352,7 +351,7 @@ class _Rank:
                 kept - self.kept() + self.saved() + inside,
                 moving,
             ),
-            "embedding": (gathered, whole, reducing * copies),
+            "embedding": (gathered, whole, reducing + (item * head * trains if m.tied else 0.0)),
         }
 
 

@@ -45,7 +45,7 @@ def lerp(teacher: torch.nn.Module, policy: torch.nn.Module, weight: float) -> No
     assert [t.shape for t in theirs] == [p.shape for p in ours]
     if theirs[0].dtype != ours[0].dtype:
         ours = [p.to(t.dtype) for p, t in zip(ours, theirs, strict=True)]
-    torch._foreach_lerp_(theirs, ours, weight)
+    torch._foreach_lerp_(theirs, ours, weight)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class AdaptersOff:

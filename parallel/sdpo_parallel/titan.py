@@ -43,7 +43,8 @@ from .lm_head import LMHead, end_prefetch, gathered, hold
 from .teacher import Teaching, local, reshard
 
 cpu.prepare()  # before torchtitan binds the device
-from torch.distributed.checkpoint import HuggingFaceStorageWriter  # noqa: E402
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter  # noqa: E402
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save  # noqa: E402
 from torchtitan.components.checkpointer.utils import canonical_fqn  # noqa: E402
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig  # noqa: E402
 from torchtitan.config import (  # noqa: E402
@@ -122,8 +123,14 @@ class TitanModel:
         return sorted(mine)
 
 
-def init_distributed(timeout_seconds: int = 600) -> int:
-    """Join torchrun's process group, or be a group of one; returns the world size."""
+def init_distributed(*, host_memory: bool = False, timeout_seconds: int = 7200) -> int:
+    """Join torchrun's process group, or be a group of one; returns the world size.
+
+    Args:
+        host_memory: tensors in host memory take part in collectives, beside the accelerator's.
+        timeout_seconds: of a collective; far beyond what a run's own watch allows, which names who
+            stalls.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -136,15 +143,22 @@ def init_distributed(timeout_seconds: int = 600) -> int:
     utils.device_module.set_device(utils.get_local_device())
     comm = CommConfig(init_timeout_seconds=timeout_seconds, trace_buf_size=0)
     with _quiet():
-        return dist_utils.init_distributed(comm, base_folder="")
+        return dist_utils.init_distributed(comm, enable_cpu_backend=host_memory, base_folder="")
 
 
 @lru_cache(maxsize=1)
 def _mesh(world: dist.ProcessGroup, replicate: int, context: int, tensor: int) -> ParallelDims:
     """One mesh per layout: FSDP2 finds the meshes that it derived by the equality of their parents,
     so a second engine of a process must use the first one's."""
-    degrees = {"dp_replicate": replicate, "dp_shard": -1, "cp": context, "tp": tensor}
-    return ParallelDims(**degrees, pp=1, ep=1, world_size=world.size())
+    return ParallelDims(
+        dp_replicate=replicate,
+        dp_shard=-1,
+        cp=context,
+        tp=tensor,
+        pp=1,
+        ep=1,
+        world_size=world.size(),
+    )
 
 
 def _stay_tied(module: Any) -> None:
@@ -215,7 +229,8 @@ class TitanEngine:
         self.folder, self.state, self.parallel = folder, state, parallel
         self.optimizer, self.total_steps = optimizer, total_steps
         self.lora, self.max_tokens = lora or LoraConfig(), max_tokens
-        world = init_distributed()
+        self._teacher_spec: ModelSpec | None = None
+        world = init_distributed(host_memory=parallel.cpu_offload)
         device = utils.get_local_device()
         nvidia = device.type == "cuda" and torch.version.hip is None
         self.attention = choose_attention(
@@ -325,9 +340,9 @@ class TitanEngine:
     def _model(self, module: Any) -> TitanModel:
         return TitanModel(module, self.dims, dense=self.attention.backend == "dense")
 
-    def _overrides(self) -> list[str]:
+    def _overrides(self) -> list[Any]:
         """torchtitan's modules that are swapped for others."""
-        out = []
+        out: list[Any] = []
         if self.attention.backend == "dense":
             out.append("sdpo_parallel.cpu_attention.flex_to_dense")
         if self.parallel.liger:
@@ -385,7 +400,7 @@ class TitanEngine:
         self._check(self.module, self.folder)
         teacher = self.teaching.config
         if isinstance(teacher, Frozen) and teacher.folder is not None:
-            assert self.teaching.module is not None
+            assert self.teaching.module is not None and self._teacher_spec is not None
             adapter = self._adapter(self._teacher_spec, teacher.folder)
             load_weights(self.teaching.module, adapter, teacher.folder)
             self._check(self.teaching.module, teacher.folder)
@@ -469,6 +484,21 @@ class TitanEngine:
         """Free the weights that passes without a backward left gathered."""
         reshard(self.module)
 
+    def check_agreement(self, what: str, value: str) -> None:
+        """Refuse to train where ranks were started with different things.
+
+        Raises:
+            ValueError: ``value`` is not the same on all ranks; the first that differs is named.
+        """
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.checkpoints.group)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise ValueError(
+                    f"{what} differs between ranks: rank {rank} has {other!r}, rank 0 "
+                    f"{values[0]!r}; put it where all nodes read the same, or copy it to each again"
+                )
+
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over ranks with tokens of their own: tensor ranks count once."""
         dist.all_reduce(x)
@@ -509,7 +539,6 @@ class TitanEngine:
 
 def _write_hf(adapter: Any, weights: dict[str, Any], folder: Path) -> None:
     """Safetensors, as many files as the source had."""
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint._consolidate_hf_safetensors import (
         consolidate_safetensors_files_on_every_rank,
     )
@@ -522,7 +551,7 @@ def _write_hf(adapter: Any, weights: dict[str, Any], folder: Path) -> None:
         fqn_to_index_mapping=files,
         enable_consolidation=not files,
     )
-    dcp.save(hf, storage_writer=writer)
+    dcp_save(hf, storage_writer=writer)
     if files:
         consolidate_safetensors_files_on_every_rank(
             input_dir=str(folder / "sharded"), output_dir=str(folder), fqn_to_index_mapping=files

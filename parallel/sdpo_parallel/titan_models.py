@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
@@ -64,7 +64,7 @@ def spec_from_hf(
     # adapters go beside Q, K and V each, as Hugging Face names them
     spec = build(folder, c, {"attn_backend": attention, "fuse_qkv": not adapters})
     spec.flavor = Path(folder).name
-    if adapters:
+    if lora is not None and adapters:
         converter = LoRAConverter.Config(
             rank=lora.rank, alpha=lora.alpha, target_modules=list(lora.targets)
         )
@@ -181,7 +181,7 @@ def load_weights(module: torch.nn.Module, adapter: Any, folder: str) -> None:
     """Read a Hugging Face folder's weights into a (sharded) module; adapters stay as they are."""
     plain = {name: w for name, w in module.state_dict().items() if not ADAPTER.search(name)}
     hf = adapter.to_hf(plain)
-    dcp.load(hf, storage_reader=adapter.get_hf_storage_reader(folder))
+    dcp_load(hf, storage_reader=adapter.get_hf_storage_reader(folder))
     module.load_state_dict(adapter.from_hf(hf), strict=False)
 
 

@@ -8,6 +8,7 @@ import json
 import sys
 import tempfile
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -63,6 +64,9 @@ def step():
     engine.update(0)
 
 
+engine.check_agreement("data", "the same")
+with pytest.raises(ValueError, match="data differs between ranks: rank 1 has '1', rank 0 '0'"):
+    engine.check_agreement("data", str(engine.world_rank))
 step()  # the first sets up what later ones reuse
 with Collectives() as collectives:
     step()
