@@ -275,7 +275,7 @@ def collate(items: Sequence[Item], row_tokens: int, row_multiple: int = ROW_MULT
     lengths = torch.tensor([len(e.response) for e in encoded], dtype=torch.long)
     ends = [i == len(e.response) - 1 and e.ends for e in encoded for i in range(len(e.response))]
     old = [p for e in encoded for p in e.old_logprobs or ()]
-    known = bool(encoded) and all(e.old_logprobs is not None for e in encoded)
+    known = all(e.old_logprobs is not None for e in encoded)  # of no interactions, too
     policy, hindsight = (
         pack(sequences, row_tokens, row_multiple)
         for sequences in (

@@ -92,7 +92,7 @@ def export(command: ExportCommand) -> None:
         teacher=Live(),  # of no use here
     )
     engine = build_engine(config, 1, RunState(Cursor(1, 0), ""))
-    step = engine.checkpoints.newest() if command.step is None else command.step
+    step = engine.checkpoints.newest(set_aside=False) if command.step is None else command.step
     if step is None:
         raise ValueError(f"{command.run}: no undamaged checkpoint")
     engine.load_weights(step)

@@ -66,6 +66,11 @@ class RunFolder:
         stored = self.path / "config.json"
         if stored.is_file() and not resume:
             raise ValueError(f"{folder} already holds a run: pass --resume, or another --out")
+        if not resume and list((self.path / "checkpoints").glob("step-*")):
+            raise ValueError(
+                f"{folder}/checkpoints holds a run's checkpoints, but {stored} is gone: pass "
+                "--resume to go on from them, or another --out"
+            )
         if resume and stored.is_file():
             _refuse_changes(stored, self.config)
 
@@ -201,8 +206,14 @@ class Logger:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One step's metrics, to everywhere."""
         finite = {n: v if math.isfinite(v) else None for n, v in metrics.items()}  # JSON has no NaN
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise ValueError(
+                f"{self._file.name} cannot be written ({error.strerror}): make room, then go on "
+                "with --resume"
+            ) from error
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
         if self._wandb:

@@ -163,7 +163,9 @@ class Watch:
 
     def __init__(self, seconds: float, rank: int, ranks: int):
         self.seconds, self.rank, self.ranks = seconds, rank, ranks
-        self._at, self._phase, self._step = time.time(), PHASES[0], 0
+        self.period = min(10.0, seconds / 4)
+        self._at, self._phase, self._step = time.monotonic(), PHASES[0], 0
+        self._told = 0
         self._stop = threading.Event()
         self._store: Any = None
         if seconds and ranks > 1:
@@ -183,21 +185,22 @@ class Watch:
 
     def beat(self, step: int, phase: str) -> None:
         """Called as training advances."""
-        self._at, self._step, self._phase = time.time(), step, phase
+        self._at, self._step, self._phase = time.monotonic(), step, phase
 
     def _run(self) -> None:
-        period = min(10.0, self.seconds / 4)
         while not self._stop.is_set():
             with contextlib.suppress(RuntimeError, OSError):  # the store went with rank 0's host
                 self._tell()
-            self._stop.wait(period)
-            if time.time() - self._at > self.seconds and not self._stop.is_set():
+            self._stop.wait(self.period)
+            if time.monotonic() - self._at > self.seconds and not self._stop.is_set():
                 self._end()
 
     def _tell(self) -> None:
+        """Step, phase, how often it has told, seconds since it advanced, host."""
+        self._told += 1
         if self._store is not None:
-            host = os.uname().nodename
-            beat = f"{self._step}|{self._phase}|{self._at}|{time.time()}|{host}"
+            silence = time.monotonic() - self._at
+            beat = f"{self._step}|{self._phase}|{self._told}|{silence:.0f}|{os.uname().nodename}"
             self._store.set(f"sdpo/watch/{self.rank}", beat)
 
     def _end(self) -> None:
@@ -206,35 +209,38 @@ class Watch:
         os._exit(70)
 
     def message(self) -> str:
-        """Who is behind, by rank, host, step, phase and silence."""
+        """Who is behind, by rank, host, step, phase and silence. Takes two periods: whoever does
+        not tell anew in that time does not answer."""
         head = f"rank {self.rank}: no progress for {self.seconds:.0f} s in step {self._step + 1}"
         if self._store is None:
             return f"{head}, {self._phase}"
         try:
+            self._tell()  # that it waits, too
+            before = {r: self._beat(r) for r in range(self.ranks)}
+            time.sleep(2 * self.period)
+            self._tell()
             beats = {r: self._beat(r) for r in range(self.ranks)}
         except (RuntimeError, OSError) as error:
             return f"{head}; rank 0's host does not answer ({error})"
-        silent = [r for r, b in beats.items() if b is None or time.time() - b[3] > self.seconds / 2]
+        mute = [r for r, b in beats.items() if b is None or b == before[r] and r != self.rank]
+        # others that notice the same at the same time are busy telling it, not mute
+        silent = [r for r in mute if (b := beats[r]) is None or int(b[3]) < self.seconds]
         if silent:
             names = ", ".join(self._name(r, beats[r]) for r in silent)
             return f"{head}; ranks that no longer answer: {names}"
-        place = {r: (b[0], PHASES.index(b[1])) for r, b in beats.items() if b}
+        place = {r: (int(b[0]), PHASES.index(b[1])) for r, b in beats.items() if b}
         behind = [r for r in place if place[r] == min(place.values())]
         if len(behind) == self.ranks:
             return f"{head}: all ranks hang in its {self._phase} phase"
         return f"{head}; ranks behind: {', '.join(self._name(r, beats[r]) for r in behind)}"
 
-    def _beat(self, rank: int) -> tuple[int, str, float, float, str] | None:
+    def _beat(self, rank: int) -> list[str] | None:
         key = f"sdpo/watch/{rank}"
-        assert self._store is not None
-        if not self._store.check([key]):
-            return None
-        step, phase, at, told, host = self._store.get(key).decode().split("|")
-        return int(step), phase, float(at), float(told), host
+        return self._store.get(key).decode().split("|") if self._store.check([key]) else None
 
     @staticmethod
-    def _name(rank: int, beat: tuple[int, str, float, float, str] | None) -> str:
+    def _name(rank: int, beat: list[str] | None) -> str:
         if beat is None:
             return f"rank {rank} (never heard of)"
-        step, phase, at, _, host = beat
-        return f"rank {rank} on {host} (step {step + 1}, {phase}, {time.time() - at:.0f} s ago)"
+        step, phase, _, silence, host = beat
+        return f"rank {rank} on {host} (step {int(step) + 1}, {phase}, {silence} s before it)"

@@ -263,7 +263,9 @@ def _loop(
             stack.enter_context(logger)
         asked, saved = False, state.step
         while state.step < total and not asked:
-            row, asked = _step(engine, config, steps, state, watch, stop)
+            row, asked, failed = _step(engine, config, steps, state, watch, stop)
+            if failed:
+                engine.checkpoints.finish()
             if probe is not None and state.step % guard.probe_every == 0:
                 row |= probe.measure()
             if logger:
@@ -274,7 +276,6 @@ def _loop(
             if end or alarm or engine.checkpoints.due(state.step):
                 engine.save(state.step, _manifest(config, state, row), wait=end or bool(alarm))
                 saved = state.step
-            engine.checkpoints.poll()
             if alarm:
                 raise alarm
         engine.checkpoints.finish()
@@ -305,32 +306,32 @@ def _alarm(guard: SafeguardConfig, state: RunState, row: dict) -> ValueError | N
 
 def _step(
     engine, config: TrainConfig, steps: Steps, state: RunState, watch: Watch, stop: StopRequest
-) -> tuple[dict, bool]:
-    """One optimizer step over the next ``interactions_per_step``; its metrics, and whether any
-    rank was asked to stop."""
+) -> tuple[dict, bool, bool]:
+    """One optimizer step over the next ``interactions_per_step``; its metrics, whether any rank was
+    asked to stop, and whether any rank's background save failed."""
     began = time.perf_counter()
     watch.beat(state.step, "data")
     dealt = deal(steps.take(), engine.ranks, config.batch, engine.row_multiple)
     mine = [_collate(engine, config, items) for items in dealt.of(engine.rank)]
     watch.beat(state.step, "passes")
-    sums = torch.zeros(len(SUMS) + 2, dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(len(SUMS) + 3, dtype=torch.float64, device=engine.device)
     for m, batch in enumerate(mine):
         with engine.context():
             batch = batch.to(engine.device)
             out = two_pass_loss(engine.policy, batch, config.objective, engine.teacher)
             engine.backward(out.loss, last=m == len(mine) - 1)
-        sums[:-2] += out.sums
-    sums[-2] = sum(batch.slots for batch in mine)
-    sums[-1] = stop.asked
+        sums[:-3] += out.sums
+    sums[-3] = sum(batch.slots for batch in mine)
+    sums[-2], sums[-1] = stop.asked, engine.checkpoints.failed
     watch.beat(state.step, "update")
     norm = engine.clip_gradients()
     sums = engine.sum_over_ranks(sums)
     finite = math.isfinite(norm) and math.isfinite(float(sums[0]))
     lr = _update(engine, state, finite)
     seconds = time.perf_counter() - began
-    row = metrics(sums[:-2])
+    row = metrics(sums[:-3])
     tokens = dealt.tokens
-    slots = float(sums[-2]) / engine.copies
+    slots = float(sums[-3]) / engine.copies
     row |= {
         "grad_norm": norm,
         "lr": lr,
@@ -344,7 +345,7 @@ def _step(
         "tokens_per_second": sum(tokens) / seconds,
         "peak_memory_gib": peak_memory_gib(engine.device),
     }
-    return row, bool(sums[-1])
+    return row, bool(sums[-2]), bool(sums[-1])
 
 
 def _update(engine, state: RunState, finite: bool) -> float:

@@ -158,6 +158,8 @@ def test_old_logprobs_are_there_only_where_all_have_them():
     known = collate([(online, 1.0)], 8).old_logp_N
     assert known is not None and known.tolist() == [-1.0, -2.0]
     assert collate([(online, 1.0), (offline, 1.0)], 8).old_logp_N is None
+    none = collate([], 8).old_logp_N
+    assert none is not None and none.numel() == 0, "a rank without data clips as the others do"
 
 
 @given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 5))

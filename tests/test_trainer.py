@@ -296,4 +296,16 @@ def test_online_rollouts_with_their_logprobs_train_the_papers_online_objective(
     out = tmp_path / "r"
     (row,) = runs.train("paper-online", folder, str(path), out, "--engine", "transformers")
     assert abs(row["loss"]) < 1e-5 and row["grad_norm"] > 1e-2
+
+    # on ranks of which one has no interaction of the last step, split by context, and at a low clip
+    options = ["--batch.interactions-per-step", "5", "--objective.ppo-clip", "0.01"]
+    alone = runs.train("paper-online", folder, str(path), tmp_path / "1", *options)
+    assert alone[-1]["response/tokens"] and alone[1]["advantage/clipped"] > 0
+    for name, layout in {"dp": [], "cp": ["--parallel.context", "2"]}.items():
+        other = runs.train(
+            "paper-online", folder, str(path), tmp_path / name, *options, *layout, ranks=2
+        )
+        runs.assert_same_course(alone, other)
+        for a, b in zip(alone, other, strict=True):
+            assert a["advantage/clipped"] == pytest.approx(b["advantage/clipped"], abs=1e-6)
     assert torch.isfinite(torch.tensor(row["grad_norm"]))

@@ -81,6 +81,9 @@ class SummedWriter(FileSystemWriter):
             os.fsync(file.fileno())
         shutil.rmtree(self.final, ignore_errors=True)
         os.rename(self.partial, self.final)
+        folder = os.open(self.final.parent, os.O_RDONLY)
+        os.fsync(folder)  # before older ones are removed
+        os.close(folder)
 
 
 class Checkpoints:
@@ -115,26 +118,28 @@ class Checkpoints:
         names = [f.name.removeprefix("step-") for f in self.folder.glob("step-*")]
         return sorted(int(n) for n in names if n.isdigit())
 
-    def newest(self) -> int | None:
-        """The newest undamaged checkpoint; damaged ones newer than it are set aside, and told."""
-        if self.rank == 0:
+    def newest(self, *, set_aside: bool = True) -> int | None:
+        """The newest undamaged checkpoint, as the first rank's file system shows it.
+
+        Args:
+            set_aside: rename damaged ones newer than it, and remove what a killed run left
+                half-written; False where another process may be writing.
+        """
+        if self.rank == 0 and set_aside:
             for partial in self.folder.glob("step-*.partial"):
                 shutil.rmtree(partial)
-        self._barrier()
-        for step in reversed(self.steps()):
+        for step in reversed(self._agree(self.steps())):
             problems = self._verify(step)
-            self._barrier()
             if not problems:
                 return step
+            told = f"checkpoint {self.folder}/step-{step} is damaged ({'; '.join(problems)})"
             if self.rank == 0:
-                aside = self.folder / f"step-{step}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)
-                os.rename(self.folder / f"step-{step}", aside)
-                print(
-                    f"sdpo: checkpoint {self.folder}/step-{step} is damaged "
-                    f"({'; '.join(problems)}); set aside as {aside.name}",
-                    file=sys.stderr,
-                )
+                if set_aside:
+                    aside = self.folder / f"step-{step}.damaged"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.rename(self.folder / f"step-{step}", aside)
+                    told += f"; set aside as {aside.name}"
+                print(f"sdpo: {told}", file=sys.stderr)
             self._barrier()
         return None
 
@@ -173,7 +178,6 @@ class Checkpoints:
             CheckpointError: it, or the one before it that was still under way, failed.
         """
         self.finish()
-        self.folder.mkdir(parents=True, exist_ok=True)
         writer = SummedWriter(self.folder / f"step-{step}", {"step": step, **manifest})
         if self.config.asynchronous and self.distributed and not wait:
             future = async_save(self.state(), storage_writer=writer, process_group=self.group)
@@ -186,14 +190,13 @@ class Checkpoints:
             raise self._failed(step, error) from error
         self._saved()
 
-    def poll(self) -> None:
-        """Notice that a background save has ended.
-
-        Raises:
-            CheckpointError: it failed.
-        """
-        if self._saving is not None and self._saving[1].done():
-            self.finish()
+    @property
+    def failed(self) -> bool:
+        """A background save has failed on this rank: ``finish`` tells why. Ranks notice at
+        different times, so they must agree before one of them raises."""
+        if self._saving is None or not self._saving[1].done():
+            return False
+        return self._saving[1].exception() is not None
 
     def finish(self) -> None:
         """Wait for a background save.
@@ -214,9 +217,10 @@ class Checkpoints:
         reason = getattr(error, "failures", None)  # DCP's: by rank
         told = "; ".join(f"rank {r}: {e[0]}" for r, e in reason.items()) if reason else str(error)
         partial = self.folder / f"step-{step}.partial"
-        free = shutil.disk_usage(self.folder).free / 2**20  # torch.save hides a full disk
-        if self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+        there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        free = shutil.disk_usage(there).free / 2**20  # torch.save hides a full disk
+        # by every rank: all have ended writing, and the first to say so ends the others
+        shutil.rmtree(partial, ignore_errors=True)
         done = self.steps()
         newest = f"step-{done[-1]} is the newest" if done else "there is none before it"
         return CheckpointError(
@@ -232,11 +236,12 @@ class Checkpoints:
     def _verify(self, step: int) -> list[str]:
         """What is wrong with a checkpoint, by file; the same on every rank."""
         folder = self.folder / f"step-{step}"
+        files, problems = {}, []
         try:
             files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         except (OSError, ValueError, KeyError) as error:
-            return [f"{MANIFEST}: {error}"]
-        problems = []
+            problems.append(f"{MANIFEST}: {error}")
+        files = self._agree(files)
         for name in sorted(files)[self.rank :: self.ranks]:
             try:
                 found = summed(folder / name)
@@ -251,6 +256,14 @@ class Checkpoints:
         every: list[Any] = [None] * self.ranks
         dist.all_gather_object(every, problems, group=self.group)
         return [p for ps in every for p in ps]
+
+    def _agree(self, value: Any) -> Any:
+        """The first rank's."""
+        if not self.distributed:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
 
     def _mode(self) -> dict[str, Any]:
         return {} if self.distributed else {"no_dist": True}

@@ -5,38 +5,58 @@ policy's rows and on another in the hindsight's. ``gather_rows`` brings the few 
 reads to all ranks of the group; the head's work is then dealt out by whole responses
 (``TitanModel.own_responses``). Nothing has to be aligned, and nothing is padded for it.
 
-Slots are dealt head and tail (torch's load balancer): rank r of R takes slices r and 2R-1-r.
+Slots are dealt head and tail: rank r of R takes slices r and 2R-1-r of 2R.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torchtitan.distributed.context_parallel import cp_shard
+from torch.nn.attention.flex_attention import BlockMask
+from torchtitan.models.common.attention import create_attention_mask
 
 
-def head_tail_order(width: int, ranks: int) -> Tensor:
-    """(width,): original slots in the order in which the ranks hold them."""
-    slices = torch.arange(width).view(2 * ranks, -1)
+class Share(NamedTuple):
+    """Which of a row's slots this rank of a group holds."""
+
+    order_T: Tensor
+    """All slots, in the order in which the ranks hold them, and keys are gathered."""
+    mine_L: Tensor
+    """This rank's."""
+
+
+def share(width: int, mesh: DeviceMesh, device: torch.device) -> Share:
+    """Head and tail: as torch's load balancer deals them."""
+    ranks = mesh.size()
+    slices = torch.arange(width, device=device).view(2 * ranks, -1)
     pairs = [torch.cat([slices[r], slices[2 * ranks - 1 - r]]) for r in range(ranks)]
-    return torch.cat(pairs)
+    return Share(torch.cat(pairs), pairs[mesh.get_local_rank()])
 
 
-def shard_rows(mesh: DeviceMesh, tensors_BT: tuple[Tensor, ...], masks: Any) -> tuple[Any, Any]:
-    """This rank's slots of (B, T) tensors and of an attention mask.
+def dense_mask(document_BT: Tensor, part: Share) -> Tensor:
+    """(B, 1, L, T), True where one of this rank's queries may see a key."""
+    queries, keys = document_BT[:, part.mine_L], document_BT[:, part.order_T]
+    causal_LT = part.mine_L[:, None] >= part.order_T
+    return ((queries[:, :, None] == keys[:, None, :]) & causal_LT)[:, None]
 
-    A dense mask (B, 1, T, T) loses the queries of others; keys stand in the order in which
-    torchtitan gathers them.
+
+def block_mask(document_BT: Tensor, part: Share, block: int | tuple[int, int]) -> BlockMask:
+    """The same for flex attention.
+
+    torch's own sharding of block masks compiles for every shape of a batch anew, and gives up at
+    the ninth.
     """
-    dense = isinstance(masks, Tensor)
-    tensors, sharded = cp_shard(mesh, tensors_BT, None if dense else masks)
-    if dense:
-        order = head_tail_order(masks.shape[-1], mesh.size()).to(masks.device)
-        mine = order.chunk(mesh.size())[mesh.get_local_rank()]
-        sharded = masks[:, :, mine][..., order]
-    return tensors, sharded
+
+    def mask_mod(b, h, q, kv):
+        query, key = part.mine_L[q], part.order_T[kv]
+        return (query >= key) & (document_BT[b, query] == document_BT[b, key])
+
+    (rows, width), queries = document_BT.shape, part.mine_L.numel()
+    return create_attention_mask(
+        mask_mod, rows, None, queries, width, device=document_BT.device.type, BLOCK_SIZE=block
+    )
 
 
 class _GatherRows(torch.autograd.Function):

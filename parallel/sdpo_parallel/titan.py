@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -62,7 +63,7 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC  # 
 from torchtitan.protocols.model_spec import ModelSpec  # noqa: E402
 from torchtitan.tools import utils  # noqa: E402
 
-from .context_parallel import gather_rows, shard_rows  # noqa: E402
+from .context_parallel import block_mask, dense_mask, gather_rows, share  # noqa: E402
 from .cpu_attention import document_mask  # noqa: E402
 from .titan_models import (  # noqa: E402
     load_weights,
@@ -81,7 +82,9 @@ class TitanModel:
 
     def __init__(self, module: Any, dims: ParallelDims, *, dense: bool):
         self.module = module
-        self.masks = document_mask if dense else module.get_attention_masks
+        self.dense, self.masks = dense, document_mask if dense else module.get_attention_masks
+        inner = module.config.first_attention.inner_attention
+        self.block = getattr(inner, "block_size", 128)
         module._skip_lm_head = True  # forward then ends at the final norm
         self.vocabulary: int = module.config.vocab_size
         self.context = dims.get_optional_mesh("cp")
@@ -91,14 +94,19 @@ class TitanModel:
     def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
         """(N, D) normed hidden states at the flat slots ``index_N``, the same on all context and
         tensor ranks; a tensor rank's gradient of them may be partial."""
-        masks = self.masks(positions_BT)
         if self.context is None:
+            masks = self.masks(positions_BT)
             h_BTD = self.module(tokens_BT, positions=positions_BT, attention_masks=masks)
             return h_BTD.flatten(0, 1)[index_N]
-        slots = positions_BT.numel()
-        slots_BT = torch.arange(slots, device=index_N.device).view_as(positions_BT)
-        inputs = tokens_BT, positions_BT, slots_BT
-        (tokens_BL, positions_BL, slots_BL), masks = shard_rows(self.context, inputs, masks)
+        (rows, width), slots = positions_BT.shape, positions_BT.numel()
+        part = share(width, self.context, index_N.device)
+        slots_BL = torch.arange(rows, device=index_N.device)[:, None] * width + part.mine_L
+        tokens_BL, positions_BL = tokens_BT[:, part.mine_L], positions_BT[:, part.mine_L]
+        document_BT = (positions_BT == 0).cumsum(-1)
+        if self.dense:
+            masks = dense_mask(document_BT, part)
+        else:
+            masks = block_mask(document_BT, part, self.block)
         h_BLD = self.module(tokens_BL, positions=positions_BL, attention_masks=masks)
         return gather_rows(h_BLD, slots_BL, slots, index_N, self.context.get_group())
 
@@ -159,6 +167,13 @@ def _mesh(world: dist.ProcessGroup, replicate: int, context: int, tensor: int) -
         ep=1,
         world_size=world.size(),
     )
+
+
+def _expect_many_shapes() -> None:
+    """Packed rows come in many shapes: let compiled functions have as many versions, and never
+    fall back to attention that forms all scores."""
+    torch._dynamo.config.recompile_limit = 64  # pyright: ignore
+    warnings.filterwarnings("error", message="flex_attention called without torch.compile")
 
 
 def _stay_tied(module: Any) -> None:
@@ -241,6 +256,8 @@ class TitanEngine:
             installed=importable,
             compute_dtype=parallel.resolve_dtype(device.type),
         )
+        if device.type == "cuda":
+            _expect_many_shapes()
         self.spec = self._spec(folder, self.lora)
         check_layout(folder, parallel, world)
         self.titan = ParallelismConfig(

@@ -45,7 +45,7 @@ def check(ranks: int, cases: list[dict], models, data: str, out: Path) -> None:
     for c in cases:
         same = {**c, "name": matrix.reference(c), "layout": "alone", "parallel": {}}
         alone[same["name"]] = {k: v for k, v in same.items() if k != "micro_batch_tokens"}
-    expected = train(1, list(alone.values()), models, data, out / "1")
+    expected = train(1, list(alone.values()), models, data, out / "alone")
     found = train(ranks, cases, models, data, out / str(ranks))
     wrong = []
     for c in cases:

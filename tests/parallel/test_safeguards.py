@@ -73,21 +73,25 @@ class Store:
         return self.kept[key]
 
 
-def test_the_ranks_behind_are_those_that_others_wait_for():
+def test_the_ranks_behind_are_those_that_others_wait_for(monkeypatch):
     """Of 4 answering ranks, one still gathers data while three wait in their passes."""
     store, watches = Store(), []
     for rank in range(4):
         watch = Watch(0, rank, 4)
-        watch.seconds, watch._store = 60.0, store  # pyright: ignore
+        watch.seconds, watch._store = 60.0, store
         watch.beat(7, PHASES[0] if rank == 2 else PHASES[1])
         watch._tell()
         watches.append(watch)
+    answering = list(watches)
+    monkeypatch.setattr("time.sleep", lambda _: [w._tell() for w in answering])
+    told = watches[0].message()
     assert re.search(
-        r"in step 8; ranks behind: rank 2 on .* \(step 8, data, 0 s ago\)$", (watches[0].message())
+        r"in step 8; ranks behind: rank 2 on .* \(step 8, data, 0 s before it\)$", told
     )
     watches[2].beat(7, PHASES[1])
-    watches[2]._tell()
     assert "all ranks hang in its passes phase" in watches[0].message()
+    answering.remove(watches[3])
+    assert "no longer answer: rank 3 on" in watches[0].message()
     del store.kept["sdpo/watch/3"]
     assert "no longer answer: rank 3 (never heard of)" in watches[0].message()
 
