@@ -65,7 +65,7 @@ def everything(ranks: int) -> list[dict]:
     """Every model, objective and teacher on every layout, and every option on most."""
     combinations = itertools.product(LAYOUTS[ranks], KINDS, OBJECTIVES, TEACHERS)
     out = [case(ranks, *c) for c in combinations]
-    optional = ("FSDP2 x TP", "CP x TP", "HSDP 2x2") if ranks == 4 else LAYOUTS[ranks]
+    optional = {1: ("one process",), 2: ("FSDP2", "TP", "CP"), 4: ("FSDP2 x TP", "CP x TP")}[ranks]
     for layout, option in itertools.product(optional, OPTIONS):
         out.append(case(ranks, layout, "qwen3-tied", "reverse-kl", "live", option))
     return sorted(out, key=lambda c: c["layout"])

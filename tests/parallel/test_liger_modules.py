@@ -131,7 +131,7 @@ def test_selective_checkpointing_keeps_what_the_kernels_overwrite(kind, models):
     assert_equal(titan_course(liger, *data), titan_course(stock, *data))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tensor_parallel_ranks_compute_the_same_and_the_sharding_types_hold(models, tmp_path):
     folders = [models("qwen3"), models("llama")]
     mp.spawn(tensor_parallel_rank, (folders, str(tmp_path / "store")), nprocs=2)  # pyright: ignore

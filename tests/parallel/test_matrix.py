@@ -1,6 +1,6 @@
 """Every layout has the one-process run's losses and gradient norms, and exports what it trained.
 
-``make test`` runs a representative part, ``make test-all`` all of it (``-m matrix``).
+``make test`` runs a representative part, ``make test-all`` all of it (``-m exhaustive``).
 """
 
 import itertools
@@ -63,7 +63,7 @@ def test_a_part_of_the_matrix(ranks, models, data, tmp_path):
     check(ranks, matrix.representative(ranks), models, data, tmp_path)
 
 
-@pytest.mark.matrix
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", matrix.KINDS)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_whole_matrix(ranks, kind, models, data, tmp_path):

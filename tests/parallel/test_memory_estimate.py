@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -73,6 +74,11 @@ CASES = {
 }
 
 
+def some(names: Iterable[str], *quick: str) -> list:
+    """All of them; those that are not quick are for ``make test-all``."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.exhaustive) for n in names]
+
+
 @functools.cache
 def model_of(c: Case) -> str:
     """A folder of config.json and of the mark of weights that the engine looks for."""
@@ -121,7 +127,7 @@ def error(c: Case) -> float:
     return estimated(c)["total"] / measured(c)["total"] - 1
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some(CASES, "selective", "2 shards", "tensor"))
 def test_the_estimate_is_what_is_measured(name):
     c = CASES[name]
     counted, reckoned = measured(c), estimated(c)
@@ -130,13 +136,14 @@ def test_the_estimate_is_what_is_measured(name):
     assert reckoned["total"] == pytest.approx(counted["total"], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["none", "full", "2 shards"])
+@pytest.mark.parametrize("name", some(["none", "full", "2 shards"], "none"))
 def test_twice_the_activations_are_noticed(name, monkeypatch):
     once = memory._Rank.saved
     monkeypatch.setattr(memory._Rank, "saved", lambda self: 2 * once(self))
     assert error(CASES[name]) > TOLERANCE
 
 
+@pytest.mark.exhaustive
 def test_twice_the_vocabulary_is_noticed(monkeypatch):
     once = ModelShape.head
     monkeypatch.setattr(ModelShape, "head", lambda self, tensor=1: 2 * once(self, tensor))

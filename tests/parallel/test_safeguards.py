@@ -13,6 +13,7 @@ import pytest
 
 import runs
 import tiny
+from sdpo.cli import main
 from sdpo.safeguards import PHASES, Watch
 
 
@@ -21,7 +22,7 @@ def undisturbed(tmp_path_factory):
     return kill.prepare(tmp_path_factory.mktemp("kill"))
 
 
-@pytest.mark.parametrize("way", kill.WAYS)
+@pytest.mark.parametrize("way", ["SIGTERM", "flip a bit", "full disk"])  # kill.py does them all
 def test_a_broken_run_goes_on_as_if_undisturbed(way, undisturbed, tmp_path, seed):
     model, data, course = undisturbed
     run = kill.Run(model, data, tmp_path / "run")
@@ -96,30 +97,50 @@ def test_the_ranks_behind_are_those_that_others_wait_for(monkeypatch):
     assert "no longer answer: rank 3 (never heard of)" in watches[0].message()
 
 
-@pytest.mark.parametrize(
-    ("options", "ranks", "names"),
-    [
-        (["--parallel.pipeline", "2"], 0, "two"),
-        (["--parallel.tensor", "2"], 0, "does not divide 1 ranks"),
-        (["--parallel.tensor", "4"], 4, "num_key_value_heads=2"),
-        (["--parallel.context", "2", "--parallel.attention", "varlen"], 2, "varlen"),
-        (["--engine", "transformers", "--parallel.tensor", "2"], 0, "one device"),
-        (["--engine", "transformers", "--lora.rank", "2"], 0, "lora"),
-        (["--engine", "transformers"], 2, "2 ranks"),
-        (["--lora.rank", "2", "--lora.targets", "q_proj"], 0, "wkv"),
-        (["--teacher", "ema:1.5"], 0, "decay"),
-        (["--teacher", "best"], 0, "live"),
-        (["--teacher", "frozen:nowhere"], 0, "nowhere"),
-    ],
-)
-def test_impossible_combinations_are_refused_before_any_weights_load(
-    options, ranks, names, models, tmp_path
-):
-    folder = tmp_path / "model"
+IMPOSSIBLE = [
+    (["--parallel.pipeline", "2"], "and SDPO needs two"),
+    (["--parallel.tensor", "2"], "does not divide 1 ranks"),
+    (["--engine", "transformers", "--parallel.tensor", "2"], "one device"),
+    (["--engine", "transformers", "--lora.rank", "2"], "lora"),
+    (["--lora.rank", "2", "--lora.targets", "q_proj"], "wkv"),
+    (["--teacher", "ema:1.5"], "decay"),
+    (["--teacher", "best"], "live"),
+    (["--teacher", "frozen:nowhere"], "nowhere"),
+]
+IMPOSSIBLE_ON_RANKS = [
+    (["--parallel.tensor", "4"], 4, "num_key_value_heads=2"),
+    (["--parallel.context", "2", "--parallel.attention", "varlen"], 2, "varlen"),
+    (["--engine", "transformers"], 2, "2 ranks"),
+]
+
+
+def broken_model(folder: Path) -> str:
+    """Everything but weights that can be read."""
     tiny.make_model(folder, "qwen3")
     (folder / "model.safetensors").write_bytes(b"loading this fails in another way")
+    return str(folder)
+
+
+@pytest.mark.parametrize(("options", "names"), IMPOSSIBLE)
+def test_impossible_combinations_are_refused_before_any_weights_load(
+    options, names, tmp_path, capsys
+):
+    model = broken_model(tmp_path / "model")
     data = tiny.make_interactions(tmp_path / "i.jsonl", 6)
-    argv = runs.command("reverse-kl", str(folder), data, tmp_path / "run", *options, ranks=ranks)
+    argv = runs.command("reverse-kl", model, data, tmp_path / "run", *options)
+    with pytest.raises(SystemExit) as stop:
+        main(argv[argv.index("train") :])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert names in " ".join((captured.out + captured.err).replace("\u2502", " ").split())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("options", "ranks", "names"), IMPOSSIBLE_ON_RANKS)
+def test_impossible_combinations_of_ranks(options, ranks, names, tmp_path):
+    model = broken_model(tmp_path / "model")
+    data = tiny.make_interactions(tmp_path / "i.jsonl", 6)
+    argv = runs.command("reverse-kl", model, data, tmp_path / "run", *options, ranks=ranks)
     result = subprocess.run(argv, env=runs.ENV, capture_output=True, text=True)
     assert result.returncode != 0 and "Traceback" not in runs.cause(result.stderr)
     told = " ".join((result.stdout + result.stderr).split())
