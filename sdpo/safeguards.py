@@ -26,7 +26,8 @@ class SafeguardConfig:
     max_nonfinite: int = 3
     """A step whose gradient is not finite is skipped and counted; as many in a row stop the run."""
     probe_interactions: int = 16
-    """Interactions, evenly taken from the data, on which drift is measured; 0: none."""
+    """Interactions, evenly taken from the data, on which drift is measured; 0: none. Each rank
+    keeps a copy of the first head in host memory."""
     probe_every: int = 50
     """Steps between measurements of drift."""
     stop_kl: float | None = None
