@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import runs
 import tiny
@@ -45,6 +45,26 @@ def test_one_process_two_ranks_and_transformers_take_the_same_course(
     assert len(alone) == -(-N * epochs // 6)
     runs.assert_same_course(alone, sharded)
     runs.assert_same_course(alone, transformers, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("teacher", ["frozen:another", "trust-region:0.3", "ema:0.5"])
+def test_teachers_are_the_same_in_both_engines(teacher, data, models, tmp_path):
+    """Also one of another architecture and width, with the policy's tokenizer."""
+    if teacher == "frozen:another":
+        folder = tmp_path / "another"
+        tiny.make_model(folder, "llama")
+        narrow = LlamaConfig.from_pretrained(
+            folder, hidden_size=32, head_dim=8, num_hidden_layers=1
+        )
+        LlamaForCausalLM(narrow).save_pretrained(folder)
+        teacher = f"frozen:{folder}"
+    options, model = ["--teacher", teacher], models("qwen3-tied")
+    titan = runs.train("reverse-kl", model, data, tmp_path / "a", *options, ranks=2)
+    options += ["--engine", "transformers"]
+    transformers = runs.train("reverse-kl", model, data, tmp_path / "b", *options)
+    runs.assert_same_course(titan, transformers, tolerance=1e-4)
+    live = runs.train("reverse-kl", model, data, tmp_path / "c", "--engine", "transformers")
+    assert abs(live[3]["loss"] - titan[3]["loss"]) > 1e-3, "the teacher changes nothing"
 
 
 @pytest.mark.parametrize(("engine", "ranks"), [("torchtitan", 2), ("transformers", 0)])

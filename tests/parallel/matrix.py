@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict] = {
     "AC full": {"activation_checkpoint": "full"},
     "compile": {"compile": "aot_eager"},
     "offload": {"cpu_offload": True},
+    "bfloat16": {"compute_dtype": "bfloat16"},
     "frozen": {"teacher": "frozen"},
     "trust region": {"teacher": "trust-region:0.3"},
     "LoRA": {"lora": 4},
@@ -49,7 +50,7 @@ def case(
     out = dict(kind=kind, objective=objective, teacher=teacher, parallel=LAYOUTS[ranks][layout])
     name = " / ".join(filter(None, (layout, kind, objective, teacher, option)))
     options = dict(OPTIONS.get(option, {}))
-    for field in ("teacher", "lora", "micro_batch_tokens"):
+    for field in ("teacher", "lora", "micro_batch_tokens", "compute_dtype"):
         if field in options:
             out[field] = options.pop(field)
     return {"name": name, "layout": layout, **out, "parallel": out["parallel"] | options}
@@ -58,7 +59,12 @@ def case(
 def reference(c: dict) -> str:
     """What must not change the losses left out: the name of the run to compare with."""
     kept = [c["kind"], c["objective"], c["teacher"], f"lora {c.get('lora', 0)}"]
-    return " / ".join(kept)
+    return " / ".join([*kept, c.get("compute_dtype", "float32")])
+
+
+def tolerance(c: dict) -> float:
+    """Of losses and gradient norms: bfloat16 rounds every sum of a layer another way."""
+    return 1e-2 if c.get("compute_dtype") == "bfloat16" else 1e-5
 
 
 def everything(ranks: int) -> list[dict]:

@@ -50,7 +50,9 @@ def check(ranks: int, cases: list[dict], models, data: str, out: Path) -> None:
     wrong = []
     for c in cases:
         try:
-            runs.assert_same_course(expected[matrix.reference(c)], found[c["name"]])
+            runs.assert_same_course(
+                expected[matrix.reference(c)], found[c["name"]], matrix.tolerance(c)
+            )
         except AssertionError as error:
             wrong.append(f"{c['name']}: {error}")
     assert not wrong, "\n".join(wrong)
