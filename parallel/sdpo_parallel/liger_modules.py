@@ -18,7 +18,6 @@ from torchtitan.config.override import derive, override
 from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.models.common.rope import ComplexRoPE, CosSinRoPE
-from torchtitan.tools.utils import device_type
 
 try:
     from liger_kernel.ops import LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction
@@ -125,7 +124,7 @@ class LigerComplexRoPE(ComplexRoPE):
 
 
 def _swap(config, target):
-    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if not torch.accelerator.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("liger=True: Liger's kernels are Triton's and need a GPU; set liger=False")
     return derive(config, target)
 
