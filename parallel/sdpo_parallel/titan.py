@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from binpacking.to_constant_bin_number import to_constant_bin_number
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
 from . import cpu
-from .attention import choose_attention, importable
+from .attention import Choice, choose_attention, importable
 from .checkpoints import Checkpoints
 from .config import (
     EMA,
@@ -117,18 +118,12 @@ class TitanModel:
     def own_responses(self, lengths: Sequence[int]) -> list[int] | None:
         """Which responses of a micro-batch this context rank computes the loss of; None: all.
 
-        Longest first, each to the rank with least so far: every rank reckons the same.
+        Every rank reckons the same from their lengths.
         """
         if self.context is None:
             return None
-        load = [0] * self.context.size()
-        mine = []
-        for s in sorted(range(len(lengths)), key=lambda s: -lengths[s]):
-            rank = load.index(min(load))
-            load[rank] += lengths[s]
-            if rank == self.context.get_local_rank():
-                mine.append(s)
-        return sorted(mine)
+        bins = to_constant_bin_number(dict(enumerate(lengths)), self.context.size())
+        return sorted(bins[self.context.get_local_rank()])  # pyright: ignore
 
 
 def init_distributed(*, host_memory: bool = False, timeout_seconds: int = 7200) -> int:
@@ -199,6 +194,18 @@ def _quiet() -> Iterator[None]:
         logging.getLogger().setLevel(level)
 
 
+def _attention(parallel: ParallelConfig, device: torch.device) -> Choice:
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return choose_attention(
+        parallel.attention,
+        device_type=device.type,
+        capability=torch.cuda.get_device_capability(device) if nvidia else None,
+        context=parallel.context,
+        installed=importable,
+        compute_dtype=parallel.resolve_dtype(device.type),
+    )
+
+
 def check_layout(folder: str, parallel: ParallelConfig, ranks: int) -> None:
     """Refuse what cannot run, before any weights load.
 
@@ -247,15 +254,7 @@ class TitanEngine:
         self._teacher_spec: ModelSpec | None = None
         world = init_distributed(host_memory=parallel.cpu_offload)
         device = utils.get_local_device()
-        nvidia = device.type == "cuda" and torch.version.hip is None
-        self.attention = choose_attention(
-            parallel.attention,
-            device_type=device.type,
-            capability=torch.cuda.get_device_capability(device) if nvidia else None,
-            context=parallel.context,
-            installed=importable,
-            compute_dtype=parallel.resolve_dtype(device.type),
-        )
+        self.attention = _attention(parallel, device)
         if device.type == "cuda":
             _expect_many_shapes()
         self.spec = self._spec(folder, self.lora)
@@ -272,13 +271,9 @@ class TitanEngine:
         self.context: Callable[[], contextlib.AbstractContextManager] = dist_utils.get_spmd_context(
             parallel_dims=self.dims
         )
-        self.device = utils.get_local_device()
-        self.row_multiple = (
-            128
-            * parallel.context
-            * parallel.tensor
-            // math.gcd(128 * parallel.context, parallel.tensor)
-        )
+        self.device = device
+        block = 256 if self.attention.backend == "flex_flash" else 128
+        self.row_multiple = math.lcm(block * parallel.context, parallel.tensor)
         self.module = self._build(self.spec, trained=True)
         self.policy = self._model(self.module)
         self.teaching = self._teaching(teacher or Live())
