@@ -311,7 +311,7 @@ def _step(
     asked to stop, and whether any rank's background save failed."""
     began = time.perf_counter()
     watch.beat(state.step, "data")
-    dealt = deal(steps.take(), engine.ranks, config.batch, engine.row_multiple)
+    dealt = deal(steps.take(), engine.ranks, config.batch, _row_multiple(engine, config))
     mine = [_collate(engine, config, items) for items in dealt.of(engine.rank)]
     watch.beat(state.step, "passes")
     sums = torch.zeros(len(SUMS) + 3, dtype=torch.float64, device=engine.device)
@@ -363,7 +363,15 @@ def _update(engine, state: RunState, finite: bool) -> float:
 
 
 def _collate(engine, config: TrainConfig, items: list[Item]) -> Batch:
-    return collate(items, config.batch.row_tokens, engine.row_multiple)
+    return collate(items, config.batch.row_tokens, _row_multiple(engine, config))
+
+
+def _row_multiple(engine, config: TrainConfig) -> int:
+    """What row widths are rounded up to; compiled blocks see one width, whatever the padding."""
+    multiple: int = engine.row_multiple
+    if config.parallel.compile == "none":
+        return multiple
+    return -(-config.batch.row_tokens // multiple) * multiple
 
 
 def _probe(engine, config: TrainConfig, steps: Steps) -> Probe | None:
@@ -373,7 +381,7 @@ def _probe(engine, config: TrainConfig, steps: Steps) -> Probe | None:
         return None
     n = len(steps.interactions)
     items = steps.encode([i * n // count for i in range(count)])
-    dealt = deal(items, engine.ranks, config.batch, engine.row_multiple)
+    dealt = deal(items, engine.ranks, config.batch, _row_multiple(engine, config))
     return Probe(engine, [_collate(engine, config, items) for items in dealt.of(engine.rank)])
 
 

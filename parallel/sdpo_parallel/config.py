@@ -58,7 +58,8 @@ class ParallelConfig:
     and optimizer state are float32. ``auto``: bfloat16 on an accelerator, float32 on a CPU."""
     activation_checkpoint: Literal["none", "selective", "full"] = "selective"
     compile: Literal["none", "inductor", "aot_eager"] = "none"
-    """torch.compile of every transformer block, by this backend."""
+    """torch.compile of every transformer block, by this backend; all rows are then padded to
+    ``batch.row_tokens``, so that few versions are compiled."""
     cpu_offload: bool = False
     """Parameters, gradients and optimizer state live in host memory between their uses."""
     attention: Literal["auto", "flex", "flex_flash", "varlen", "dense"] = "auto"

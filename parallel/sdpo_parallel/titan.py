@@ -255,8 +255,7 @@ class TitanEngine:
         world = init_distributed(host_memory=parallel.cpu_offload)
         device = utils.get_local_device()
         self.attention = _attention(parallel, device)
-        if device.type == "cuda":
-            _expect_many_shapes()
+        _expect_many_shapes()
         self.spec = self._spec(folder, self.lora)
         check_layout(folder, parallel, world)
         self.titan = ParallelismConfig(
