@@ -15,6 +15,9 @@ import pytest
 import torch
 
 import tiny
+from sdpo_parallel import cpu
+
+cpu.prepare()  # whichever test imports torchtitan first
 
 # a busy machine is no failure
 hypothesis.settings.register_profile("sdpo", deadline=None, print_blob=True)
