@@ -92,10 +92,12 @@ def export(command: ExportCommand) -> None:
         teacher=Live(),  # of no use here
     )
     engine = build_engine(config, 1, RunState(Cursor(1, 0), ""))
-    step = engine.checkpoints.newest(set_aside=False) if command.step is None else command.step
-    if step is None:
+    step = command.step
+    if step is not None:
+        engine.checkpoints.check(step)
+    elif (step := engine.checkpoints.newest(set_aside=False)) is None:
         raise ValueError(f"{command.run}: no undamaged checkpoint")
-    engine.load_weights(step)
+    engine.checkpoints.load(step, "model")
     engine.export(command.out, adapters=command.adapters)
     engine.close()
 

@@ -261,7 +261,7 @@ def _loop(
         if engine.is_main:
             logger = Logger(run, config.log, step=state.step, total=total)
             stack.enter_context(logger)
-        asked, saved = False, state.step
+        asked = False
         while state.step < total and not asked:
             row, asked, failed = _step(engine, config, steps, state, watch, stop)
             if failed:
@@ -275,14 +275,13 @@ def _loop(
             alarm = _alarm(guard, state, row)
             if end or alarm or engine.checkpoints.due(state.step):
                 engine.save(state.step, _manifest(config, state, row), wait=end or bool(alarm))
-                saved = state.step
             if alarm:
                 raise alarm
         engine.checkpoints.finish()
         if asked and state.step < total and engine.is_main:
             run.stopped.touch()
             print(
-                f"sdpo: asked to stop; step {saved} of {total} is saved in {config.out}, "
+                f"sdpo: asked to stop; step {state.step} of {total} is saved in {config.out}, "
                 "go on with --resume",
                 file=sys.stderr,
             )

@@ -18,9 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.stateful import Stateful
@@ -40,6 +38,8 @@ from sdpo_parallel.config import (
 )
 from sdpo_parallel.hf_folder import (
     check_finite,
+    check_length,
+    check_teacher,
     copy_assets,
     export_dtype,
     read_config,
@@ -237,13 +237,10 @@ class TransformersEngine:
         lora: LoraConfig | None = None,
     ):
         _refuse_layouts(parallel, lora)
-        limit = read_config(folder).get("max_position_embeddings")
-        if limit is not None and max_tokens > limit:
-            raise ValueError(
-                f"prompt and response limits allow {max_tokens} tokens, but {folder} has "
-                f"max_position_embeddings={limit}: lower the limits"
-            )
-        self.folder, self.state, self.checkpoint = folder, state, checkpoint
+        check_length(folder, read_config(folder).get("max_position_embeddings"), max_tokens)
+        if isinstance(teacher, Frozen) and teacher.folder is not None:
+            check_teacher(teacher.folder, folder)
+        self.folder, self.checkpoint = folder, checkpoint
         self.optimizer_config, self.total_steps = optimizer, total_steps
         self.kind = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype, self.liger = parallel.resolve_dtype(self.kind), parallel.liger
@@ -266,8 +263,10 @@ class TransformersEngine:
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
         )
+        parts = {"model": self.module, "optimizer": _Optimizer(self.module, self.optimizer)}
+        parts |= {"teacher": self.teaching, "run": state}
         self.checkpoints = Checkpoints(
-            Path(run_folder) / "checkpoints", checkpoint, self._checkpoint_state, distributed=False
+            Path(run_folder) / "checkpoints", checkpoint, parts, distributed=False
         )
 
     def _load(self, folder: str, dtype: Any) -> TransformersModel:
@@ -285,12 +284,6 @@ class TransformersEngine:
     def _teacher(self, teacher: Teacher | None) -> tuple[TransformersModel, torch.nn.Module]:
         folder = teacher.folder if isinstance(teacher, Frozen) else None
         model = self._load(folder or self.folder, "float32" if folder is None else self.dtype)
-        theirs = model.lm_head().weight.shape[0]
-        if theirs != (ours := self.policy.lm_head().weight.shape[0]):
-            raise ValueError(
-                f"teacher {folder} has a vocabulary of {theirs}, {self.folder} of {ours}: both "
-                "must read the same tokens"
-            )
         return model, model.model
 
     def context(self) -> contextlib.AbstractContextManager:
@@ -301,28 +294,11 @@ class TransformersEngine:
         """The folder's weights are in place; the teacher's first are set."""
         self.teaching.start()
 
-    def resume(self) -> dict[str, Any] | None:
-        """Go on from the newest undamaged checkpoint; its manifest, or None."""
+    def resume(self) -> None:
+        """Go on from the newest undamaged checkpoint, where there is one."""
         step = self.checkpoints.newest()
-        if step is None:
-            return None
-        saved, manifest = self.checkpoints.load(step)
-        set_model_state_dict(self.module, saved["model"])
-        set_optimizer_state_dict(self.module, self.optimizer, saved["optimizer"])
-        if self.teaching.module is not None:
-            self.teaching.module.load_state_dict(saved["teacher"])
-        self.state.load_state_dict(saved["run"])
-        return manifest
-
-    def load_weights(self, step: int) -> None:
-        """A checkpoint's weights alone.
-
-        Raises:
-            ValueError: it is not there, or damaged.
-        """
-        self.checkpoints.check(step)
-        state, _ = self.checkpoints.load(step, "model")
-        set_model_state_dict(self.module, state["model"])
+        if step is not None:
+            self.checkpoints.load(step)
 
     def save(self, step: int, manifest: Mapping[str, Any], *, wait: bool = False) -> None:
         """Write a checkpoint."""
@@ -378,13 +354,18 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing runs in the background."""
 
-    def _checkpoint_state(self) -> dict[str, Any]:
-        return {
-            "model": get_model_state_dict(self.module),
-            "optimizer": get_optimizer_state_dict(self.module, self.optimizer),
-            "teacher": self.teaching.state_dict(),
-            "run": self.state.state_dict(),
-        }
+
+class _Optimizer:
+    """An optimizer's state by parameter names, as checkpoints hold it."""
+
+    def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer):
+        self.module, self.optimizer = module, optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(self.module, self.optimizer)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        set_optimizer_state_dict(self.module, self.optimizer, state_dict)
 
 
 def _refuse_layouts(parallel: ParallelConfig, lora: LoraConfig | None) -> None:

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.stateful import Stateful
 
 from .config import CheckpointConfig
 
@@ -31,8 +32,6 @@ PATIENCE = timedelta(hours=4)
 """For the slowest rank's writing, or summing, of its part."""
 BLOCK = 1 << 24
 """Bytes read at a time while summing."""
-
-
 FAILURES = (Exception, CheckpointException)
 """What a save may raise; DCP's own is no ``Exception``."""
 
@@ -91,7 +90,7 @@ class Checkpoints:
 
     Args:
         folder: holds ``step-N`` folders.
-        state: returns what a checkpoint holds: a nest of dicts of tensors and plain values.
+        state: what a checkpoint holds, by name; DCP asks each for its state, and gives it back.
         distributed: every rank of the default process group takes part; False: there is no group.
     """
 
@@ -99,11 +98,11 @@ class Checkpoints:
         self,
         folder: str | Path,
         config: CheckpointConfig,
-        state: Callable[[], dict[str, Any]],
+        state: Mapping[str, Stateful],
         *,
         distributed: bool,
     ):
-        self.folder, self.config, self.state = Path(folder), config, state
+        self.folder, self.config, self.state = Path(folder), config, dict(state)
         self.distributed = distributed
         self.rank = dist.get_rank() if distributed else 0
         self.ranks = dist.get_world_size() if distributed else 1
@@ -155,17 +154,11 @@ class Checkpoints:
         if problems := self._verify(step):
             raise ValueError(f"{self.folder}/step-{step} is damaged ({'; '.join(problems)})")
 
-    def load(self, step: int, *parts: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Fill the state's tensors in place; returns the state, or only ``parts`` of it, and the
-        manifest."""
-        folder = self.folder / f"step-{step}"
-        state = self.state()
-        state = {name: state[name] for name in parts or state}
-        load(
-            state, storage_reader=FileSystemReader(folder), process_group=self.group, **self._mode()
-        )
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return state, manifest
+    def load(self, step: int, *parts: str) -> None:
+        """Bring the state, or only ``parts`` of it, to where a verified checkpoint has it."""
+        state: dict[str, Any] = {name: self.state[name] for name in parts or self.state}
+        reader = FileSystemReader(self.folder / f"step-{step}")
+        load(state, storage_reader=reader, process_group=self.group, **self._mode())
 
     def due(self, step: int) -> bool:
         """``step`` ends an interval."""
@@ -178,14 +171,15 @@ class Checkpoints:
             CheckpointError: it, or the one before it that was still under way, failed.
         """
         self.finish()
+        state: dict[str, Any] = dict(self.state)
         writer = SummedWriter(self.folder / f"step-{step}", {"step": step, **manifest})
         if self.config.asynchronous and self.distributed and not wait:
-            future = async_save(self.state(), storage_writer=writer, process_group=self.group)
+            future = async_save(state, storage_writer=writer, process_group=self.group)
             assert isinstance(future, Future)
             self._saving = step, future
             return
         try:
-            save(self.state(), storage_writer=writer, process_group=self.group, **self._mode())
+            save(state, storage_writer=writer, process_group=self.group, **self._mode())
         except FAILURES as error:
             raise self._failed(step, error) from error
         self._saved()

@@ -46,6 +46,33 @@ def read_config(folder: str) -> dict:
     return config
 
 
+def check_length(folder: str, longest: int | None, max_tokens: int) -> None:
+    """Refuse sequences that the model has no positions for.
+
+    Raises:
+        ValueError: ``max_tokens`` exceeds ``longest``, its max_position_embeddings where known.
+    """
+    if longest is not None and max_tokens > longest:
+        raise ValueError(
+            f"prompt and response limits allow {max_tokens} tokens, but {folder} has "
+            f"max_position_embeddings={longest}: lower the limits"
+        )
+
+
+def check_teacher(folder: str, policy: str) -> None:
+    """Refuse a teacher's folder that does not share the policy's vocabulary.
+
+    Raises:
+        ValueError: their sizes differ.
+    """
+    theirs, ours = read_config(folder)["vocab_size"], read_config(policy)["vocab_size"]
+    if theirs != ours:
+        raise ValueError(
+            f"teacher {folder} has vocab_size={theirs}, {policy} {ours}: both must read the same "
+            "tokens"
+        )
+
+
 def export_dtype(source: str, setting: str) -> torch.dtype:
     """What ``CheckpointConfig.export_dtype`` means for a run that started from ``source``."""
     if setting == "source":

@@ -142,3 +142,8 @@ class Teaching:
         """For the checkpoint: empty where the teacher is the policy."""
         self.release()
         return {} if self.module is None else self.module.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        if self.module is not None:
+            self.module.load_state_dict(state_dict)

@@ -40,7 +40,15 @@ from .config import (
     ParallelConfig,
     Teacher,
 )
-from .hf_folder import check_finite, copy_assets, export_dtype, read_config, replace_folder
+from .hf_folder import (
+    check_finite,
+    check_length,
+    check_teacher,
+    copy_assets,
+    export_dtype,
+    read_config,
+    replace_folder,
+)
 from .lm_head import LMHead, end_prefetch, gathered, hold
 from .teacher import Teaching, local, reshard
 
@@ -248,7 +256,7 @@ class TitanEngine:
         teacher: Teacher | None = None,
         lora: LoraConfig | None = None,
     ):
-        self.folder, self.state, self.parallel = folder, state, parallel
+        self.folder, self.parallel = folder, parallel
         self.optimizer, self.total_steps = optimizer, total_steps
         self.lora, self.max_tokens = lora or LoraConfig(), max_tokens
         self._teacher_spec: ModelSpec | None = None
@@ -279,8 +287,10 @@ class TitanEngine:
         self.teacher = self.teaching.model
         self.export_dtype = export_dtype(folder, checkpoint.export_dtype)
         self.optimizers = _optimizer(optimizer, self.module)
+        parts = {"model": self.module, "optimizer": self.optimizers}
+        parts |= {"teacher": self.teaching, "run": state}
         self.checkpoints = Checkpoints(
-            Path(run_folder) / CHECKPOINTS, checkpoint, self._state, distributed=True
+            Path(run_folder) / CHECKPOINTS, checkpoint, parts, distributed=True
         )
         mesh = self.dims.get_optional_mesh("batch")
         self.rank = mesh.get_local_rank() if mesh is not None else 0
@@ -300,11 +310,7 @@ class TitanEngine:
         backend = "flex" if backend == "dense" else backend  # an override makes it dense
         spec = spec_from_hf(folder, attention=backend, lora=lora)
         longest: int = spec.model.max_seq_len  # pyright: ignore
-        if self.max_tokens > longest:
-            raise ValueError(
-                f"prompt and response limits allow {self.max_tokens} tokens, but {folder} has "
-                f"max_position_embeddings={longest}: lower the limits"
-            )
+        check_length(folder, longest, self.max_tokens)
         return spec
 
     def _build(self, spec: ModelSpec, *, trained: bool, dtype: str = "float32") -> Any:
@@ -363,22 +369,15 @@ class TitanEngine:
         return out
 
     def _teaching(self, teacher: Teacher) -> Teaching:
-        outside = isinstance(teacher, Frozen) and teacher.folder is not None
-        if outside:
-            ours, theirs = read_config(self.folder), read_config(teacher.folder)  # pyright: ignore
-            if ours["vocab_size"] != theirs["vocab_size"]:
-                raise ValueError(
-                    f"teacher {teacher.folder} has vocab_size={theirs['vocab_size']}, "  # pyright: ignore
-                    f"{self.folder} {ours['vocab_size']}: both must read the same tokens"
-                )
-            check_layout(teacher.folder, self.parallel, dist.get_world_size())  # pyright: ignore
+        outside = teacher.folder if isinstance(teacher, Frozen) else None
+        if outside is not None:
+            check_teacher(outside, self.folder)
+            check_layout(outside, self.parallel, dist.get_world_size())
         moves = isinstance(teacher, EMA)
 
         def copy() -> tuple[TitanModel, torch.nn.Module]:
-            if outside:
-                spec = self._spec(teacher.folder, LoraConfig())  # pyright: ignore
-            else:
-                spec = self._spec(self.folder, self.lora)
+            lora = self.lora if outside is None else LoraConfig()
+            spec = self._spec(outside or self.folder, lora)
             dtype = "float32" if moves else self.parallel.resolve_dtype(self.device.type)
             module = self._build(spec, trained=False, dtype=dtype)
             self._teacher_spec = spec
@@ -417,32 +416,16 @@ class TitanEngine:
             self._check(self.teaching.module, teacher.folder)
         self.teaching.start()
 
-    def resume(self) -> dict[str, Any] | None:
-        """Go on from the newest undamaged checkpoint; its manifest, or None."""
+    def resume(self) -> None:
+        """Go on from the newest undamaged checkpoint, where there is one."""
         step = self.checkpoints.newest()
-        if step is None:
-            return None
-        state, manifest = self.checkpoints.load(step)
-        self.module.load_state_dict(state["model"])
-        self.optimizers.load_state_dict(state["optimizer"])
-        if self.teaching.module is not None:
-            self.teaching.module.load_state_dict(state["teacher"])
-        self.state.load_state_dict(state["run"])
-        self._check(self.module, f"{self.checkpoints.folder}/step-{step}")
-        return manifest
-
-    def load_weights(self, step: int) -> None:
-        """A checkpoint's weights alone.
-
-        Raises:
-            ValueError: it is not there, or damaged.
-        """
-        self.checkpoints.check(step)
-        state, _ = self.checkpoints.load(step, "model")
-        self.module.load_state_dict(state["model"])
+        if step is not None:
+            self.checkpoints.load(step)
+            self._check(self.module, f"{self.checkpoints.folder}/step-{step}")
 
     def save(self, step: int, manifest: Mapping[str, Any], *, wait: bool = False) -> None:
         """Write a checkpoint."""
+        self.release()
         self.checkpoints.save(step, {"layout": self.layout, **manifest}, wait=wait)
 
     @property
@@ -450,15 +433,6 @@ class TitanEngine:
         """Degrees of the mesh."""
         d = self.dims
         return {"replicate": d.dp_replicate, "shard": d.dp_shard, "context": d.cp, "tensor": d.tp}
-
-    def _state(self) -> dict[str, Any]:
-        reshard(self.module)
-        return {
-            "model": self.module.state_dict(),
-            "optimizer": self.optimizers.state_dict(),
-            "teacher": self.teaching.state_dict(),
-            "run": self.state.state_dict(),
-        }
 
     def _check(self, module: torch.nn.Module, source: str) -> None:
         check_finite(((canonical_fqn(n), local(p)) for n, p in module.named_parameters()), source)

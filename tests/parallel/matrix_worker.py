@@ -86,8 +86,6 @@ def compare_exports(engine: TitanEngine, folder: str, **options) -> None:
         limit = TOLERANCE if trained.dtype == torch.float32 else 0.1 * found.abs().max()
         assert apart < limit, apart
         assert (before - trained).abs().max() > 10 * TOLERANCE, "training moved nothing"
-        if engine.lora.rank:
-            engine.peft = f"{folder}-peft"  # pyright: ignore
     if engine.lora.rank:
         export(engine, f"{folder}-peft", adapters=True)
         if engine.is_main:
