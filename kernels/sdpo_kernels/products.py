@@ -1,8 +1,10 @@
 """The matrix products between hidden states, logits and gradients, with float32 results.
 
 Shapes: C tokens of a chunk, V rows of the head, D hidden size. Half-precision operands are
-multiplied as they are where the device has such a product with a float32 result, and cast a few
-rows of the head at a time elsewhere. float64 stays float64. To be called with autocast off.
+multiplied as they are where the device has such a product with a float32 result. CPUs have none:
+there logits are products of operands cast a few rows of the head at a time, and bfloat16 gradients,
+which are rounded anyway, come out of bfloat16 products. float64 stays float64. To be called with
+autocast off.
 """
 
 from collections.abc import Iterator
@@ -18,6 +20,11 @@ of half-precision operands with a float32 result."""
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _half_products(x: Tensor) -> bool:
+    """The CPU multiplies such operands no slower than float32."""
+    return x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def chunks(n: int, rows: int) -> Iterator[slice]:
@@ -39,11 +46,13 @@ def logits(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
 
 
 def hidden_gradient(grad_CV: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
-    """G W, (C, D), accumulated in float32 and returned in it."""
+    """G W, (C, D), accumulated in float32 and returned in it, or in bfloat16."""
     if weight_VD.dtype == dtype:
         return grad_CV @ weight_VD
     if weight_VD.is_cuda:
         return torch.mm(grad_CV.to(weight_VD.dtype), weight_VD, out_dtype=dtype)
+    if grad_CV.dtype == weight_VD.dtype and _half_products(weight_VD):
+        return grad_CV @ weight_VD
     out_CD = weight_VD.new_zeros((grad_CV.shape[0], weight_VD.shape[1]), dtype=dtype)
     for v in chunks(weight_VD.shape[0], HEAD_ROWS):
         out_CD.addmm_(grad_CV[:, v].to(dtype), weight_VD[v].to(dtype))
@@ -55,8 +64,13 @@ def add_weight_gradient(dweight_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) 
     dtype = dweight_VD.dtype
     if hidden_CD.dtype == dtype:
         dweight_VD.addmm_(grad_CV.T, hidden_CD)
-    elif not hidden_CD.is_cuda:
-        dweight_VD.addmm_(grad_CV.T.to(dtype), hidden_CD.to(dtype))
-    else:
+    elif hidden_CD.is_cuda:
         grad_CV = grad_CV.to(hidden_CD.dtype)
         torch.addmm(dweight_VD, grad_CV.T, hidden_CD, out_dtype=dtype, out=dweight_VD)
+    elif grad_CV.dtype == hidden_CD.dtype and _half_products(hidden_CD):
+        for v in chunks(grad_CV.shape[1], HEAD_ROWS):
+            dweight_VD[v] += grad_CV[:, v].T @ hidden_CD
+    else:
+        hidden_CD = hidden_CD.to(dtype)
+        for v in chunks(grad_CV.shape[1], HEAD_ROWS):
+            dweight_VD[v].addmm_(grad_CV[:, v].T.to(dtype), hidden_CD)

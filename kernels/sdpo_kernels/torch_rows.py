@@ -82,7 +82,8 @@ def divergence(
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """Values (1, C), or (2, C) for JSD: KL(p || m) and KL(q || m), of these columns only; and
-    where weights are given ``weight * d value / d raw logits`` (C, V) in the logits' memory.
+    where weights are given ``weight * d value / d raw logits`` (C, V) in ``grad_dtype``, in the
+    logits' memory.
 
     Args:
         z_CV, u_CV: transformed logits.
@@ -90,6 +91,7 @@ def divergence(
         centre_C: what centres the gradient: ``RowStats.gap`` for reverse KL, KL(p || m) for JSD.
     """
     values = z_CV.new_empty((2 if kind == "jsd" else 1, z_CV.shape[0]))
+    out_CV = None if weight_C is None else narrow(z_CV, grad_dtype)
     for r in _blocks(z_CV):
         z, u = z_CV[r], u_CV[r]
         norm = norm_4C[:, r, None].unbind()
@@ -98,12 +100,13 @@ def divergence(
         if kind != "jsd" and z.device.type == "cpu":  # elsewhere, to look at d is to wait for it
             found = _moderate_kl(kind, z, u, norm, centre)
         values[:, r], grad = found or _divergence(kind, beta, z, u, norm, centre)
-        if weight_C is not None:
+        if out_CV is not None:
+            assert weight_C is not None
             grad.mul_(weight_C[r, None])
             if found is None:  # an infinite value has no gradient, but a weight of 0 silences it
                 grad.masked_fill_(weight_C[r, None] == 0, 0)
-            z.copy_(_through_transform_(grad, z, transform))
-    return values, None if weight_C is None else z_CV
+            out_CV[r] = _through_transform_(grad, z, transform)
+    return values, out_CV
 
 
 def _moderate_kl(kind: str, z, u, norm, centre) -> tuple[Tensor, Tensor] | None:
@@ -164,18 +167,26 @@ def softmax_grad(
     transform: Transform,
     grad_dtype: torch.dtype,
 ) -> Tensor:
-    """a p + b onehot(y) with respect to raw logits, (C, V), in the memory of transformed ones."""
+    """a p + b onehot(y) with respect to raw logits, (C, V) in ``grad_dtype``, in the memory of
+    transformed ones."""
+    out_CV = narrow(z_CV, grad_dtype)
     for r in _blocks(z_CV):
         z = z_CV[r]
-        grad = z if transform.identity else z.clone()
-        grad.sub_(norm_2C[0, r, None]).sub_(norm_2C[1, r, None]).exp_().mul_(a_C[r, None])
+        grad = (z - norm_2C[0, r, None]).sub_(norm_2C[1, r, None]).exp_().mul_(a_C[r, None])
         if b_C is not None and z.shape[1]:
             assert targets_C is not None
             at = torch.where(targets_C[r] >= 0, b_C[r], 0)[:, None]
             grad.scatter_add_(1, targets_C[r].clamp(min=0)[:, None], at)
-        if grad is not z:
-            z.copy_(_through_transform_(grad, z, transform))
-    return z_CV
+        out_CV[r] = _through_transform_(grad, z, transform)
+    return out_CV
+
+
+def narrow(z_CV: Tensor, dtype: torch.dtype) -> Tensor:
+    """(C, V) of ``dtype`` in the memory of (C, V) logits, each row at its row's start."""
+    if dtype == z_CV.dtype or not z_CV.shape[1]:
+        return z_CV.to(dtype)
+    rows = z_CV.as_strided((z_CV.shape[0], z_CV.stride(0)), (z_CV.stride(0), 1))
+    return rows.view(dtype)[:, : z_CV.shape[1]]
 
 
 def transform_grad(z: Tensor, transform: Transform) -> Tensor | float:

@@ -22,6 +22,7 @@ from .partials import PAIR, SINGLE
 from .settings import Transform
 from .tiles import excess, expm1_nonpositive, log1p, online, transform_grad, weighted
 from .tiles import transform as transformed
+from .torch_rows import narrow
 from .tuning import row_tiles
 
 KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
@@ -355,14 +356,6 @@ def softmax_grad(
             num_warps=warps,
         )
     return grad
-
-
-def narrow(z_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    """(C, V) of ``dtype`` in the memory of (C, V) logits, each row at its row's start."""
-    if dtype == z_CV.dtype or not z_CV.shape[1]:
-        return z_CV.to(dtype)
-    rows = z_CV.as_strided((z_CV.shape[0], z_CV.stride(0)), (z_CV.stride(0), 1))
-    return rows.view(dtype)[:, : z_CV.shape[1]]
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
