@@ -1,0 +1,216 @@
+"""All that a GPU can tell, in one command that fits in nine minutes and needs no network.
+
+    python benchmarks/gpu_suite.py OUT [--minutes 9]
+    python benchmarks/gpu_suite.py OUT --dry-run       # tiny sizes on a CPU: does it still work?
+
+Parts run one after another, the most valuable first, each in a process of its own with a limit:
+one that fails, hangs or does not fit in what is left costs nothing else. OUT gets a few small
+files: ``suite.json`` (what ran, what failed, what was skipped and why), ``suite.log`` (all output),
+and JSON lines per benchmark, written as results come in.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAST_SECONDS = 10.0
+"""A part is not started with less than this left."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process of the suite."""
+
+    name: str
+    seconds: float
+    """Its limit."""
+    command: tuple[str, ...]
+    interpret: bool = False
+    """It has no GPU and calls Triton's kernels: they are interpreted."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a part: ok, failed, timed out or skipped."""
+
+    name: str
+    status: str
+    seconds: float
+    why: str = ""
+
+
+def parts(out: Path) -> list[Part]:
+    """In the order of their value. torch.compile compiles for every shape: it has its own part."""
+    shape = ("--heads", "qwen3-8b", "--tokens", "8192")
+    others = ("--only", "sdpo", "Liger", "fla", "TRL")
+    bf16, no_sweep = ("--dtype", "bfloat16"), ("--distances",)
+    reverse = ("--kinds", "reverse_kl")
+    return [
+        _part("divergence at the target shapes", 130, out, "divergence", "0.6")(
+            *bf16, *reverse, *no_sweep, *others
+        ),
+        Part("gpu tests", 150, _tests("-x", "-q")),
+        _part("step, 0.6B", 60, out, "step", "2")("--models", "qwen3-0.6b"),
+        _part("logprob", 60, out, "logprob", "0.5")(*bf16, *shape),
+        _part("tuning", 80, out, "tuning", "0.2")(),
+        _part("profile", 40, out, "profile")(),
+        _part("step, 4B", 70, out, "step", "1")("--models", "qwen3-4b", "--checkpointing"),
+        Part("ncu", 60, _ncu()),
+        _part("torch.compile", 60, out, "divergence", "0.4")(
+            *bf16, *reverse, *shape, *no_sweep, "--only", "sdpo", "torch"
+        ),
+        _part("the other divergences", 80, out, "divergence", "0.4")(
+            *bf16, *("--kinds", "forward_kl", "jsd"), *shape, *others
+        ),
+        _part("float32", 60, out, "divergence", "0.3")(
+            *("--dtype", "float32"), *reverse, *("--heads", "llama-3.2-1b", "--tokens", "4096")
+        ),
+    ]
+
+
+def rehearsal(out: Path) -> list[Part]:
+    """The same commands with tiny sizes, for a CPU."""
+    tiny = ("--heads", "1000x64", "--tokens", "32", "--dtype", "bfloat16", "--distances", "0.1")
+    small = ("--head", "300x32", "--tokens", "32")
+    step = ("--models", "check", "--interactions", "4", "--prompt", "16")
+    tuning = _part("tuning", 300, out, "tuning", "0.01")(*small, "--chunk", "8")
+    return [
+        _part("divergence", 300, out, "divergence", "0.01")(*tiny, "--kinds", "reverse_kl"),
+        Part("gpu tests", 120, _tests("--collect-only")),
+        _part("step", 120, out, "step", "0.01")(*step),
+        _part("logprob", 300, out, "logprob", "0.01")(*tiny),
+        replace(tuning, interpret=True),
+        _part("profile", 120, out, "profile")(*small),
+        Part("ncu", 60, _ncu()),
+    ]
+
+
+def _part(name: str, limit: float, out: Path, module: str, seconds: str | None = None):
+    """A benchmark that writes ``module.jsonl``, given its options."""
+    timing = () if seconds is None else ("--seconds", seconds)
+    command = (sys.executable, "-m", f"benchmarks.{module}", "--out", str(out / f"{module}.jsonl"))
+
+    def with_options(*options: str) -> Part:
+        return Part(name, limit, (*command, *timing, *options))
+
+    return with_options
+
+
+def _tests(*options: str) -> tuple[str, ...]:
+    return (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "tests/gpu",
+        "-p",
+        "no:cacheprovider",
+        *options,
+    )
+
+
+def _ncu() -> tuple[str, ...]:
+    """Counters of our own kernels, where Nsight Compute is there; clocks stay as they are."""
+    metrics = (
+        "gpu__time_duration.sum",
+        "dram__bytes.sum.per_second",
+        "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+        "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+        "sm__warps_active.avg.pct_of_peak_sustained_active",
+        "launch__registers_per_thread",
+    )
+    kernels = "regex:stats_kernel|divergence_kernel|softmax_grad_kernel"
+    return (
+        *("ncu", "--clock-control", "none", "--csv", "--kernel-name", kernels),
+        *("--launch-count", "6", "--metrics", ",".join(metrics)),
+        *(sys.executable, "-m", "benchmarks.profile", "--once"),
+    )
+
+
+def run(part: Part, seconds: float, log: Path, dry: bool) -> Outcome:
+    """One part, whatever it does."""
+    if shutil.which(part.command[0]) is None:
+        return Outcome(part.name, "skipped", 0.0, f"{part.command[0]} is not there")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT / p) for p in (".", "kernels", "parallel", "tests")]
+            + [p for p in (os.environ.get("PYTHONPATH"),) if p]
+        ),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    environment["CUDA_VISIBLE_DEVICES"] = "" if dry else os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    environment.pop("TRITON_INTERPRET", None)
+    if part.interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    begin = time.monotonic()
+    with log.open("a", encoding="utf-8") as file:
+        print(f"\n=== {part.name}: {' '.join(part.command)}", file=file, flush=True)
+        process = subprocess.Popen(
+            part.command,
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(min(part.seconds, seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            spent = time.monotonic() - begin
+            return Outcome(part.name, "timed out", spent, "what it had written stays")
+    spent = time.monotonic() - begin
+    if code:
+        return Outcome(part.name, "failed", spent, f"exit status {code}; see {log.name}")
+    return Outcome(part.name, "ok", spent)
+
+
+def main(
+    out: Annotated[Path, tyro.conf.Positional], minutes: float = 9.0, dry_run: bool = False
+) -> None:
+    """Run the suite. Exits 1 if a part failed or timed out.
+
+    Args:
+        out: a folder for results; must be empty, or not there yet.
+        minutes: for everything.
+        dry_run: every part with tiny sizes on the CPU, Triton interpreted where it must run.
+    """
+    if out.exists() and any(out.iterdir()):
+        sys.exit(f"error: {out} is not empty; name a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    out = out.resolve()
+    log, summary = out / "suite.log", out / "suite.json"
+    end = time.monotonic() + 60 * minutes
+    outcomes = []
+    for part in rehearsal(out) if dry_run else parts(out):
+        left = end - time.monotonic()
+        if left < LEAST_SECONDS:
+            outcome = Outcome(part.name, "skipped", 0.0, "no time was left")
+        else:
+            outcome = run(part, left, log, dry_run)
+        outcomes.append(outcome)
+        print(
+            f"{outcome.name}: {outcome.status}, {outcome.seconds:.0f} s {outcome.why}", flush=True
+        )
+        text = json.dumps({"dry_run": dry_run, "parts": [asdict(o) for o in outcomes]}, indent=1)
+        summary.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
+        summary.with_suffix(".tmp").replace(summary)
+    sys.exit(any(o.status in ("failed", "timed out") for o in outcomes))
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -1,0 +1,20 @@
+"""log p(y) from hidden states, forward and backward: everybody side by side.
+
+    python -m benchmarks.logprob [--heads qwen3-8b --tokens 1024 8192] [--out results.jsonl]
+
+Peers that compute a cross-entropy are peers here: its mean is that of -log p(y). See
+benchmarks/README.md for how to read the table.
+"""
+
+import tyro
+
+from .microbenchmark import Settings, run
+
+
+def main(settings: Settings) -> None:
+    """Run it."""
+    run("logprob", ("logprob",), settings)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,210 @@
+"""Everybody who computes these losses, each behind one adapter: ``Problem`` -> the mean loss.
+
+A contender that cannot run here says why, by name; see ``Contender.missing``. The floor is no
+contender: it is the matrix products that none can do without.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdpo_kernels import linear_forward_kl, linear_jsd, linear_logprob, linear_reverse_kl
+
+from .problems import DEFINITIONS, Kind, Problem
+
+Loss = Callable[[Problem], Tensor]
+DIVERGENCES: tuple[Kind, ...] = ("reverse_kl", "forward_kl", "jsd")
+BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
+"""As Liger, TRL and verl number the divergences; jsd is GKD's at beta = 0.5."""
+OURS = "sdpo"
+"""How the names of our own paths begin."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation of some of the losses."""
+
+    name: str
+    kinds: tuple[Kind, ...]
+    make: Callable[[Kind], Loss]
+    """The adapter; imports what it needs."""
+    package: str | None = None
+    """What must be importable."""
+    install: str = ""
+    """The package's name for pip."""
+    gpu: bool = False
+    """It has no CPU path."""
+
+    def missing(self, kind: Kind, device: torch.device) -> str | None:
+        """Why it cannot compute ``kind`` on ``device``; None: it can."""
+        if kind not in self.kinds:
+            return f"has no {kind}"
+        if self.gpu and device.type != "cuda":
+            return "needs a GPU"
+        if self.package is not None and find_spec(self.package.partition(".")[0]) is None:
+            return f"is not installed: pip install {self.install}"
+        return None
+
+
+OUR_FUNCTIONS = {
+    "reverse_kl": linear_reverse_kl,
+    "forward_kl": linear_forward_kl,
+    "jsd": linear_jsd,
+}
+
+
+def _ours(kind: Kind, path: str = "auto", known: bool = True) -> Loss:
+    """``known``: the weights are given up front, as in training; else any upstream gradient."""
+
+    def loss(x: Problem) -> Tensor:
+        n = x.hidden.shape[0]
+        weights = torch.full((n,), 1 / n, device=x.hidden.device) if known else None
+        options = dict(weights=weights, path=path)
+        if kind == "logprob":
+            out = linear_logprob(x.hidden, x.weight, x.targets, **options)
+            return -(out.logp.mean() if out.loss is None else out.loss)
+        out = OUR_FUNCTIONS[kind](x.hidden, x.weight, x.hindsight, **options)
+        return out.value.mean() if out.loss is None else out.loss
+
+    return loss
+
+
+def _plain(kind: Kind, *, upcast: bool) -> Loss:
+    """Full logits and autograd. ``upcast``: the operands are cast to float32, not the logits."""
+
+    def log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = hidden.float() @ weight.float().T if upcast else (hidden @ weight.T).float()
+        return logits.log_softmax(-1)
+
+    def loss(x: Problem) -> Tensor:
+        logp = log_softmax(x.hidden, x.weight)
+        if kind == "logprob":
+            return F.nll_loss(logp, x.targets)
+        with torch.no_grad():
+            logq = log_softmax(x.hindsight, x.weight)
+        if kind == "jsd":
+            return DEFINITIONS[kind](logp, logq, x.targets).mean()
+        p, q = (logp, logq) if kind == "reverse_kl" else (logq, logp)
+        return (p.exp() * (p - q)).sum(-1).mean()
+
+    return loss
+
+
+def _compiled(kind: Kind) -> Loss:
+    return torch.compile(_plain(kind, upcast=False))
+
+
+def _liger_fused(kind: Kind) -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    module = LigerFusedLinearJSD(jsd_beta=BETA[kind])
+    return lambda x: module(x.hidden, x.weight, x.hindsight, x.weight.detach())
+
+
+def _liger_chunked(kind: Kind) -> Loss:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    # without a compiler it is the same computation, operator by operator
+    module = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0,
+        weight_soft_loss=1.0,
+        beta=BETA[kind],
+        compiled=torch.cuda.is_available(),
+    )
+    return lambda x: module(x.hidden, x.weight, x.hindsight, x.weight.detach(), x.targets)
+
+
+def _liger_cross_entropy(_: Kind) -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    module = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
+    return lambda x: module(x.weight, x.hidden, x.targets)
+
+
+def _fla(_: Kind) -> Loss:
+    function = importlib.import_module("fla.modules.fused_kl_div").fused_kl_div_loss
+    return lambda x: function(x.hidden, x.hindsight, x.weight, x.weight.detach())
+
+
+def _trl(kind: Kind) -> Loss:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    def loss(x: Problem) -> Tensor:
+        heads = x.hidden, x.weight, None, x.hindsight, x.weight.detach(), None
+        value, _ = ChunkedDivergenceFunction.apply(*heads, BETA[kind])
+        return value.mean()
+
+    return loss
+
+
+def _trl_logprob(_: Kind) -> Loss:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    def loss(x: Problem) -> Tensor:
+        found = ChunkedLogProbFunction.apply(x.hidden, x.weight, None, x.targets, 1.0, 32_768)
+        return -found[0].mean()
+
+    return loss
+
+
+def _cce(_: Kind) -> Loss:
+    function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    return lambda x: function(x.hidden, x.weight, x.targets)
+
+
+def _quack(_: Kind) -> Loss:
+    function = importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    return lambda x: function(x.hidden, x.weight, x.targets)
+
+
+def _torch_chunked(_: Kind) -> Loss:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda x: F.linear_cross_entropy(x.hidden, x.weight, x.targets, options=options)
+
+
+ALL: tuple[Kind, ...] = (*DIVERGENCES, "logprob")
+LIGER = dict(package="liger_kernel", install="liger-kernel")
+CONTENDERS = (
+    Contender(OURS, ALL, _ours),
+    Contender("sdpo, any upstream", ALL, functools.partial(_ours, known=False)),
+    Contender("sdpo torch", ALL, functools.partial(_ours, path="torch")),
+    Contender("sdpo triton", ALL, functools.partial(_ours, path="triton"), "triton", gpu=True),
+    Contender(
+        "sdpo fused", ("logprob",), functools.partial(_ours, path="fused"), "triton", gpu=True
+    ),
+    Contender("torch", ALL, functools.partial(_plain, upcast=False)),
+    Contender("torch, float32 operands", ALL, functools.partial(_plain, upcast=True)),
+    Contender("torch.compile", ALL, _compiled),
+    Contender("Liger fused JSD", DIVERGENCES, _liger_fused, **LIGER, gpu=True),
+    Contender("Liger chunked JSD", DIVERGENCES, _liger_chunked, **LIGER),
+    Contender("Liger cross-entropy", ("logprob",), _liger_cross_entropy, **LIGER, gpu=True),
+    Contender("fla fused KL", ("forward_kl",), _fla, "fla", "flash-linear-attention", gpu=True),
+    Contender("TRL chunked divergence", DIVERGENCES, _trl, "trl", "trl"),
+    Contender("TRL chunked logprob", ("logprob",), _trl_logprob, "trl", "trl"),
+    Contender("Apple CCE", ("logprob",), _cce, "cut_cross_entropy", "cut-cross-entropy", gpu=True),
+    Contender("QuACK", ("logprob",), _quack, "quack", "quack-kernels", gpu=True),
+    Contender("torch linear_cross_entropy", ("logprob",), _torch_chunked),
+)
+
+
+def floor(kind: Kind, x: Problem) -> Callable[[], None]:
+    """The bare products in the inputs' dtype: both logits (log p(y): one), dH and dW; their outputs
+    are there before."""
+    h, w, g = x.hidden.detach(), x.weight.detach(), x.hindsight
+    z_NV = h.new_empty((h.shape[0], w.shape[0]))
+    dh_ND, dw_VD = torch.empty_like(h), torch.empty_like(w)
+
+    def products() -> None:
+        if kind != "logprob":
+            torch.mm(g, w.T, out=z_NV)
+        torch.mm(h, w.T, out=z_NV)
+        torch.mm(z_NV, w, out=dh_ND)
+        torch.mm(z_NV.T, h, out=dw_VD)
+
+    return products

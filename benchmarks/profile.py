@@ -1,0 +1,116 @@
+"""Where the time of one reverse KL goes, kernel by kernel.
+
+    python -m benchmarks.profile [--head qwen3-8b --tokens 8192] [--out results.jsonl]
+
+By torch's profiler: calls, device time and its share. On a CPU operators stand where kernels would.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from sdpo_kernels import linear_logprob, linear_reverse_kl
+
+from .measure import machine
+from .problems import head, problem
+from .report import append
+
+LINES = 14
+"""Kernels of a table; the rest of the time is one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is profiled."""
+
+    head: str = "qwen3-8b"
+    """A name in ``problems.HEADS``, or VxD."""
+    tokens: int = 8192
+    dtype: str = "bfloat16"
+    out: Path | None = None
+    """JSON lines are appended to this file."""
+    once: bool = False
+    """Run each call once after its warm-up and measure nothing: for another profiler, as in
+    `ncu python -m benchmarks.profile --once`."""
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run(settings: Settings) -> list[dict[str, Any]]:
+    """Measure, print and write; the rows."""
+    device = torch.device(settings.device)
+    v, d = head(settings.head)
+    n = settings.tokens
+    x = problem(n, v, d, 0.1, getattr(torch, settings.dtype), device)
+    weights = torch.full((n,), 1 / n, device=device)
+
+    def reverse_kl() -> None:
+        x.forget()
+        out = linear_reverse_kl(x.hidden, x.weight, x.hindsight, weights=weights)
+        assert out.loss is not None
+        out.loss.backward()
+
+    def score() -> None:
+        with torch.no_grad():
+            linear_logprob(x.hidden, x.weight, x.targets)
+
+    console = Console(width=150)
+    about = machine(device)
+    rows = []
+    for name, call in (("reverse KL, both ways", reverse_kl), ("log p(y), no gradient", score)):
+        call()
+        if settings.once:
+            call()
+            continue
+        found = _profile(call, device)
+        at = dict(benchmark="profile", kind=name, head=settings.head, tokens=n, vocabulary=v)
+        at |= dict(hidden=d, dtype=settings.dtype, machine=about, verdict="right")
+        rows += [at | row for row in found]
+        console.print(_table(name, found))
+    if settings.out is not None:
+        append(settings.out, rows)
+    return rows
+
+
+def _profile(call, device: torch.device) -> list[dict[str, Any]]:
+    """Self time of each kernel, or on a CPU of each operator; the longest first."""
+    gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as p:
+        call()
+        if gpu:
+            torch.cuda.synchronize()
+    rows = []
+    for event in p.key_averages():
+        microseconds = event.self_device_time_total if gpu else event.self_cpu_time_total
+        if microseconds:
+            kernel = dict(contender=event.key, calls=event.count)
+            rows.append(kernel | dict(kernel_seconds=microseconds / 1e6))
+    return sorted(rows, key=lambda r: -r["kernel_seconds"])
+
+
+def _table(name: str, rows: list[dict[str, Any]]) -> Table:
+    total = sum(r["kernel_seconds"] for r in rows)
+    grid = Table(title=f"{name}: {1e3 * total:.2f} ms", title_justify="left")
+    for column in ("", "calls", "ms", "share, %"):
+        grid.add_column(column, justify="right" if column else "left", overflow="fold")
+    for row in rows[:LINES]:
+        seconds = row["kernel_seconds"]
+        cells = (str(row["calls"]), f"{1e3 * seconds:.3f}", f"{100 * seconds / total:.1f}")
+        grid.add_row(row["contender"][:90], *cells)
+    rest = sum(r["kernel_seconds"] for r in rows[LINES:])
+    grid.add_row("all others", "", f"{1e3 * rest:.3f}", f"{100 * rest / total:.1f}")
+    return grid
+
+
+def main(settings: Settings) -> None:
+    """Run it."""
+    run(settings)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,72 @@
+"""All contenders of the whole step compute one loss, and its table says what it must."""
+
+import pytest
+import torch
+
+from benchmarks import step
+from benchmarks.report import read
+from benchmarks.step import LIMIT, Settings, build, check, interactions, model_flops
+from benchmarks.step_contenders import contenders, padded
+
+TINY = Settings(
+    models=("check",),
+    interactions=3,
+    prompt=12,
+    micro_batch_tokens=128,
+    seconds=0.001,
+    device="cpu",
+).resolved()
+
+
+@pytest.mark.parametrize("objective", ["sampled_token", "reverse_kl"])
+def test_every_contender_has_the_gradients_of_full_logits_in_float64(objective):
+    found = check(Settings(objective=objective, device="cpu").resolved())
+    assert len(found) == 4
+    for name, error in found.items():
+        assert max(error.values()) <= LIMIT, (name, error)
+
+
+def test_another_objective_or_forgotten_tokens_are_noticed():
+    to = interactions(TINY, 512), TINY.micro_batch_tokens, "cpu"
+    model = build("check", TINY, torch.float32)
+    chosen = {c.name: c for c in contenders("reverse_kl")}["sdpo"]
+    true = step._gradients(model, chosen.loss, chosen.batches(*to))
+    mutants = [
+        step._gradients(model, contenders("sampled_token")[0].loss, chosen.batches(*to)),
+        step._gradients(
+            model,
+            step.full_logits("reverse_kl"),
+            [x._replace(counted_BR=torch.ones_like(x.counted_BR)) for x in padded(*to)],
+        ),
+    ]
+    for loss, gradient in mutants:
+        assert step.relative_error(loss, true[0]) > LIMIT
+        assert step.relative_error(gradient, true[1]) > LIMIT
+
+
+def test_a_run_measures_everyone_on_the_same_tokens(tmp_path, capsys):
+    out = tmp_path / "step.jsonl"
+    rows = step.run(Settings(**{**vars(TINY), "out": out}))
+    assert read(out) == rows
+    timed = [r for r in rows if "seconds" in r]
+    assert [r["verdict"] for r in timed] == ["right"] * 4
+    assert len({r["tokens"] for r in timed}) == 1 and len({r["flops"] for r in timed}) == 1
+    absent = [r for r in rows if "note" in r]
+    assert len(absent) == 4 and all("needs a GPU" in r["note"] for r in absent)
+    assert "sdpo, not packed" in capsys.readouterr().out
+
+
+def test_flops_are_those_of_the_products():
+    model = build("check", TINY, torch.float32)
+    (item,) = interactions(TINY, 512)[:1]
+    linear = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    n, width = len(item.response), 2 * 4 * 16
+    tokens = len(item.policy) + n, len(item.hindsight) + n
+    expected = 6 * linear * tokens[0] + 2 * linear * tokens[1] + 8 * 512 * 64 * n
+    expected += 6 * width * tokens[0] ** 2 + 2 * width * tokens[1] ** 2
+    assert model_flops(model, [item]) == pytest.approx(expected, rel=0.02)  # norms' weights
+
+
+def test_an_unknown_model_is_named():
+    with pytest.raises(ValueError, match="--models: 'qwen9' is none of tiny"):
+        step.run(Settings(models=("qwen9",), device="cpu"))
