@@ -63,7 +63,7 @@ def parts(out: Path) -> list[Part]:
         _part("step, 0.6B", 60, out, "step", "2")("--models", "qwen3-0.6b"),
         _part("logprob", 60, out, "logprob", "0.5")(*bf16, *shape),
         _part("tuning", 80, out, "tuning", "0.2")(),
-        _part("profile", 40, out, "profile")(),
+        _part("profile", 40, out, "profiling")(),
         _part("step, 4B", 70, out, "step", "1")("--models", "qwen3-4b", "--checkpointing"),
         Part("ncu", 60, _ncu()),
         _part("torch.compile", 60, out, "divergence", "0.4")(
@@ -90,7 +90,7 @@ def rehearsal(out: Path) -> list[Part]:
         _part("step", 120, out, "step", "0.01")(*step),
         _part("logprob", 300, out, "logprob", "0.01")(*tiny),
         replace(tuning, interpret=True),
-        _part("profile", 120, out, "profile")(*small),
+        _part("profile", 120, out, "profiling")(*small),
         Part("ncu", 60, _ncu()),
     ]
 
@@ -134,7 +134,7 @@ def _ncu() -> tuple[str, ...]:
     return (
         *("ncu", "--clock-control", "none", "--csv", "--kernel-name", kernels),
         *("--launch-count", "6", "--metrics", ",".join(metrics)),
-        *(sys.executable, "-m", "benchmarks.profile", "--once"),
+        *(sys.executable, "-m", "benchmarks.profiling", "--once"),
     )
 
 

@@ -27,6 +27,8 @@ from sdpo.hindsight import Encoded
 from sdpo.transformers_engine import choose_attention
 
 from .measure import Spread, interleaved, machine, matmul_rate, peak_bytes, relative_error
+from .models import QWEN3, TINY
+from .prediction import GPUS
 from .report import MIB, append, milliseconds
 from .step_contenders import (
     IGNORE_FIRST,
@@ -38,28 +40,11 @@ from .step_contenders import (
     padded,
 )
 
-GPU_PEAK = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12}
-"""Dense bfloat16 flop/s of the vendor's datasheets, which MFU refers to."""
 LIMIT = 1e-4
 """Relative error of loss and gradients in float32 beyond which a contender is wrong."""
 
 
-def _qwen3(hidden: int, inter: int, layers: int, heads: int, kv: int, tied: bool, **other) -> dict:
-    common = dict(vocab_size=151_936, head_dim=128, max_position_embeddings=40_960)
-    sizes = dict(hidden_size=hidden, intermediate_size=inter, num_hidden_layers=layers)
-    heads_ = dict(num_attention_heads=heads, num_key_value_heads=kv)
-    return common | sizes | heads_ | dict(tie_word_embeddings=tied) | other
-
-
-MODELS = {
-    "tiny": _qwen3(256, 768, 4, 4, 2, False, vocab_size=32_000, head_dim=64),
-    "check": _qwen3(64, 128, 2, 4, 2, False, vocab_size=512, head_dim=16),
-    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, True),
-    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, 8, True),
-    "qwen3-4b": _qwen3(2560, 9728, 36, 32, 8, True),
-    "qwen3-8b": _qwen3(4096, 12_288, 36, 32, 8, False),
-}
-"""Shapes as the models' config.json have them; weights are random."""
+MODELS = QWEN3 | TINY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +52,7 @@ class Settings:
     """The steps that are timed."""
 
     models: tuple[str, ...] = ()
-    """Names in ``MODELS``. Default: tiny on a CPU, qwen3-0.6b on a GPU."""
+    """Names in ``models.py``. Default: tiny on a CPU, qwen3-0.6b on a GPU."""
     objective: ObjectiveName = "sampled_token"
     interactions: int = 0
     """Of a step. Default: 8 on a CPU, 32 on a GPU."""
@@ -228,7 +213,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     dtype = getattr(torch, settings.weights)
     about = machine(device)
     name = about["device"]
-    peak = next((flops for part, flops in GPU_PEAK.items() if part in name), None)
+    peak = next((gpu.peak for gpu in GPUS.values() if gpu.name in name), None)
     rate = matmul_rate(device, dtype)
     console.print(
         f"{name}: {rate / 1e12:.3g} Tflop/s in a large {settings.weights} product"

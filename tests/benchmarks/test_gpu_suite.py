@@ -82,5 +82,5 @@ def test_the_rehearsal_passes(tmp_path):
     assert {p["status"] for p in told} <= {"ok", "skipped"}
     assert [p["name"] for p in told if p["status"] == "skipped"] in ([], ["ncu"])
     files = sorted(os.listdir(tmp_path / "out"))
-    benchmarks = ["divergence", "logprob", "profile", "step", "tuning"]
+    benchmarks = ["divergence", "logprob", "profiling", "step", "tuning"]
     assert files == sorted([*(f"{b}.jsonl" for b in benchmarks), "suite.json", "suite.log"])

@@ -68,5 +68,5 @@ def test_flops_are_those_of_the_products():
 
 
 def test_an_unknown_model_is_named():
-    with pytest.raises(ValueError, match="--models: 'qwen9' is none of tiny"):
+    with pytest.raises(ValueError, match="--models: 'qwen9' is none of qwen3-0.6b"):
         step.run(Settings(models=("qwen9",), device="cpu"))

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import runs
 import tiny
+from benchmarks.collectives import Collective
 
 WORKER = str(Path(__file__).with_name("comm_worker.py"))
 
@@ -25,7 +26,8 @@ def collectives(model: str, data: str, *, tensor: int = 1) -> dict:
     argv = [sys.executable, *launch, WORKER, model, data, str(tensor)]
     result = subprocess.run(argv, env=runs.ENV, capture_output=True, text=True)
     assert result.returncode == 0, runs.cause(result.stderr)
-    return json.loads(result.stdout.splitlines()[-1])
+    found = json.loads(result.stdout.splitlines()[-1])
+    return found | {"seen": [Collective(*c) for c in found["seen"]]}
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3-tied"])
@@ -35,7 +37,7 @@ def test_the_head_is_gathered_once_per_step(kind, models, data):
     model = models(kind)
     vocabulary, width = AutoModelForCausalLM.from_pretrained(model).lm_head.weight.shape
     counted = collectives(model, data)
-    gathers = [n for op, n in counted["seen"] if "allgather" in op or "all_gather" in op]
+    gathers = [c.bytes // 4 for c in counted["seen"] if c.operator == "all-gather"]
     assert counted["micro_batches"] > 2
     head = vocabulary * width + width
     assert gathers.count(head) == 1, sorted(gathers)
@@ -63,6 +65,9 @@ def test_bytes_under_tensor_parallelism_do_not_depend_on_the_vocabulary(models, 
         assert torch.isfinite(p).all()
     model.save_pretrained(large)
     a, b = (collectives(str(m), data, tensor=2)["seen"] for m in (small, large))
-    sent = [sum(n for _, n in seen) for seen in (a, b)]
     # more chunks of the same bytes: the same numbers of every token, in more messages
-    assert sent[0] > 0 and abs(sent[1] - sent[0]) <= 0.001 * sent[0], sent
+    for kernels in (True, False):
+        sent = [sum(c.bytes for c in seen if c.kernels == kernels) for seen in (a, b)]
+        assert sent[0] > 0 and abs(sent[1] - sent[0]) <= 0.001 * sent[0], sent
+    messages = [sum(c.kernels for c in seen) for seen in (a, b)]
+    assert messages[1] > messages[0] > 0, "the larger head takes more chunks"

@@ -1,6 +1,6 @@
 """Where the time of one reverse KL goes, kernel by kernel.
 
-    python -m benchmarks.profile [--head qwen3-8b --tokens 8192] [--out results.jsonl]
+    python -m benchmarks.profiling [--head qwen3-8b --tokens 8192] [--out results.jsonl]
 
 By torch's profiler: calls, device time and its share. On a CPU operators stand where kernels would.
 """
@@ -37,7 +37,7 @@ class Settings:
     """JSON lines are appended to this file."""
     once: bool = False
     """Run each call once after its warm-up and measure nothing: for another profiler, as in
-    `ncu python -m benchmarks.profile --once`."""
+    `ncu python -m benchmarks.profiling --once`."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
 
 

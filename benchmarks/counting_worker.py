@@ -1,0 +1,139 @@
+"""Run under torchrun on gloo: bytes of every collective of a tiny Qwen3's step; timed all-gathers.
+
+argv: JSON of ``counting.Job``'s fields. The last line of rank 0's stdout is JSON: ``sent``, one
+[axis, operator, bytes that a rank sends, collectives] for each axis and operator, and ``gathers``,
+[bytes that a rank sends, seconds] for each size.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from transformers import Qwen3Config
+
+from sdpo.batching import Batch, Cursor, collate
+from sdpo.hindsight import Encoded
+from sdpo.objective import ReverseKL
+from sdpo.step import two_pass_loss
+from sdpo.trainer import RunState
+from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
+from sdpo_parallel.titan import TitanEngine
+
+from .collectives import Collectives
+from .traffic import ring
+
+GATHER_BYTES = tuple(2**k for k in range(12, 25, 2))
+"""Sent by a rank in the timed all-gathers."""
+
+
+def engine_of(job: dict[str, Any]) -> TitanEngine:
+    """Weights as torchtitan initialises them: bytes do not depend on them."""
+    folder = Path(tempfile.mkdtemp())
+    Qwen3Config(**job["sizes"]).save_pretrained(folder)
+    save_file({"none": torch.zeros(1)}, folder / "model.safetensors")  # what an engine looks for
+    return TitanEngine(
+        str(folder),
+        run_folder=tempfile.mkdtemp(),
+        total_steps=2,
+        max_tokens=job["hindsight"] + job["response"],
+        state=RunState(Cursor(1, 0), ""),
+        optimizer=OptimizerConfig(),
+        parallel=ParallelConfig(**job["parallel"]),
+        checkpoint=CheckpointConfig(),
+    )
+
+
+def batch_of(job: dict[str, Any], row_multiple: int) -> Batch:
+    """A micro-batch of equal interactions, of token ids that mean nothing."""
+    parts = {name: tuple(range(job[name])) for name in ("prompt", "hindsight", "response")}
+    item = Encoded(
+        id="x",
+        policy=parts["prompt"],
+        hindsight=parts["hindsight"],
+        response=parts["response"],
+        old_logprobs=None,
+        ends=True,
+        truncated=(False, False, False),
+    )
+    width = job["hindsight"] + job["response"]
+    return collate([(item, 1.0)] * job["interactions"], width, row_multiple)
+
+
+def step(engine: TitanEngine, job: dict[str, Any], batch: Batch) -> None:
+    for m in range(job["micro_batches"]):
+        with engine.context():
+            out = two_pass_loss(engine.policy, batch, ReverseKL(chunk_bytes=job["chunk_bytes"]))
+            engine.backward(out.loss, last=m == job["micro_batches"] - 1)
+    engine.clip_gradients()
+    engine.update(0)
+
+
+def axis_of(engine: TitanEngine, ranks: tuple[int, ...], dimensions: int, nested: bool) -> str:
+    """The mesh's axis that a collective belongs to. A group may serve two: FSDP2's buffers are
+    flat, activations are not."""
+
+    def is_group(name: str) -> bool:
+        mesh = engine.dims.get_optional_mesh(name)
+        return mesh is not None and ranks == tuple(mesh.mesh.flatten().tolist())
+
+    if nested:
+        return "head"
+    if is_group("tp"):
+        return "tensor"
+    if is_group("dp_replicate"):
+        return "replicas"
+    return "context" if dimensions > 1 and is_group("cp") else "shards"
+
+
+def counted(engine: TitanEngine, seen: list[tuple]) -> list[list[Any]]:
+    """[axis, operator, bytes that a rank sends, collectives]"""
+    total: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
+    for operator, ranks, size, dimensions, nested in seen:
+        sums = total[axis_of(engine, ranks, dimensions, nested), operator]
+        sums[0] += ring(operator, size, len(ranks))
+        sums[1] += 1
+    return [[*key, *sums] for key, sums in total.items()]
+
+
+def gathers(rounds: int = 7) -> list[tuple[float, float]]:
+    """(bytes that a rank sends, median seconds) of all-gathers over all ranks."""
+    ranks, found = dist.get_world_size(), []
+    for sent in GATHER_BYTES:
+        part = torch.zeros(sent // (ranks - 1) // 4)
+        whole = torch.empty(ranks * part.numel())
+        seconds = []
+        for _ in range(rounds + 1):
+            dist.barrier()
+            begin = time.perf_counter()
+            dist.all_gather_into_tensor(whole, part)
+            seconds.append(time.perf_counter() - begin)
+        found.append((4 * part.numel() * (ranks - 1), median(seconds[1:])))
+    return found
+
+
+def main(job: dict[str, Any]) -> None:
+    """Count the second step: the first sets up what later ones reuse."""
+    engine = engine_of(job)
+    batch = batch_of(job, engine.row_multiple)
+    assert batch.policy.tokens_BT.numel() == job["interactions"] * (job["prompt"] + job["response"])
+    step(engine, job, batch)
+    collectives = Collectives()
+    with collectives:
+        step(engine, job, batch)
+    collectives.restore()
+    found = {"sent": counted(engine, collectives.seen), "gathers": gathers()}
+    if engine.is_main:
+        print(json.dumps(found))
+    engine.close()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,203 @@
+"""From bytes and flops to the seconds of a step, by stated links and a GPU's datasheet."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from sdpo_parallel.config import Live, LoraConfig, ParallelConfig
+from sdpo_parallel.memory import Load, ModelShape, estimate
+
+from .fits import Fit, objective_terms
+from .traffic import Axis, Interactions, Sent, Work, degrees, model_flops, traffic, work_of
+
+OVERLAPPED = ("shards", "replicas")
+GIB = 2**30
+DEGREES = (1, 2, 4, 8)
+COPIES = (8, 64)
+"""GPUs of one copy of the model, in the layouts with several."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """Between GPUs; bytes and seconds, one direction."""
+
+    nvlink: float = 450e9
+    """Within a node, bytes/s of a GPU (H100, H200: half of 900 GB/s)."""
+    infiniband: float = 50e9
+    """Between nodes, bytes/s of a GPU's own adapter (400 Gbit/s)."""
+    achieved: float = 0.8
+    """Share of both that collectives reach."""
+    node: int = 8
+    """GPUs of a node."""
+    launch: float = 10e-6
+    """Of a collective, whatever its ranks."""
+    nvlink_hop: float = 1e-6
+    """For each step of a ring within nodes."""
+    infiniband_hop: float = 5e-6
+    """For each step of a ring between nodes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPU:
+    """One of a kind."""
+
+    name: str
+    memory_gib: float
+    peak: float
+    """Dense bfloat16 flop/s of the datasheet."""
+    efficiency: float = 0.40
+    """Model flops that are done, over ``peak``."""
+    source: str = "no GPU has been measured: efficiency 0.40 is an assumption"
+    """Of the efficiency."""
+    head: Fit | None = None
+    """Seconds of the objective over N, V, D, where this was measured on a GPU."""
+
+
+GPUS = {
+    "a100": GPU(name="A100", memory_gib=80, peak=312e12),
+    "h100": GPU(name="H100", memory_gib=80, peak=989e12),
+    "h200": GPU(name="H200", memory_gib=140, peak=989e12),
+    "b200": GPU(name="B200", memory_gib=180, peak=2250e12),
+}
+
+
+class Route(NamedTuple):
+    """Of a group's ring: steps and share of each rank's bytes by link."""
+
+    nvlink_steps: int
+    infiniband_steps: int
+    infiniband_share: float
+
+
+def route(axis: Axis, parallel: ParallelConfig, ranks: int, node: int) -> Route:
+    """Tensor ranks are neighbours, then context ranks, shards, replicas. A group with g ranks in
+    each node runs g rings, and each leaves the node through another GPU's adapter."""
+    t = parallel.tensor
+    size = degrees(parallel, ranks)[axis]
+    stride = {"context": t, "shards": t, "replicas": ranks // parallel.replicate}.get(axis, 1)
+    inside = max(1, min(size, node // stride))
+    nodes = -(-size // inside)
+    return Route(size - nodes, nodes - 1, 1 / inside if nodes > 1 else 0.0)
+
+
+class Cost(NamedTuple):
+    """Of collectives."""
+
+    seconds: float
+    nvlink: float
+    """Bytes that a rank sends over it."""
+    infiniband: float
+
+
+def cost(sent: Sent, parallel: ParallelConfig, ranks: int, links: Links) -> Cost:
+    """Latency of each collective's ring, and bytes over the slower of its links."""
+    way = route(sent.axis, parallel, ranks, links.node)
+    far = sent.bytes * way.infiniband_share
+    near = sent.bytes - far
+    hops = way.nvlink_steps * links.nvlink_hop + way.infiniband_steps * links.infiniband_hop
+    latency = links.launch + hops * (2 if sent.operator == "all-reduce" else 1)
+    moving = max(near / links.nvlink, far / links.infiniband) / links.achieved
+    return Cost(sent.collectives * latency + moving, near, far)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one layout: seconds of a step, bytes of a rank."""
+
+    ranks: int
+    parallel: ParallelConfig
+    seconds: float
+    compute: float
+    overlapped: float
+    """FSDP2's gathers and reductions, as if they ran alone."""
+    exposed: float
+    """Tensor and context ranks', which compute waits for."""
+    memory: int
+    nvlink: float
+    infiniband: float
+    tokens_per_second: float
+    """Of both passes, per GPU."""
+
+    @property
+    def apart(self) -> float:
+        """Seconds if nothing overlapped: the other bound."""
+        return self.compute + self.overlapped + self.exposed
+
+    @property
+    def layout(self) -> str:
+        """For people."""
+        p = self.parallel
+        sizes = {
+            "replicate": p.replicate,
+            "shard": p.shards(self.ranks),
+            "context": p.context,
+            "tensor": p.tensor,
+        }
+        return " x ".join(f"{name} {n}" for name, n in sizes.items() if n > 1)
+
+
+def predict(
+    shape: ModelShape,
+    each: Interactions,
+    parallel: ParallelConfig,
+    ranks: int,
+    gpu: GPU,
+    links: Links,
+) -> Prediction:
+    """Raises:
+    ValueError: the layout does not fit the number of ranks or the model.
+    """
+    work = work_of(each, parallel, ranks)
+    memory = estimate(
+        shape,
+        parallel,
+        LoraConfig(),
+        Live(),
+        ranks=ranks,
+        load=Load(
+            tokens=math.ceil(work.policy_slots),
+            response_tokens=math.ceil(work.responses),
+            row_tokens=min(8192, math.ceil(work.policy_slots)),
+            max_tokens=max(each.lengths),
+            chunk_bytes=work.chunk_bytes,
+        ),
+    )["total"]
+    compute = compute_seconds(shape, each, work, parallel, gpu)
+    hidden = exposed = nvlink = infiniband = 0.0
+    for sent in traffic(shape, work, parallel, ranks):
+        c = cost(sent, parallel, ranks, links)
+        nvlink, infiniband = nvlink + c.nvlink, infiniband + c.infiniband
+        if sent.axis in OVERLAPPED:
+            hidden += c.seconds
+        else:
+            exposed += c.seconds
+    seconds = max(compute, hidden) + exposed
+    rate = each.of_step(ranks) * sum(each.lengths) / ranks / seconds
+    return Prediction(
+        ranks, parallel, seconds, compute, hidden, exposed, memory, nvlink, infiniband, rate
+    )
+
+
+def compute_seconds(
+    shape: ModelShape, each: Interactions, work: Work, parallel: ParallelConfig, gpu: GPU
+) -> float:
+    """Of one rank's layers and head, in a step."""
+    n = work.micro_batches * work.responses / each.response
+    split, rate = parallel.tensor * parallel.context, gpu.peak * gpu.efficiency
+    layers, head = (n * flops / split / rate for flops in model_flops(shape, each))
+    if gpu.head is not None:
+        sizes = work.responses / parallel.context, shape.vocabulary / parallel.tensor, shape.hidden
+        head = work.micro_batches * gpu.head.at(objective_terms(*sizes))
+    return layers + head
+
+
+def layouts(ranks: int, checkpoint: Literal["none", "selective", "full"]) -> list[ParallelConfig]:
+    """Tensor and context ranks within a node of 8; one copy of the model on all GPUs, 8 or 64."""
+    found = []
+    for copy in (ranks, *(c for c in COPIES if c < ranks and ranks % c == 0)):
+        for t in DEGREES:
+            for c in DEGREES:
+                if t * c <= DEGREES[-1] and copy % (t * c) == 0:
+                    at = dict(replicate=ranks // copy, tensor=t, context=c)
+                    found.append(ParallelConfig(**at, activation_checkpoint=checkpoint))
+    return found

@@ -1,0 +1,216 @@
+"""What one rank computes and sends in a step, reckoned from sizes alone.
+
+Bytes are by the ring convention: a collective over R ranks whose whole tensor has S bytes makes
+each rank send S (R - 1) / R; an all-reduce, twice that. counting.py holds them against real ranks.
+
+N response tokens, V vocabulary, D hidden size, T slots of a pass, R ranks, M micro-batches.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from sdpo_kernels import tuning
+from sdpo_parallel.config import ParallelConfig
+from sdpo_parallel.memory import MASTER, ModelShape
+
+Operator = Literal["all-gather", "reduce-scatter", "all-reduce"]
+Axis = Literal["shards", "replicas", "tensor", "context", "head"]
+"""Whose ranks a collective is over; ``head``: the kernels' over the tensor ranks."""
+
+
+def shape_of(c: Mapping[str, Any]) -> ModelShape:
+    """Of a Qwen3's config.json."""
+    return ModelShape(
+        hidden=c["hidden_size"],
+        layers=c["num_hidden_layers"],
+        heads=c["num_attention_heads"],
+        kv_heads=c["num_key_value_heads"],
+        head_dim=c["head_dim"],
+        intermediate=c["intermediate_size"],
+        vocabulary=c["vocab_size"],
+        tied=c["tie_word_embeddings"],
+        qk_norm=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interactions:
+    """What a step trains on; all alike."""
+
+    per_8_gpus: int = 128
+    """Of a step. 8 GPUs have as many whatever ``scaling``."""
+    scaling: Literal["weak", "strong"] = "weak"
+    """weak: the step grows with the GPUs; strong: it does not."""
+    prompt: int = 512
+    """Tokens before the response in the policy's pass."""
+    hindsight: int = 640
+    """Tokens before the response in the hindsight pass."""
+    response: int = 512
+    micro_batch_tokens: int = 16_384
+    """Slots of the hindsight pass that a rank computes at a time, before context parallelism."""
+
+    def of_step(self, ranks: int) -> int:
+        return round(self.per_8_gpus * (ranks / 8 if self.scaling == "weak" else 1))
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Of an interaction's policy pass and hindsight pass."""
+        return self.prompt + self.response, self.hindsight + self.response
+
+
+class Work(NamedTuple):
+    """What the busiest group of context x tensor ranks does in a step, by micro-batch."""
+
+    micro_batches: int
+    policy_slots: float
+    hindsight_slots: float
+    responses: float
+    """Response tokens, N."""
+    chunk_bytes: int
+
+
+def work_of(each: Interactions, parallel: ParallelConfig, ranks: int) -> Work:
+    """No slot is padding."""
+    groups = parallel.shards(ranks) * parallel.replicate
+    n = math.ceil(each.of_step(ranks) / groups)
+    policy, hindsight = each.lengths
+    m = math.ceil(n * hindsight / each.micro_batch_tokens)
+    sizes = (n * t / m for t in (policy, hindsight, each.response))
+    return Work(m, *sizes, chunk_bytes=tuning.CHUNK_BYTES["cuda"])
+
+
+def model_flops(shape: ModelShape, each: Interactions) -> tuple[float, float]:
+    """Of one interaction: layers and head. As ``benchmarks.step`` counts: two per weight and token
+    in a forward, four more in a backward, causal attention, and nothing that is computed again."""
+    body = shape.layers * shape.layer() + shape.hidden
+    layers = 0.0
+    for t, passes in zip(each.lengths, (3, 1), strict=True):
+        layers += passes * (2 * body * t + 2 * shape.layers * shape.q * t * t)
+    return layers, 8 * shape.head() * each.response
+
+
+def ring(operator: str, size: float, ranks: int) -> float:
+    """Bytes that each rank sends, where the whole tensor has ``size`` bytes."""
+    return size * (ranks - 1) / ranks * (2 if operator == "all-reduce" else 1)
+
+
+class Sent(NamedTuple):
+    """By one rank in a step, for one purpose."""
+
+    what: str
+    axis: Axis
+    operator: Operator
+    bytes: float
+    collectives: float
+
+
+class _Flow(NamedTuple):
+    """A purpose: bytes of the whole tensors of a step, added up, and their number."""
+
+    what: str
+    axis: Axis
+    operator: Operator
+    size: float
+    collectives: float
+
+
+def degrees(parallel: ParallelConfig, ranks: int) -> dict[Axis, int]:
+    """Ranks of each axis' groups. FSDP2 shards over the context ranks, too."""
+    return {
+        "shards": parallel.shards(ranks) * parallel.context,
+        "replicas": parallel.replicate,
+        "tensor": parallel.tensor,
+        "head": parallel.tensor,
+        "context": parallel.context,
+    }
+
+
+def traffic(
+    shape: ModelShape,
+    work: Work,
+    parallel: ParallelConfig,
+    ranks: int,
+    device_type: str = "cuda",
+) -> list[Sent]:
+    """What one rank sends in a step of reverse KL with a live teacher and no adapters."""
+    item = 4 if parallel.resolve_dtype(device_type) == "float32" else 2
+    sizes = degrees(parallel, ranks)
+    flows = [
+        *_weights(shape, work, parallel, item, sizes["shards"]),
+        *_tensor(shape, work, parallel, item),
+        *_head(shape, work, parallel),
+        *_context(shape, work, parallel, item),
+    ]
+    return [
+        Sent(what, axis, op, ring(op, size, sizes[axis]), number)
+        for what, axis, op, size, number in flows
+        if sizes[axis] > 1
+    ]
+
+
+def _weights(
+    shape: ModelShape, work: Work, parallel: ParallelConfig, item: int, shards: int
+) -> Iterator[_Flow]:
+    """FSDP2: layers and untied embeddings are gathered by each pass and by the backward; the head's
+    group once a step. All gradients are reduced once a micro-batch, in float32."""
+    m, t = work.micro_batches, parallel.tensor
+    edge = 0 if shape.tied else shape.head(t)
+    each, groups = shape.layers * shape.layer(t) + edge, shape.layers + (edge > 0)
+    for name in ("hindsight pass", "policy pass", "backward"):
+        yield _Flow(f"weights, {name}", "shards", "all-gather", m * item * each, m * groups)
+    last = item * (shape.head(t) + shape.hidden)
+    yield _Flow("weights, head", "shards", "all-gather", last, 1)
+    gradients = m * MASTER * shape.parameters(t)
+    yield _Flow("gradients", "shards", "reduce-scatter", gradients, m * (groups + 1))
+    yield _Flow("gradients", "replicas", "all-reduce", gradients / shards, m * (groups + 1))
+
+
+def _passes(parallel: ParallelConfig, work: Work) -> tuple[float, float]:
+    """Slots of a rank of both passes; and of what a checkpointed layer computes again."""
+    again = 0 if parallel.activation_checkpoint == "none" else work.policy_slots
+    return (work.hindsight_slots + work.policy_slots) / parallel.context, again / parallel.context
+
+
+def _tensor(shape: ModelShape, work: Work, parallel: ParallelConfig, item: int) -> Iterator[_Flow]:
+    """Activations enter attention and MLP whole and leave them as addends, 2 L times and once more
+    at the model's ends; a backward turns each around."""
+    m, layers = work.micro_batches, shape.layers
+    forward, again = _passes(parallel, work)
+    slots = (2 * layers + 1) * (forward + work.policy_slots / parallel.context)
+    number = m * ((2 * layers + 1) * 3 + 2 * layers * (again > 0))
+    size = m * item * shape.hidden * (slots + 2 * layers * again)
+    norms = layers * 2 * shape.head_dim * shape.qk_norm
+    if parallel.sequence_parallel:
+        yield _Flow("activations, gathered", "tensor", "all-gather", size, number)
+        yield _Flow("activations, added up", "tensor", "reduce-scatter", size, number)
+        norms += (2 * layers + 1) * shape.hidden
+    else:
+        yield _Flow("activations, added up", "tensor", "all-reduce", size, number)
+    several = layers * (2 * shape.qk_norm + 2 * parallel.sequence_parallel)
+    several += parallel.sequence_parallel
+    yield _Flow("norms' gradients", "tensor", "all-reduce", m * MASTER * norms, m * several)
+
+
+def _head(shape: ModelShape, work: Work, parallel: ParallelConfig) -> Iterator[_Flow]:
+    """The kernels': kernels/README.md, Tensor parallel."""
+    m, n, t = work.micro_batches, work.responses / parallel.context, parallel.tensor
+    rows = max(1, work.chunk_bytes // (2 * 4 * -(-shape.vocabulary // t)))
+    chunks = m * math.ceil(n / rows)
+    yield _Flow("logits' statistics", "head", "all-gather", m * 36 * n * t, chunks)
+    yield _Flow("values", "head", "all-reduce", m * 4 * n, m)
+
+
+def _context(shape: ModelShape, work: Work, parallel: ParallelConfig, item: int) -> Iterator[_Flow]:
+    """Keys and values of each layer are gathered, their gradients reduced; the rows that the head
+    reads are exchanged after both passes, and the policy's gradient of them."""
+    m, layers, t = work.micro_batches, shape.layers, parallel.tensor
+    again = parallel.activation_checkpoint != "none"
+    slots = work.hindsight_slots + work.policy_slots * (1 + again)
+    pair = 2 * m * layers * item * shape.kv / t
+    yield _Flow("keys, values", "context", "all-gather", pair * slots, 2 * m * layers * (2 + again))
+    back = pair * work.policy_slots
+    yield _Flow("their gradients", "context", "reduce-scatter", back, 2 * m * layers)
+    rows = 3 * m * item * work.responses * shape.hidden
+    yield _Flow("response rows", "context", "all-reduce", rows, 3 * m)
