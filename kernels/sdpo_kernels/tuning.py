@@ -33,7 +33,7 @@ PATHS = (
 )
 """Everything else: torch."""
 
-CHUNK_BYTES = {"cuda": 2560 * 2**20, "cpu": 256 * 2**20}
+CHUNK_BYTES = {"cuda": 2560 * 2**20, "cpu": 192 * 2**20}
 """Logits alive at once, by device. On a GPU, 2048 tokens of two streams at V = 151,936: enough that
 adding to the head's float32 gradient (8 V D bytes a chunk) stays well under the product itself."""
 
