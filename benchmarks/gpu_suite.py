@@ -50,32 +50,62 @@ class Outcome:
 
 
 def parts(out: Path) -> list[Part]:
-    """In the order of their value. torch.compile compiles for every shape: it has its own part."""
-    shape = ("--heads", "qwen3-8b", "--tokens", "8192")
-    others = ("--only", "sdpo", "Liger", "fla", "TRL")
+    """In the order of their value. Whoever compiles for every shape has parts of their own."""
     bf16, no_sweep = ("--dtype", "bfloat16"), ("--distances",)
-    reverse = ("--kinds", "reverse_kl")
+    reverse, shape = ("--kinds", "reverse_kl"), ("--heads", "qwen3-8b", "--tokens", "8192")
+    quick = ("--only", "sdpo", "Liger fused", "TRL", "fla")
+    step = ("--no-liger", "--only", "sdpo", "full logits")
     return [
-        _part("divergence at the target shapes", 130, out, "divergence", "0.6")(
-            *bf16, *reverse, *no_sweep, *others
+        Part("imports", 40, (sys.executable, "-c", IMPORTS)),
+        _part("reverse KL, Qwen3-8B", 90, out, "divergence", "0.5")(
+            *bf16, *reverse, *no_sweep, *quick, *shape, "4096", "1024"
         ),
-        Part("gpu tests", 150, _tests("-x", "-q")),
-        _part("step, 0.6B", 60, out, "step", "2")("--models", "qwen3-0.6b"),
-        _part("logprob", 60, out, "logprob", "0.5")(*bf16, *shape),
-        _part("tuning", 80, out, "tuning", "0.2")(),
+        Part("gpu tests", 150, _tests("--maxfail=25", "--durations=10", "-q")),
+        _part("reverse KL, Llama-3.2-1B", 40, out, "divergence", "0.5")(
+            *bf16, *reverse, *no_sweep, *quick, *("--heads", "llama-3.2-1b", "--tokens", "8192")
+        ),
+        _part("step, 0.6B", 70, out, "step", "1")("--models", "qwen3-0.6b", *step),
+        _part("the other divergences", 60, out, "divergence", "0.4")(
+            *bf16, *("--kinds", "forward_kl", "jsd"), *shape, *no_sweep, *quick
+        ),
+        _part("logprob", 45, out, "logprob", "0.4")(
+            *bf16, *shape, *("--only", "sdpo", "sdpo fused", "Liger", "TRL")
+        ),
+        _part("tuning", 100, out, "tuning", "0.2")(),
         _part("profile", 40, out, "profiling")(),
-        _part("step, 4B", 70, out, "step", "1")("--models", "qwen3-4b", "--checkpointing"),
         Part("ncu", 60, _ncu()),
-        _part("torch.compile", 60, out, "divergence", "0.4")(
-            *bf16, *reverse, *shape, *no_sweep, "--only", "sdpo", "torch"
+        _part("step, 4B", 80, out, "step", "1")(
+            *("--models", "qwen3-4b", "--checkpointing", "--interactions", "8"), *step
         ),
-        _part("the other divergences", 80, out, "divergence", "0.4")(
-            *bf16, *("--kinds", "forward_kl", "jsd"), *shape, *others
+        _part("compiled divergences", 90, out, "divergence", "0.4")(
+            *bf16,
+            *reverse,
+            *shape,
+            *no_sweep,
+            *("--only", "sdpo", "torch.compile", "Liger chunked"),
         ),
-        _part("float32", 60, out, "divergence", "0.3")(
+        _part("compiled log-probabilities", 90, out, "logprob", "0.4")(
+            *bf16, *shape, *("--only", "sdpo", "torch.compile", "Apple CCE", "QuACK")
+        ),
+        _part("step, 0.6B, everyone", 90, out, "step", "1")("--models", "qwen3-0.6b"),
+        _part("float32, and errors over the distance", 60, out, "divergence", "0.3")(
             *("--dtype", "float32"), *reverse, *("--heads", "llama-3.2-1b", "--tokens", "4096")
         ),
     ]
+
+
+IMPORTS = """
+import importlib
+names = "tyro rich binpacking datasets liger_kernel.transformers fla.modules cut_cross_entropy"
+names += " quack trl.kernels.chunked_divergence trl.experimental.sdpo.loss_utils"
+for name in names.split():
+    try:
+        importlib.import_module(name)
+        print(name, "ok")
+    except Exception as error:
+        print(name, "is not there:", type(error).__name__, str(error)[:200])
+"""
+"""Who can take part, in the log."""
 
 
 def rehearsal(out: Path) -> list[Part]:
@@ -85,6 +115,7 @@ def rehearsal(out: Path) -> list[Part]:
     step = ("--models", "check", "--interactions", "4", "--prompt", "16")
     tuning = _part("tuning", 300, out, "tuning", "0.01")(*small, "--chunk", "8")
     return [
+        Part("imports", 60, (sys.executable, "-c", IMPORTS)),
         _part("divergence", 300, out, "divergence", "0.01")(*tiny, "--kinds", "reverse_kl"),
         Part("gpu tests", 120, _tests("--collect-only")),
         _part("step", 120, out, "step", "0.01")(*step),
@@ -133,7 +164,7 @@ def _ncu() -> tuple[str, ...]:
     kernels = "regex:stats_kernel|divergence_kernel|softmax_grad_kernel"
     return (
         *("ncu", "--clock-control", "none", "--csv", "--kernel-name", kernels),
-        *("--launch-count", "6", "--metrics", ",".join(metrics)),
+        *("--launch-count", "20", "--metrics", ",".join(metrics)),
         *(sys.executable, "-m", "benchmarks.profiling", "--once"),
     )
 

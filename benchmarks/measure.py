@@ -6,6 +6,7 @@ measured under the same conditions. Median and quartiles of the rounds are what 
 """
 
 import ctypes
+import os
 import platform
 import subprocess
 import time
@@ -86,6 +87,8 @@ def interleaved(
 
     def once(name: str) -> list[float]:
         cold.fill_(1)
+        if device.type == "cuda":  # time for the host to be ahead: launches are not what is timed
+            torch.cuda._sleep(2_000_000)
         clock = Clock(device)
         clock.mark()
         functions[name](clock)
@@ -151,12 +154,15 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a number must not be read without: commit, device, versions."""
+    """What a number must not be read without: commit, device, versions.
+
+    A tree without git tells its commit by the environment's SDPO_COMMIT; else it is empty.
+    """
     name = _processor()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return {
-        "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
+        "commit": os.environ.get("SDPO_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "device": name,
         "threads": torch.get_num_threads(),
@@ -169,7 +175,10 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str:
-    out = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+    try:
+        out = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+    except OSError:  # no git
+        return ""
     return out.stdout.strip()
 
 

@@ -3,9 +3,10 @@
 Forward is the loss without gradient; backward is ``loss.backward()`` alone, of a call that also ran
 the forward; both is that call. Who forms gradients while the logits are there spends the time in
 the forward. Every result carries its error against float64, and one that is further off than
-``LIMIT`` is wrong: it has no speed.
+``LIMIT`` is wrong: its time is kept in the JSON lines, and is nobody's speed.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,9 +17,9 @@ from rich.console import Console
 from torch import Tensor
 
 from .measure import Clock, Spread, Timed, interleaved, machine, peak_bytes, relative_error
-from .peers import CONTENDERS, DIVERGENCES, Contender, Loss, floor
+from .peers import Contender, Loss, chosen, floor
 from .problems import Kind, Problem, Truth, head, problem, truth
-from .report import append, excuses, plot, table
+from .report import append, excuses, first_line, plot, table
 
 LIMIT = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Relative error of the loss, dH or dW beyond which an answer is wrong. Rounding every logit's
@@ -43,7 +44,7 @@ class Settings:
     seconds: float = 3.0
     """Of timing, per contender, shape and pass."""
     only: tuple[str, ...] = ()
-    """Contenders whose names contain one of these. Default: all."""
+    """Contenders of these names, or whose names contain one of these. Default: all."""
     out: Path | None = None
     """JSON lines are appended to this file."""
     plots: Path | None = None
@@ -89,7 +90,7 @@ def run(benchmark: str, kinds: Sequence[Kind], settings: Settings) -> list[dict[
 def _title(about: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
     changed = " + changes" if about["changed"] else ""
-    commit = f"commit {about['commit']}{changed}"
+    commit = f"commit {about['commit'] or 'unknown'}{changed}"
     return f"{about['device']}, {about['threads']} threads, {commit}, {versions}"
 
 
@@ -107,10 +108,10 @@ def _compare(
     oracle = truth(kind, x)
     _empty_cache(device)
     rows, timed = {}, {}
-    for contender in _chosen(settings, kind):
+    for contender in chosen(settings.only, kind):
         row, loss = _try(contender, kind, x, oracle, dtype, device)
         rows[contender.name] = at | row
-        if loss is not None and row["verdict"] == "right":
+        if loss is not None:
             timed[contender.name] = loss
     del oracle
     _empty_cache(device)
@@ -124,22 +125,17 @@ def _compare(
     best = at | dict(contender="floor", verdict="floor", seconds={"both": spread})
     for name in timed:
         both = seconds[f"{name}/both"]
-        rows[name]["seconds"] = {
+        passes = {
             "forward": _spread([sum(s) for s in seconds[f"{name}/forward"]]),
             "backward": _spread([s[-1] for s in both]),
             "both": _spread([sum(s) for s in both]),
         }
-        rows[name]["over_floor"] = rows[name]["seconds"]["both"]["median"] / spread["median"]
+        if rows[name]["verdict"] == "wrong":
+            rows[name]["seconds_of_wrong"] = passes
+            continue
+        over = passes["both"]["median"] / spread["median"]
+        rows[name] |= dict(seconds=passes, over_floor=over)
     return [best, *rows.values()]
-
-
-def _chosen(settings: Settings, kind: Kind) -> list[Contender]:
-    """Those that are asked for, and compute ``kind`` or one of its relatives."""
-    relatives = {kind} if kind == "logprob" else set(DIVERGENCES)
-    wanted = settings.only or ("",)
-    return [
-        c for c in CONTENDERS if relatives & set(c.kinds) and any(part in c.name for part in wanted)
-    ]
 
 
 def _try(
@@ -155,12 +151,13 @@ def _try(
     if (why := contender.missing(kind, device)) is not None:
         return row | dict(verdict="unavailable", note=why), None
     try:
+        torch.compiler.reset()  # each problem is compiled for itself
         loss = contender.make(kind)
         row["error"] = errors(loss, x, oracle)  # also the warm-up of what compiles
         x.forget()
         extra = peak_bytes(lambda: loss(x).backward(), device)
     except Exception as error:  # whatever a peer may raise is its result
-        return row | dict(verdict="failed", note=_first_line(error)), None
+        return row | dict(verdict="failed", note=first_line(error)), None
     finally:
         x.forget()
         _empty_cache(device)
@@ -192,7 +189,7 @@ def _distances(
     for distance in settings.distances:
         x = problem(n, v, d, distance, dtype, device)
         oracle = truth(kind, x)
-        for contender in _chosen(settings, kind):
+        for contender in chosen(settings.only, kind):
             if contender.missing(kind, device) is None:
                 row, _ = _try(contender, kind, x, oracle, dtype, device)
                 where = dict(head=name, tokens=n, vocabulary=v, hidden=d, distance=distance)
@@ -201,6 +198,9 @@ def _distances(
 
 
 def _forward(loss: Loss, x: Problem) -> Callable[[Clock], Tensor]:
+    # some peers form gradients wherever an input says that it requires one
+    x = x._replace(hidden=x.hidden.detach(), weight=x.weight.detach())
+
     def call(_: Clock) -> Tensor:
         with torch.no_grad():
             return loss(x)
@@ -224,9 +224,5 @@ def _spread(seconds: Sequence[float]) -> dict[str, float]:
 
 def _empty_cache(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
+        with contextlib.suppress(RuntimeError):  # a peer may have broken the context
+            torch.cuda.empty_cache()

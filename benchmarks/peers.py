@@ -97,14 +97,14 @@ def _plain(kind: Kind, *, upcast: bool) -> Loss:
 
 
 def _compiled(kind: Kind) -> Loss:
-    return torch.compile(_plain(kind, upcast=False))
+    return torch.compile(_plain(kind, upcast=False), dynamic=False)
 
 
 def _liger_fused(kind: Kind) -> Loss:
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     module = LigerFusedLinearJSD(jsd_beta=BETA[kind])
-    return lambda x: module(x.hidden, x.weight, x.hindsight, x.weight.detach())
+    return lambda x: module(x.hidden, x.weight, x.hindsight, x.weight.detach(), None)
 
 
 def _liger_chunked(kind: Kind) -> Loss:
@@ -147,8 +147,9 @@ def _trl_logprob(_: Kind) -> Loss:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     def loss(x: Problem) -> Tensor:
-        found = ChunkedLogProbFunction.apply(x.hidden, x.weight, None, x.targets, 1.0, 32_768)
-        return -found[0].mean()
+        heads = x.hidden, x.weight, None, x.targets
+        logp, *_ = ChunkedLogProbFunction.apply(*heads, 1.0, 32_768, None, 1.0, ("entropy",))
+        return -logp.mean()
 
     return loss
 
@@ -191,6 +192,18 @@ CONTENDERS = (
     Contender("QuACK", ("logprob",), _quack, "quack", "quack-kernels", gpu=True),
     Contender("torch linear_cross_entropy", ("logprob",), _torch_chunked),
 )
+
+
+def chosen(only: tuple[str, ...], kind: Kind) -> list[Contender]:
+    """Those that compute ``kind``, or another divergence where that is one, and are asked for: by
+    their name, or by a part of several names. Nothing asked for: all."""
+    relatives = {kind} if kind == "logprob" else set(DIVERGENCES)
+    names = [c.name for c in CONTENDERS]
+
+    def asked(c: Contender) -> bool:
+        return not only or any(c.name == o if o in names else o in c.name for o in only)
+
+    return [c for c in CONTENDERS if relatives & set(c.kinds) and asked(c)]
 
 
 def floor(kind: Kind, x: Problem) -> Callable[[], None]:

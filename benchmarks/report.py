@@ -88,6 +88,12 @@ def excuses(rows: Sequence[Row]) -> list[str]:
     return [f"  {r['contender']} {r['note']}" for r in rows if "note" in r]
 
 
+def first_line(error: Exception) -> str:
+    """Of what went wrong, for a row's note."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
+
+
 def _mib(row: Row) -> str:
     return f"{row['extra_bytes'] / MIB:,.0f}" if "extra_bytes" in row else "?"
 

@@ -12,7 +12,7 @@ Shapes: B interactions of a micro-batch, T tokens, N response tokens, V vocabula
 import gc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from sdpo.transformers_engine import choose_attention
 from .measure import Spread, interleaved, machine, matmul_rate, peak_bytes, relative_error
 from .models import QWEN3, TINY
 from .prediction import GPUS
-from .report import MIB, append, milliseconds
+from .report import MIB, append, excuses, first_line, milliseconds
 from .step_contenders import (
     IGNORE_FIRST,
     Contender,
@@ -69,6 +69,8 @@ class Settings:
     """Of timing, per contender and model."""
     only: tuple[str, ...] = ()
     """Contenders whose names contain one of these. Default: all."""
+    liger: bool = True
+    """Everyone once more with Liger's norms, MLPs and rotary embeddings."""
     out: Path | None = None
     """JSON lines are appended to this file."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
@@ -80,17 +82,14 @@ class Settings:
     def resolved(self) -> "Settings":
         """With the device's defaults filled in."""
         d = (("qwen3-0.6b",), 32, 600, 16_384) if self.gpu else (("tiny",), 8, 48, 2048)
-        return Settings(
-            **{
-                **asdict(self),
-                "models": self.models or d[0],
-                "interactions": self.interactions or d[1],
-                "prompt": self.prompt or d[2],
-                "micro_batch_tokens": self.micro_batch_tokens or d[3],
-                "weights": self.weights
-                if self.weights != "auto"
-                else ("bfloat16" if self.gpu else "float32"),
-            }
+        weights = ("bfloat16" if self.gpu else "float32") if self.weights == "auto" else None
+        return replace(
+            self,
+            models=self.models or d[0],
+            interactions=self.interactions or d[1],
+            prompt=self.prompt or d[2],
+            micro_batch_tokens=self.micro_batch_tokens or d[3],
+            weights=weights or self.weights,
         )
 
 
@@ -157,41 +156,43 @@ def model_flops(model: PreTrainedModel, items: Sequence[Encoded]) -> float:
     return total
 
 
-def check(settings: Settings) -> dict[str, dict[str, float]]:
-    """Each contender's errors on a tiny model in float32, against full logits in float64."""
-    tiny = Settings(
-        **{
-            **asdict(settings),
-            "interactions": 6,
-            "prompt": 24,
-            "micro_batch_tokens": 256,
-            "checkpointing": False,
-        }
-    )
-    items = interactions(tiny, MODELS["check"]["vocab_size"])
-    model = build("check", tiny, torch.float32)
-    for name, p in model.named_parameters():
-        if p.ndim > 1:  # peaky enough that the two passes disagree
-            p.data.mul_(4 if "embed" in name or "lm_head" in name else 2)
-    exact = build("check", tiny, torch.float64)
-    exact.load_state_dict(model.state_dict())
-    to = items, tiny.micro_batch_tokens, tiny.device
-    true = _gradients(exact, full_logits(tiny.objective), padded(*to))
-    found = {}
-    for contender in _chosen(tiny):
-        if contender.liger or contender.missing(tiny.device) is not None:
-            continue
-        loss, gradient = _gradients(model, contender.loss, contender.batches(*to))
-        found[contender.name] = {
-            "loss": relative_error(loss, true[0]),
-            "gradient": relative_error(gradient, true[1]),
-        }
-    return found
+class Check:
+    """Each contender's errors on a tiny model in float32, against full logits in float64.
+
+    Made before Liger replaces transformers' rotary embeddings, whose float64 the truth needs.
+    """
+
+    def __init__(self, settings: Settings):
+        small = dict(interactions=6, prompt=24, micro_batch_tokens=256, checkpointing=False)
+        self.settings = replace(settings, **small)
+        self.items = interactions(self.settings, MODELS["check"]["vocab_size"])
+        exact = self._model(torch.float64)
+        batches = padded(*self._to)
+        self.true = _gradients(exact, full_logits(settings.objective), batches)
+
+    @property
+    def _to(self) -> tuple[list[Encoded], int, str]:
+        return self.items, self.settings.micro_batch_tokens, self.settings.device
+
+    def _model(self, dtype: torch.dtype, liger: bool = False):
+        model = build("check", self.settings, torch.float32, liger)
+        for name, p in model.named_parameters():
+            if p.ndim > 1:  # peaky enough that the two passes disagree
+                p.data.mul_(4 if "embed" in name or "lm_head" in name else 2)
+        return model.to(dtype)
+
+    def errors(self, contender: Contender) -> dict[str, float]:
+        """Relative, of the loss and of all gradients together."""
+        model = self._model(torch.float32, contender.liger)
+        found = _gradients(model, contender.loss, contender.batches(*self._to))
+        pairs = zip(("loss", "gradient"), found, self.true, strict=True)
+        return {name: relative_error(ours, true) for name, ours, true in pairs}
 
 
 def _chosen(settings: Settings) -> list[Contender]:
     wanted = settings.only or ("",)
-    return [c for c in contenders(settings.objective) if any(part in c.name for part in wanted)]
+    found = [c for c in contenders(settings.objective) if settings.liger or not c.liger]
+    return [c for c in found if any(part in c.name for part in wanted)]
 
 
 def _gradients(model: PreTrainedModel, loss: Loss, batches: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -219,75 +220,76 @@ def run(settings: Settings) -> list[dict[str, Any]]:
         f"{name}: {rate / 1e12:.3g} Tflop/s in a large {settings.weights} product"
         + (f", {peak / 1e12:.0f} by its datasheet, which MFU refers to" if peak else "")
     )
-    checked = check(settings)
+    check = Check(settings)
     rows = []
     for model_name in settings.models:
         if model_name not in MODELS:
             raise ValueError(f"--models: {model_name!r} is none of {', '.join(MODELS)}")
-        for row in _measure(model_name, checked, settings, device, dtype):
-            at = dict(benchmark="step", model=model_name, objective=settings.objective)
-            at |= dict(weights=settings.weights, checkpointing=settings.checkpointing)
-            row = at | row | dict(machine=about)
-            if "seconds" in row:
-                flops = row["flops"] / row["seconds"]["step"]["median"]
-                row["mfu"] = flops / (peak or rate)
-                row["mfu_refers_to"] = "datasheet" if peak else "measured product"
-            rows.append(row)
-        mine = [r for r in rows if r["model"] == model_name]
-        console.print(table(mine))
-        for row in mine:
-            if "note" in row:
-                console.print(f"  {row['contender']} {row['note']}")
-        if settings.out is not None:
-            append(settings.out, mine)
+        mine = []
+        for liger in (False, True):  # Liger's rotary embeddings replace transformers' for good
+            new = []
+            for row in _half(model_name, liger, check, settings, device, dtype):
+                at = dict(benchmark="step", model=model_name, objective=settings.objective)
+                at |= dict(weights=settings.weights, checkpointing=settings.checkpointing)
+                row = at | row | dict(machine=about)
+                if "seconds" in row:
+                    flops = row["flops"] / row["seconds"]["step"]["median"]
+                    row["mfu"] = flops / (peak or rate)
+                    row["mfu_refers_to"] = "datasheet" if peak else "measured product"
+                new.append(row)
+            mine += new
+            if settings.out is not None:
+                append(settings.out, new)
+            _free(settings)
+        if mine:
+            console.print(table(mine), *excuses(mine), sep="\n")
+        rows += mine
     return rows
 
 
-def _measure(
+def _half(
     name: str,
-    checked: dict[str, dict[str, float]],
+    liger: bool,
+    check: Check,
     settings: Settings,
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[dict[str, Any]]:
+    """The contenders of one model with Liger's kernels, or of one without."""
+    chosen = [c for c in _chosen(settings) if c.liger == liger]
+    rows = [_row(c, why) for c in chosen if (why := c.missing(settings.device)) is not None]
+    chosen = [c for c in chosen if c.missing(settings.device) is None]
+    if not chosen:
+        return rows
     items = interactions(settings, MODELS[name]["vocab_size"])
-    rows = []
-    for liger in (False, True):  # Liger's rotary embeddings replace transformers' for good
-        chosen = [c for c in _chosen(settings) if c.liger == liger]
-        rows += [_row(c, why) for c in chosen if (why := c.missing(settings.device)) is not None]
-        chosen = [c for c in chosen if c.missing(settings.device) is None]
-        if not chosen:
-            continue
-        model = build(name, settings, dtype, liger)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=settings.gpu)
-        flops = model_flops(model, items)
-        steps, found = {}, {}
-        for c in chosen:
-            error = checked.get(c.name.removesuffix(", Liger"), {})
-            if error and not max(error.values()) <= LIMIT:
+    model = build(name, settings, dtype, liger)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=settings.gpu)
+    flops = model_flops(model, items)
+    steps, found = {}, {}
+    for c in chosen:
+        try:
+            error = check.errors(c)
+            if not max(error.values()) <= LIMIT:
                 rows.append(_row(c, f"is wrong: {error}", "wrong") | dict(error=error))
                 continue
             batches = c.batches(items, settings.micro_batch_tokens, settings.device)
             step = _stepper(model, optimizer, c, batches)
-            try:
-                step(None)  # AdamW's state is there from here on
-                extra = peak_bytes(lambda step=step: step(None), device)
-            except torch.OutOfMemoryError:
-                rows.append(_row(c, "ran out of memory", "failed"))
-                continue
-            finally:
-                optimizer.zero_grad()
-                _free(settings)
-            steps[c.name] = step
-            found[c.name] = dict(verdict="right", error=error, extra_bytes=extra, flops=flops)
-        seconds = interleaved(steps, device, settings.seconds, least=3)
-        tokens = sum(len(e.policy) + len(e.hindsight) + 2 * len(e.response) for e in items)
-        for key, row in found.items():
-            spread = Spread.of([sum(s) for s in seconds[key]])
-            rate = dict(tokens=tokens, tokens_per_second=tokens / spread.median)
-            rows.append(dict(contender=key) | row | rate | dict(seconds={"step": asdict(spread)}))
-        del model, optimizer, steps
-        _free(settings)
+            step(None)  # AdamW's state is there from here on
+            extra = peak_bytes(lambda step=step: step(None), device)
+        except Exception as failure:  # whatever a contender may raise is its result
+            rows.append(_row(c, first_line(failure), "failed"))
+            continue
+        finally:
+            optimizer.zero_grad()
+            _free(settings)
+        steps[c.name] = step
+        found[c.name] = dict(verdict="right", error=error, extra_bytes=extra, flops=flops)
+    seconds = interleaved(steps, device, settings.seconds, least=3)
+    tokens = sum(len(e.policy) + len(e.hindsight) + 2 * len(e.response) for e in items)
+    for key, row in found.items():
+        spread = Spread.of([sum(s) for s in seconds[key]])
+        rate = dict(tokens=tokens, tokens_per_second=tokens / spread.median)
+        rows.append(dict(contender=key) | row | rate | dict(seconds={"step": asdict(spread)}))
     return rows
 
 

@@ -5,7 +5,7 @@ Shapes: B interactions of a micro-batch, T tokens, R the longest response, V voc
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from sdpo.batching import Batch, BatchConfig, Item, micro_batches
 from sdpo.hindsight import Encoded
@@ -51,7 +52,8 @@ class Contender:
     loss: Loss
     batches: Callable[[Sequence[Encoded], int, str], list[Any]]
     """From a step's interactions, the slots of a micro-batch, and the device."""
-    package: str | None = None
+    packages: tuple[str, ...] = ()
+    """What must be importable."""
     liger: bool = False
     """On a model with Liger's norms, MLPs and rotary embeddings."""
 
@@ -59,8 +61,9 @@ class Contender:
         """Why it cannot run; None: it can."""
         if self.liger and torch.device(device).type != "cuda":
             return "needs a GPU"
-        if self.package is not None and find_spec(self.package) is None:
-            return f"is not installed: pip install {self.package.replace('_', '-')}"
+        absent = [name for name in self.packages if find_spec(name) is None]
+        if absent:
+            return f"lacks a package: pip install {' '.join(absent).replace('_', '-')}"
         return None
 
 
@@ -70,10 +73,11 @@ def contenders(objective: ObjectiveName) -> list[Contender]:
         Contender("sdpo", _ours(objective, packed=True), _packed),
         Contender("sdpo, not packed", _ours(objective, packed=False), _packed),
         Contender("full logits (the paper's)", full_logits(objective), padded),
-        Contender("TRL's SDPO loss", _trl(objective), padded, package="trl"),
+        Contender("TRL's SDPO loss", _trl(objective), padded, packages=("trl", "datasets")),
     ]
     return plain + [
-        Contender(f"{c.name}, Liger", c.loss, c.batches, "liger_kernel", liger=True) for c in plain
+        replace(c, name=f"{c.name}, Liger", packages=(*c.packages, "liger_kernel"), liger=True)
+        for c in plain
     ]
 
 
@@ -176,7 +180,10 @@ def _mean_of_means(value_BR: Tensor, x: Padded) -> Tensor:
 
 
 def _packed(items: Sequence[Encoded], slots: int, device: str) -> list[Batch]:
-    config = BatchConfig(row_tokens=slots // 2, micro_batch_tokens=slots)
+    # rows of many documents need a kernel that skips what a document does not see; elsewhere rows
+    # are no wider than the longest
+    flash = torch.device(device).type == "cuda" and is_flash_attn_2_available()
+    config = BatchConfig(row_tokens=slots // 2 if flash else 1, micro_batch_tokens=slots)
     weighted: list[Item] = [(e, 1 / len(items)) for e in items]
     return [b.to(device) for b in micro_batches(weighted, config)]
 

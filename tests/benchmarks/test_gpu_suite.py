@@ -12,6 +12,7 @@ import tyro
 
 from benchmarks import gpu_suite
 from benchmarks.gpu_suite import ROOT, Part, parts, rehearsal, run
+from benchmarks.peers import DIVERGENCES, chosen
 from runs import ENV
 
 PYTHON = sys.executable
@@ -24,7 +25,12 @@ def test_the_options_of_every_part_are_known(which, tmp_path):
             continue
         module = importlib.import_module(part.command[2])
         settings = getattr(module, "DivergenceSettings", None) or module.Settings
-        tyro.cli(settings, args=list(part.command[3:]))  # exits where an option is unknown
+        # exits where an option is unknown
+        found = tyro.cli(settings, args=list(part.command[3:]))
+        for kind in getattr(found, "kinds", ("logprob",)) if hasattr(found, "heads") else ():
+            for only in found.only:
+                relatives = DIVERGENCES if kind != "logprob" else ("logprob",)
+                assert any(chosen((only,), k) for k in relatives), (part.name, only)
 
 
 def test_the_real_parts_rehearse_every_benchmark():

@@ -1,6 +1,8 @@
 """Side by side on a CPU: who is right, who is wrong, who is not there; and what is written."""
 
+import inspect
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_wrong_failed_and_absent_contenders_are_named_and_have_no_speed(
         Contender("nowhere", DIVERGENCES, peers._ours, "no_such_package", "no-such-package"),
         Contender("one-sided", ("forward_kl",), peers._ours),
     )
-    monkeypatch.setattr(microbenchmark, "CONTENDERS", contenders)
+    monkeypatch.setattr(peers, "CONTENDERS", contenders)
     out = tmp_path / "results.jsonl"
     settings = Settings(**{**vars(SMALL), "out": out})
     microbenchmark.run("divergence", ("reverse_kl",), settings)
@@ -84,6 +86,7 @@ def test_wrong_failed_and_absent_contenders_are_named_and_have_no_speed(
         "one-sided": "unavailable",
     }
     assert {n for n, r in rows.items() if "seconds" in r} == {"floor", "sdpo"}
+    assert {n for n, r in rows.items() if "seconds_of_wrong" in r} == {"half of it"}
     assert rows["sdpo"]["over_floor"] == pytest.approx(
         rows["sdpo"]["seconds"]["both"]["median"] / rows["floor"]["seconds"]["both"]["median"]
     )
@@ -120,6 +123,22 @@ def test_rounds_are_interleaved_and_every_first_call_is_discarded():
     assert [len(v) for v in found.values()] == [3, 3]
     spread = Spread.of([1.0, 2.0, 3.0, 4.0, 100.0])
     assert (spread.median, spread.low, spread.high, spread.rounds) == (3.0, 2.0, 4.0, 5)
+
+
+def test_peers_without_a_cpu_path_are_called_with_arguments_that_they_take(monkeypatch):
+    liger = pytest.importorskip("liger_kernel.transformers")
+    x = problem(4, 30, 8, 0.1, torch.float32, CPU)
+    for name, kind in (
+        ("LigerFusedLinearJSD", "reverse_kl"),
+        ("LigerFusedLinearCrossEntropyLoss", "logprob"),
+    ):
+        forward = getattr(liger, name).forward
+        double = mock.MagicMock()
+        monkeypatch.setattr(liger, name, double)
+        adapters = {"reverse_kl": peers._liger_fused, "logprob": peers._liger_cross_entropy}
+        adapters[kind](kind)(x)
+        (call,) = double.return_value.call_args_list  # a call that does not fit raises
+        inspect.signature(forward).bind(None, *call.args, **call.kwargs)
 
 
 def test_heads_are_names_or_sizes():
