@@ -129,13 +129,15 @@ def _plot_one(rows: list[Row], title: str, path: Path) -> None:
     sweep = [r for r in rows if r.get("sweep") == "distance" and "error" in r]
     height = len(heads) + bool(sweep)
     figure, axes = plt.subplots(height, 3, figsize=(14, 3.6 * height), squeeze=False)
-    names = sorted({r["contender"] for r in rows})
+    names = sorted({r["contender"] for r in over_n + sweep})
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
     styles = {name: "-" if name.startswith("sdpo") else "--" for name in names}
+    for i, name in enumerate(names):
+        styles[name] += "os^v"[i // 10 % 4]  # more names than colours
 
     def line(axis, points: list[tuple[float, float]], name: str) -> None:
         if points:
-            axis.plot(*zip(*sorted(points), strict=True), styles[name] + "o", ms=3, label=name)
+            axis.plot(*zip(*sorted(points), strict=True), styles[name], ms=3, label=name)
             axis.lines[-1].set_color(colours[name])
 
     for head, panels in zip(heads, axes, strict=False):
@@ -150,6 +152,9 @@ def _plot_one(rows: list[Row], title: str, path: Path) -> None:
             (memory, "memory beyond inputs and gradients, MiB"),
         ):
             axis.set(title=f"{head}: {label}", xlabel="N, tokens", xscale="log")
+            axis.set_xticks(sorted({r["tokens"] for r in over_n}))
+            axis.xaxis.set_major_formatter("{x:,.0f}")
+            axis.minorticks_off()
         for axis in (time, memory):
             axis.set_yscale("log")
         time.legend(fontsize=7)
