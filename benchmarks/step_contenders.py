@@ -22,6 +22,8 @@ from sdpo.step import two_pass_loss
 from sdpo.transformers_engine import TransformersModel
 
 ObjectiveName = Literal["sampled_token", "reverse_kl"]
+DENSE_ROW = 2048
+"""Tokens of a packed row without flash-attn."""
 IGNORE_FIRST = 2
 """Response tokens without loss, as in the paper's offline runs."""
 
@@ -180,10 +182,10 @@ def _mean_of_means(value_BR: Tensor, x: Padded) -> Tensor:
 
 
 def _packed(items: Sequence[Encoded], slots: int, device: str) -> list[Batch]:
-    # rows of many documents need a kernel that skips what a document does not see; elsewhere rows
-    # are no wider than the longest
+    # a dense mask lets a token look at all of its row: there, rows of many documents cost more
     flash = torch.device(device).type == "cuda" and is_flash_attn_2_available()
-    config = BatchConfig(row_tokens=slots // 2 if flash else 1, micro_batch_tokens=slots)
+    row_tokens = slots // 2 if flash else min(slots // 2, DENSE_ROW)
+    config = BatchConfig(row_tokens=row_tokens, micro_batch_tokens=slots)
     weighted: list[Item] = [(e, 1 / len(items)) for e in items]
     return [b.to(device) for b in micro_batches(weighted, config)]
 
