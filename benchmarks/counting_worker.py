@@ -34,14 +34,13 @@ GATHER_BYTES = tuple(2**k for k in range(12, 25, 2))
 """Sent by a rank in the timed all-gathers."""
 
 
-def engine_of(job: dict[str, Any]) -> TitanEngine:
+def engine_of(job: dict[str, Any], folder: Path) -> TitanEngine:
     """Weights as torchtitan initialises them: bytes do not depend on them."""
-    folder = Path(tempfile.mkdtemp())
     Qwen3Config(**job["sizes"]).save_pretrained(folder)
     save_file({"none": torch.zeros(1)}, folder / "model.safetensors")  # what an engine looks for
     return TitanEngine(
         str(folder),
-        run_folder=tempfile.mkdtemp(),
+        run_folder=str(folder),
         total_steps=2,
         max_tokens=job["hindsight"] + job["response"],
         state=RunState(Cursor(1, 0), ""),
@@ -121,7 +120,8 @@ def gathers(rounds: int = 7) -> list[tuple[float, float]]:
 
 def main(job: dict[str, Any]) -> None:
     """Count the second step: the first sets up what later ones reuse."""
-    engine = engine_of(job)
+    with tempfile.TemporaryDirectory() as folder:
+        engine = engine_of(job, Path(folder))
     batch = batch_of(job, engine.row_multiple)
     assert batch.policy.tokens_BT.numel() == job["interactions"] * (job["prompt"] + job["response"])
     step(engine, job, batch)

@@ -98,15 +98,13 @@ def interleaved(
     for name in names:
         once(name)
     spent, rounds = 0.0, 0
-    while rounds < least or spent < seconds * len(names):
-        first = rounds % len(names) if names else 0
+    while names and (rounds < least or spent < seconds * len(names)):
+        first = rounds % len(names)
         begin = time.perf_counter()
         for name in names[first:] + names[:first]:
             found[name].append(once(name))
         spent += time.perf_counter() - begin
         rounds += 1
-        if not names:
-            break
     return found
 
 

@@ -14,8 +14,8 @@ from torch._C._profiler import _EventType
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from sdpo.batching import Cursor, collate
-from sdpo.hindsight import Encoded
+from benchmarks.counting_worker import batch_of
+from sdpo.batching import Cursor
 from sdpo.objective import ReverseKL
 from sdpo.step import two_pass_loss
 from sdpo.trainer import RunState
@@ -46,17 +46,7 @@ def train(a: dict) -> dict[str, int]:
         checkpoint=CheckpointConfig(),
         lora=LoraConfig(rank=a["lora_rank"]),
     )
-    ids = {name: tuple(range(5, 5 + a[name])) for name in ("prompt", "hindsight", "response")}
-    item = Encoded(
-        id="x",
-        policy=ids["prompt"],
-        hindsight=ids["hindsight"],
-        response=ids["response"],
-        old_logprobs=None,
-        ends=True,
-        truncated=(False, False, False),
-    )
-    batch = collate([(item, 1.0)] * a["rows"], a["hindsight"] + a["response"])
+    batch = batch_of(a | {"interactions": a["rows"]}, engine.row_multiple)
     weights, sizes = list(engine.policy.module.parameters()), {}
     for step in range(2):
         with record_function(f"step {step}"):
