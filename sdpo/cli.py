@@ -7,10 +7,16 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from .conversations import DataError
+
 COMMANDS = {
-    "data": ("sdpo.data_cli", "prepare interactions from conversation logs, and look at them"),
+    "data": (
+        "sdpo.data.cli",
+        "conversation logs to interactions: prepare, inspect, validate, score, trace",
+    ),
     "train": ("sdpo.train", "train a model on interactions; run it under torchrun on many GPUs"),
     "export": ("sdpo.export", "write a checkpoint of a run as a Hugging Face folder"),
+    "check-hindsight": ("sdpo.check_hindsight", "whether a model makes use of follow-ups at all"),
     "signal": ("sdpo.signal", "what each follow-up says about each token of a response"),
     "demo": ("sdpo.demo.main", "the whole method on a tiny chat world, on any machine"),
 }
@@ -24,7 +30,7 @@ def main(args: Sequence[str] | None = None) -> None:
         out = sys.stdout if asked_for_help else sys.stderr
         print("usage: sdpo COMMAND …   (sdpo COMMAND --help tells more)\n", file=out)
         for name, (_, says) in COMMANDS.items():
-            print(f"  {name:8} {says}", file=out)
+            print(f"  {name:15} {says}", file=out)
         raise SystemExit(0 if asked_for_help else 2)
     module = importlib.import_module(COMMANDS[args[0]][0])
     run(lambda: module.main(args[1:]))
@@ -43,6 +49,8 @@ def run(command) -> None:
 
 
 def _is_ours(error: BaseException) -> bool:
+    if isinstance(error, DataError):  # also one that a worker's process raised
+        return True
     import sdpo_kernels
     import sdpo_parallel
 

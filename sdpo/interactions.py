@@ -1,50 +1,35 @@
 """Interactions (x, y, o): a prompt history, the model's answer, the user's next message.
 
-`prepare` makes them from conversation logs by explicit rules, `write_interactions` and
-`read_interactions` keep them as JSONL in the row shape of the paper's own data:
+`sdpo data prepare` makes them from conversation logs. A file of them is JSONL in the row shape of
+the paper's own data (arXiv:2603.12273), or parquet with the same fields as columns:
 
     {"id": "c1_3", "turn_id": 3, "prompt": [{"from": "human", "value": ...}, ...],
      "completion": {"from": "gpt", "value": ...}, "user_response": {"from": "human", "value": ...}}
 
 with `weight`, `completion_token_ids` and `completion_logprobs` only where they are set.
-
-The preset "paper-wildchat" gives the rows of the WildChat preprocessing published with "Aligning
-Language Models from User Interactions" (arXiv:2603.12273), in its order and under its ids. It
-departs in one way: where the log repeats a conversation's id, the paper repeats the row's id, and
-`prepare` marks the later ones ("c1_3~2"), so that an id names one interaction.
 """
 
-import heapq
-import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
-from itertools import dropwhile, groupby
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy as np
+import orjson
 
-from sdpo.conversations import (
-    Conversation,
+from .conversations import (
+    DataError,
     Message,
-    Paths,
     as_id,
     as_list,
     as_object,
     as_text,
-    count_rows,
     fault,
-    json_rows,
     kind,
     located,
-    read_file,
-    resolve_paths,
-    sniff_format,
 )
+from .data.files import container_of, json_rows, parquet_batches
 
 _ROLE_OF = {"human": "user", "gpt": "assistant", "system": "system"}
 _NAME_OF = {role: name for name, role in _ROLE_OF.items()}
@@ -55,7 +40,8 @@ _KNOWN_ROLES = "user, assistant or system (human, gpt or system after `from`)"
 class Interaction:
     """One training example. Raises DataError, naming the field, if it could not be trained on.
 
-    prompt: x, ends with a user message. completion: y, not blank. user_response: o, not blank.
+    prompt: x, ends with a user message; an assistant's is let pass, as published rows of
+    WildFeedback have some. completion: y, not blank. user_response: o, not blank.
     turn_id: the answer's index in its cleaned conversation. weight: of its loss, finite, >= 0.
     completion_token_ids, completion_logprobs: y as it was sampled and log π_old(y_t) in nats,
     for online data; as long as each other.
@@ -88,7 +74,9 @@ def _check_turns(interaction: Interaction) -> None:
         if message.role not in _NAME_OF:
             problem = f"unknown role {message.role!r}"
             raise fault(f"prompt[{i}]", problem, f"Use {_KNOWN_ROLES}; leave tool messages out")
-    if (last := interaction.prompt[-1].role) != "user":
+    if not any(message.role == "user" for message in interaction.prompt):
+        raise fault("prompt", "the prompt has no user message", "Give what was answered")
+    if (last := interaction.prompt[-1].role) == "system":
         problem = f"the prompt ends with a message of role {last!r}, not a user message"
         raise fault("prompt", problem, "Cut it after the user message that was answered")
     if not interaction.completion.strip():
@@ -110,8 +98,8 @@ def _check_token_ids(ids: tuple[int, ...]) -> None:
         problem = "no token ids, though the completion has text"
         raise fault("completion_token_ids", problem, "Leave the field out where they are unknown")
     for i, token in enumerate(ids):
-        if not _is_integer(token) or token < 0:
-            problem = f"{token!r} is not a token id, an integer >= 0"
+        if not _is_integer(token) or not 0 <= token < 2**31:
+            problem = f"{token!r} is not a token id, an integer from 0 to 2**31 - 1"
             raise fault(f"completion_token_ids[{i}]", problem, "Log the ids as they were sampled")
 
 
@@ -141,30 +129,65 @@ def _is_integer(value: object) -> TypeGuard[int]:
 
 
 def read_interactions(path: str | Path) -> list[Interaction]:
-    """All interactions of a JSONL file; see `iter_interactions`."""
+    """All interactions of a file; see `iter_interactions`."""
     return list(iter_interactions(path))
 
 
 def iter_interactions(path: str | Path) -> Iterator[Interaction]:
-    """Streams the interactions of a JSONL file, in its order.
+    """Streams the interactions of a JSONL file (compressed or not) or parquet file, in its order.
 
     Messages may be {"from": "human"|"gpt"|"system", "value"} or {"role": "user"|"assistant"|
     "system", "content"}; completion and user_response may also be plain strings. A row without an
-    id gets its line number; other optional fields may be left out or null. Unknown fields are
+    id gets its row number; other optional fields may be left out or null. Unknown fields are
     ignored.
 
     Raises DataError, naming file, line and field, for a row that is not an interaction and for an
     id that an earlier row has.
     """
-    path = Path(path)
-    line_of: dict[str, int] = {}
-    for line, row in json_rows(path):
-        with located(f"{path}, line {line}"):
-            interaction = _from_row(row, default_id=str(line))
-            if (first := line_of.setdefault(interaction.id, line)) != line:
-                problem = f"{interaction.id!r} is the id of line {first} too"
-                raise fault("id", problem, "Give every row its own id, or none")
-        yield interaction
+    for _, row in iter_rows(path):
+        if isinstance(row, DataError):
+            raise row
+        yield row
+
+
+def iter_rows(path: str | Path) -> Iterator[tuple[str, Interaction | DataError]]:
+    """Streams (place, interaction or what is wrong with the row), ids of earlier rows included.
+
+    Raises DataError where the file cannot be read on.
+    """
+    place_of: dict[str, str] = {}
+    empty = True
+    for number, where, row in _rows(Path(path)):
+        empty = False
+        found = row if isinstance(row, DataError) else _interaction_or_error(row, number, where)
+        if isinstance(found, Interaction):
+            short = where.removeprefix(f"{path}, ")
+            if (first := place_of.setdefault(found.id, short)) != short:
+                problem = f"{found.id!r} is the id of {first} too"
+                reason = fault("id", problem, "Give every row its own id, or none")
+                found = DataError(f"{where}, {reason}")
+        yield where, found
+    if empty:
+        raise DataError(f"{path}: the file is empty. Write it again, or leave it out.")
+
+
+def _rows(path: Path) -> Iterator[tuple[int, str, Any]]:
+    if container_of(path) != "parquet":
+        yield from json_rows(path)
+        return
+    number = 0
+    for batch in parquet_batches(path, None, None, 1024, 0):
+        for row in batch.to_pylist():
+            yield number, f"{path}, row {number} (counted from 0)", row
+            number += 1
+
+
+def _interaction_or_error(row: Any, number: int, where: str) -> Interaction | DataError:
+    try:
+        with located(where):
+            return from_row(as_object(row, "row"), default_id=str(number))
+    except DataError as error:
+        return error
 
 
 def write_interactions(path: str | Path, interactions: Iterable[Interaction]) -> int:
@@ -179,14 +202,13 @@ def write_interactions(path: str | Path, interactions: Iterable[Interaction]) ->
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     ids: set[str] = set()
     try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
+        with partial.open("wb") as file:
             for interaction in interactions:
                 if interaction.id in ids:
                     problem = f"{interaction.id!r} is the id of two interactions"
                     raise fault("id", problem, "Give each its own id")
                 ids.add(interaction.id)
-                row = _to_row(interaction)
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                file.write(orjson.dumps(to_row(interaction), option=orjson.OPT_APPEND_NEWLINE))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -196,7 +218,8 @@ def write_interactions(path: str | Path, interactions: Iterable[Interaction]) ->
     return len(ids)
 
 
-def _to_row(interaction: Interaction) -> dict[str, Any]:
+def to_row(interaction: Interaction) -> dict[str, Any]:
+    """The row of a file."""
     row: dict[str, Any] = {"id": interaction.id}
     if interaction.turn_id is not None:
         row["turn_id"] = interaction.turn_id
@@ -215,7 +238,8 @@ def _to_turn(message: Message) -> dict[str, str]:
     return {"from": _NAME_OF[message.role], "value": message.content}
 
 
-def _from_row(row: dict[str, Any], default_id: str) -> Interaction:
+def from_row(row: dict[str, Any], default_id: str) -> Interaction:
+    """The interaction of a row. Raises DataError, naming the field."""
     prompt = as_list(row.get("prompt"), "prompt")
     return Interaction(
         id=as_id(row.get("id"), default_id),
@@ -251,7 +275,7 @@ def _spoken_by(role: str, turn: object, name: str) -> str:
 
 
 def _turn_id(value: object) -> int | None:
-    if value is None or _is_integer(value):
+    if value is None or (_is_integer(value) and value.bit_length() < 64):
         return value
     raise fault("turn_id", f"found {kind(value)}, not an integer", "Leave it out if unknown")
 
@@ -278,271 +302,3 @@ def _logprobs(value: object) -> tuple[float, ...] | None:
         return None
     name = "completion_logprobs"
     return tuple(_number(v, f"{name}[{i}]") for i, v in enumerate(as_list(value, name)))
-
-
-# Extraction
-
-
-class Drop(StrEnum):
-    """Why a whole conversation gave nothing, in the order in which the reasons are tried."""
-
-    LANGUAGE = "language"
-    TOO_FEW_MESSAGES = "too few messages"
-    TOO_LONG = "conversation too long"
-    ASSISTANT_TOO_LONG = "assistant message too long"
-    USER_TOO_LONG = "user message too long"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractionRules:
-    """Which conversations are kept, in which order, and how much history an answer gets.
-
-    Lengths are in characters of the cleaned conversation; None switches a rule off. `languages`
-    are lower-case, and only filter logs that have a language column: there, a row of unknown
-    language is dropped. `enough_interactions` stops the extraction after the conversation that
-    reaches it, but not before `enough_after_conversations` are kept.
-    """
-
-    history_messages: int = 5
-    languages: tuple[str, ...] | None = None
-    min_messages: int = 0
-    max_conversation_chars: int | None = None
-    max_assistant_chars: int | None = None
-    max_user_chars: int | None = None
-    shuffle_seed: int | None = None
-    max_conversations: int | None = None
-    enough_interactions: int | None = None
-    enough_after_conversations: int = 0
-
-    def __post_init__(self) -> None:
-        if self.history_messages < 1:
-            raise ValueError(f"history_messages is {self.history_messages}; it must be at least 1")
-        if self.max_conversations is not None and self.max_conversations < 1:
-            raise ValueError(
-                f"max_conversations is {self.max_conversations}; use at least 1, or None for all"
-            )
-        if self.languages is not None and any(name != name.lower() for name in self.languages):
-            raise ValueError(f"languages are {self.languages}; write them in lower case")
-
-    def enough(self, conversations: int, interactions: int) -> bool:
-        """Whether to stop after having kept so many conversations and interactions."""
-        if self.max_conversations is not None and conversations >= self.max_conversations:
-            return True
-        return (
-            self.enough_interactions is not None
-            and conversations >= self.enough_after_conversations
-            and interactions >= self.enough_interactions
-        )
-
-
-PRESETS = {
-    "paper-wildchat": ExtractionRules(
-        languages=("english", "en"),
-        min_messages=3,
-        max_conversation_chars=100_000,
-        max_assistant_chars=4096,
-        max_user_chars=4096,
-        shuffle_seed=42,
-        max_conversations=15_000,
-        enough_interactions=50_000,
-        enough_after_conversations=14_000,
-    ),
-    "all-turns": ExtractionRules(),
-}
-"""The paper's rules for WildChat, and every answered turn of one's own logs in the logs' order."""
-
-
-@dataclass(frozen=True, slots=True)
-class Extraction:
-    """What one conversation gave: why it was dropped, or its interactions (maybe none)."""
-
-    dropped: Drop | None = None
-    interactions: tuple[Interaction, ...] = ()
-    without_history: int = 0  # answers passed over because no usable history precedes them
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What `prepare` read and kept: rows = conversations_read + rows that it stopped before.
-
-    conversations_read = conversations_kept + drops.total(). A kept conversation may give no
-    interaction; answers without a usable history before them are counted one by one.
-    """
-
-    files: int
-    rows: int
-    conversations_read: int
-    conversations_kept: int
-    drops: Counter[Drop] = field(default_factory=Counter)
-    answers_without_history: int
-    ready_interactions: int
-    interactions: int
-    renamed_ids: int
-
-
-def extract(conversation: Conversation, rules: ExtractionRules) -> list[Interaction]:
-    """The interactions of one conversation; none if `examine` drops it."""
-    return list(examine(conversation, rules).interactions)
-
-
-def examine(conversation: Conversation, rules: ExtractionRules) -> Extraction:
-    """Applies the rules to one conversation; every answer that the user replied to is a candidate.
-
-    Messages are stripped, and empty ones and those of roles other than user and assistant are
-    dropped, before anything is counted. An interaction's id is "{conversation id}_{i}" with i the
-    answer's index among what remains.
-    """
-    if rules.languages is not None and not _speaks(conversation, rules.languages):
-        return Extraction(Drop.LANGUAGE)
-    messages = _clean(conversation.messages)
-    if dropped := _length_drop(messages, rules):
-        return Extraction(dropped)
-    answered = [
-        i
-        for i in range(len(messages) - 1)
-        if messages[i].role == "assistant" and messages[i + 1].role == "user"
-    ]
-    histories = {i: _history(messages[:i], rules.history_messages) for i in answered}
-    interactions = tuple(
-        Interaction(
-            id=f"{conversation.id}_{i}",
-            prompt=history,
-            completion=messages[i].content,
-            user_response=messages[i + 1].content,
-            turn_id=i,
-        )
-        for i, history in histories.items()
-        if history
-    )
-    return Extraction(None, interactions, len(answered) - len(interactions))
-
-
-def _speaks(conversation: Conversation, languages: tuple[str, ...]) -> bool:
-    if not conversation.has_language:
-        return True
-    return (conversation.language or "").strip().lower() in languages
-
-
-def _clean(messages: Iterable[Message]) -> list[Message]:
-    cleaned = (Message(m.role.strip().lower(), m.content.strip()) for m in messages)
-    return [m for m in cleaned if m.content and m.role in ("user", "assistant")]
-
-
-def _length_drop(messages: list[Message], rules: ExtractionRules) -> Drop | None:
-    def longest(role: str) -> int:
-        return max((len(m.content) for m in messages if m.role == role), default=0)
-
-    if len(messages) < rules.min_messages:
-        return Drop.TOO_FEW_MESSAGES
-    if _exceeds(sum(len(m.content) for m in messages), rules.max_conversation_chars):
-        return Drop.TOO_LONG
-    if _exceeds(longest("assistant"), rules.max_assistant_chars):
-        return Drop.ASSISTANT_TOO_LONG
-    if _exceeds(longest("user"), rules.max_user_chars):
-        return Drop.USER_TOO_LONG
-    return None
-
-
-def _exceeds(length: int, limit: int | None) -> bool:
-    return limit is not None and length > limit
-
-
-def _history(before: list[Message], most: int) -> tuple[Message, ...]:
-    """The last `most` messages, from a user message on, the first of each run of one role.
-
-    Empty if that does not end with a user message: there is then nothing to answer.
-    """
-    recent = dropwhile(lambda m: m.role == "assistant", before[-most:])
-    turns = tuple(next(run) for _, run in groupby(recent, key=lambda m: m.role))
-    return turns if turns and turns[-1].role == "user" else ()
-
-
-def prepare(paths: Paths, rules: ExtractionRules) -> tuple[list[Interaction], Report]:
-    """Interactions of logs and of ready triples, each file read as what it is.
-
-    Ready triples come first, validated and otherwise as they are: no rule applies to them. Then
-    come the conversations' interactions, in the order of all rows of all files or, with a
-    `shuffle_seed`, in that of Hugging Face's `Dataset.shuffle(seed)` over the same rows. The
-    logs are streamed; only conversations that can still be kept are held in memory.
-
-    Raises DataError for unreadable data.
-    """
-    files = resolve_paths(paths)
-    ready = [file for file in files if sniff_format(file) == "triples"]
-    logs = [file for file in files if file not in ready]
-    passed_on = [interaction for file in ready for interaction in iter_interactions(file)]
-
-    n_rows = sum(map(count_rows, logs))
-    drops, kept = _examine_all(logs, _places(n_rows, rules.shuffle_seed), rules)
-    kept, n_read = _until_enough(kept, n_rows, rules)
-    extracted = [interaction for _, found in kept for interaction in found.interactions]
-    interactions, renamed = _with_unique_ids(passed_on + extracted)
-    return interactions, Report(
-        files=len(files),
-        rows=n_rows,
-        conversations_read=n_read,
-        conversations_kept=len(kept),
-        drops=Counter(reason for reason in drops[:n_read] if reason),
-        answers_without_history=sum(found.without_history for _, found in kept),
-        ready_interactions=len(passed_on),
-        interactions=len(interactions),
-        renamed_ids=renamed,
-    )
-
-
-def _places(n_rows: int, seed: int | None) -> list[int]:
-    """The place in the extraction's order of every row of the files."""
-    if seed is None:
-        return list(range(n_rows))
-    order = np.random.default_rng(seed).permutation(n_rows)  # as datasets.Dataset.shuffle draws it
-    return np.argsort(order).tolist()
-
-
-def _examine_all(
-    logs: list[Path], places: list[int], rules: ExtractionRules
-) -> tuple[list[Drop | None], list[tuple[int, Extraction]]]:
-    """Every place's reason for a drop, and (place, extraction) of the kept ones, in order.
-
-    With `max_conversations` only so many, those of the first places, are held at any time: later
-    ones would come after the stop. A place that comes too late is not examined at all.
-    """
-    drops: list[Drop | None] = [None] * len(places)
-    kept: list[tuple[int, Extraction]] = []  # a heap on the negated place: its root comes last
-    conversations = (c for file in logs for c in read_file(file))
-    for place, conversation in zip(places, conversations, strict=True):
-        full = rules.max_conversations is not None and len(kept) >= rules.max_conversations
-        if full and place > -kept[0][0]:
-            continue
-        found = examine(conversation, rules)
-        drops[place] = found.dropped
-        if found.dropped is None:
-            (heapq.heappushpop if full else heapq.heappush)(kept, (-place, found))
-    return drops, sorted((-place, found) for place, found in kept)
-
-
-def _until_enough(
-    kept: list[tuple[int, Extraction]], n_rows: int, rules: ExtractionRules
-) -> tuple[list[tuple[int, Extraction]], int]:
-    """Cuts `kept` where the rules say stop; also how many rows were read by then."""
-    interactions = 0
-    for n_kept, (place, found) in enumerate(kept, start=1):
-        interactions += len(found.interactions)
-        if rules.enough(n_kept, interactions):
-            return kept[:n_kept], place + 1
-    return kept, n_rows
-
-
-def _with_unique_ids(interactions: list[Interaction]) -> tuple[list[Interaction], int]:
-    """Marks repeated ids "~2", "~3", ...: public logs do repeat conversation ids."""
-    taken = {interaction.id for interaction in interactions}
-    seen: Counter[str] = Counter()
-    unique = []
-    for interaction in interactions:
-        seen[interaction.id] += 1
-        if (n := seen[interaction.id]) > 1:
-            while (new_id := f"{interaction.id}~{n}") in taken:
-                n += 1
-            taken.add(new_id)
-            interaction = replace(interaction, id=new_id)
-        unique.append(interaction)
-    return unique, sum(seen.values()) - len(seen)

@@ -9,15 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sdpo.conversations import (
-    Conversation,
-    DataError,
-    Message,
-    count_rows,
-    read_conversations,
-    resolve_paths,
-    sniff_format,
-)
+from sdpo.conversations import Conversation, DataError, Message
+from sdpo.data.files import resolve_paths
+from sdpo.data.formats import read_conversations, sniff
 
 HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 
@@ -79,7 +73,7 @@ def test_wildchat_rows_come_as_logged(tmp_path):
             "language": ["English", None],
         },
     )
-    assert sniff_format(path) == "wildchat"
+    assert sniff(path) == "wildchat"
     assert list(read_conversations(path)) == [
         Conversation(
             id="a",
@@ -87,8 +81,16 @@ def test_wildchat_rows_come_as_logged(tmp_path):
             source=f"{path}:0",
             language="English",
             has_language=True,
+            model="m",
         ),
-        Conversation(id="chat-1", messages=(), source=f"{path}:1", has_language=True),
+        Conversation(
+            id="chat-1",
+            messages=(),
+            source=f"{path}:1",
+            has_language=True,
+            named=False,
+            model="m",
+        ),
     ]
 
 
@@ -124,7 +126,6 @@ def test_rows_are_numbered_through_batches_and_row_groups(tmp_path):
     read = list(read_conversations(path))
     assert [c.id for c in read] == columns["conversation_id"]
     assert [c.source for c in read] == [f"{path}:{i}" for i in range(n)]
-    assert count_rows(path) == n
 
 
 def test_reading_streams(tmp_path):
@@ -144,8 +145,7 @@ def test_openai_messages(tmp_path):
     ]
     lines = [json.dumps(row) for row in rows]
     path = write_lines(tmp_path / "m.jsonl", "\ufeff" + lines[0], "", lines[1], "  ", lines[2])
-    assert sniff_format(path) == "messages"
-    assert count_rows(path) == 3
+    assert sniff(path) == "messages"
     read = list(read_conversations(path))
     assert [(c.id, c.source) for c in read] == [
         ("mine", f"{path}:1"),
@@ -167,9 +167,9 @@ def test_a_line_separator_inside_text_does_not_end_the_row(tmp_path):
 
 def test_the_format_is_told_by_content_not_by_name(tmp_path):
     columns = {"conversation_id": ["a"], "conversation": [HELLO]}
-    assert sniff_format(write_parquet(tmp_path / "log.bin", columns)) == "wildchat"
+    assert sniff(write_parquet(tmp_path / "log.bin", columns)) == "wildchat"
     triple = {"prompt": [], "completion": "y", "user_response": "o"}
-    assert sniff_format(write_messages(tmp_path / "log.txt", triple)) == "triples"
+    assert sniff(write_messages(tmp_path / "log.txt", triple)) == "triples"
 
 
 # Paths
@@ -196,10 +196,10 @@ def test_a_file_may_have_a_name_that_looks_like_a_glob(tmp_path):
 def test_paths_that_give_nothing(tmp_path):
     assert_says(error_of(tmp_path / "no.jsonl"), tmp_path / "no.jsonl", "no such file")
     assert_says(error_of(tmp_path / "*.jsonl"), tmp_path / "*.jsonl", "matches no file")
-    assert_says(error_of(tmp_path), tmp_path, "holds no .jsonl/.ndjson/.parquet file")
+    assert_says(error_of(tmp_path), tmp_path, "holds no .parquet, .jsonl, .ndjson or .json file")
     assert_says(error_of([]), "the list of paths is empty")
     with pytest.raises(DataError, match="cannot be read"):
-        sniff_format(tmp_path)
+        sniff(tmp_path)
 
 
 # Bad JSONL
@@ -247,7 +247,7 @@ def test_invalid_utf8_in_jsonl(tmp_path):
 def test_a_first_row_of_no_known_format(tmp_path):
     path = write_messages(tmp_path / "m.jsonl", {"prompt": "x", "answer": "y"})
     known = "`messages`, or all of `prompt`, `completion`, `user_response`"
-    assert_says(error_of(path), f"{path}, line 1", "`prompt`, `answer`", known)
+    assert_says(error_of(path), f"{path}, line 1", "`answer`, `prompt`", known)
 
 
 def test_triples_are_not_conversations(tmp_path):
@@ -309,10 +309,13 @@ def test_rows_of_wrong_types(tmp_path, bad):
 
 def test_parquet_without_the_needed_columns(tmp_path):
     path = write_parquet(tmp_path / "p.parquet", {"text": ["x"], "language": ["en"]})
-    needed = "needed are `conversation` and one of `conversation_id`, `conversation_hash`"
-    assert_says(error_of(path), path, "the columns are `text`, `language`;", needed)
-    path = write_parquet(tmp_path / "q.parquet", {"conversation": [HELLO]})
-    assert_says(error_of(path), path, "the columns are `conversation`;", needed)
+    assert_says(error_of(path), path, "its fields are `language`, `text`.", "need one of")
+
+
+def test_parquet_without_ids_or_with_numbers_for_ids(tmp_path):
+    assert ids(write_parquet(tmp_path / "q.parquet", {"conversation": [HELLO]})) == ["q-0"]
+    numbered = {"conversation_id": [5], "conversation": [HELLO]}
+    assert ids(write_parquet(tmp_path / "n.parquet", numbered)) == ["5"]
 
 
 BAD_COLUMNS = {
@@ -328,7 +331,6 @@ BAD_COLUMNS = {
         "conversation.content",
         "type int64, not text",
     ),
-    "id a number": ({"conversation_id": [5]}, "conversation_id", "type int64, not text"),
     "language a number": ({"language": [5]}, "language", "type int64, not text"),
 }
 
@@ -360,7 +362,7 @@ def test_corrupt_page_behind_a_good_footer(tmp_path):
     path.write_bytes(data)
     message = error_of(path)
     assert_says(message, path, "at or after row ", "truncated or corrupt parquet")
-    assert 0 < int(re.search(r"after row (\d+)", message)[1]) <= 1000
+    assert int(re.search(r"after row (\d+)", message)[1]) <= 1000
 
 
 def test_a_git_lfs_pointer_is_explained(tmp_path):

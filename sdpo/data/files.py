@@ -1,0 +1,344 @@
+"""Files of rows: which there are, how they are packed, and their rows one by one.
+
+A container is told by a file's first bytes, not by its name: parquet; JSONL, plain or compressed
+by gzip or zstd; one JSON array of rows, plain or compressed. Reading is streaming.
+"""
+
+import glob
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import ijson
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..conversations import DataError, as_text, kind, located
+
+Paths = str | Path | Iterable[str | Path]
+Container = Literal["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "json.zst"]
+
+_LINES = (".jsonl", ".ndjson")
+SUFFIXES = (".parquet", *(name + packed for name in _LINES for packed in ("", ".gz", ".zst")))
+_OURS = (".manifest.parquet", ".report.json")
+_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_ENDINGS = {"gzip": ".gz", "zstd": ".zst", None: ""}
+_HUB = "hf://datasets/"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+_BUFFER = 1 << 20
+
+
+# Paths
+
+
+def resolve_paths(paths: Paths) -> list[Path]:
+    """Every file that `paths` name, each once: in the order given, sorted within a folder or glob.
+
+    A folder stands for all parquet and JSONL files under it, or where there are none for its
+    `.json` files; hidden ones, and the manifests that `prepare` writes, are not data. What is no
+    path but looks like `owner/name` or starts with `hf://datasets/` is fetched from the Hugging
+    Face hub: "hf://datasets/allenai/WildChat@main/data/*.parquet", or whole, "allenai/WildChat".
+
+    Raises DataError for a path, glob, folder or hub name that gives no file.
+    """
+    named = [paths] if isinstance(paths, str | Path) else paths
+    files: dict[Path, Path] = {}
+    for path in named:
+        for file in _expand(path):
+            files.setdefault(file.resolve(), file)
+    if not files:
+        raise DataError("no data: the list of paths is empty. Name at least one file or folder.")
+    return list(files.values())
+
+
+def _expand(name: str | Path) -> list[Path]:
+    if str(name).startswith(_HUB):
+        return _from_hub(str(name).removeprefix(_HUB))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if files := _files_under(path):
+            return files
+        kinds = ".parquet, .jsonl, .ndjson or .json"
+        raise DataError(f"{path}: the folder holds no {kinds} file. Check the path.")
+    if path.exists():
+        return [path]
+    if glob.has_magic(str(path)):
+        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+        files = [file for m in matches for file in (_files_under(m) if m.is_dir() else [m])]
+        if not files:
+            raise DataError(f"{path}: the glob matches no file. Check the pattern and the folder.")
+        return files
+    if _HUB_NAME.fullmatch(str(name)) and not path.parent.is_dir():
+        return _from_hub(str(name))
+    raise DataError(f"{path}: no such file or folder. Check the path.")
+
+
+def _files_under(folder: Path) -> list[Path]:
+    def is_shown(file: Path) -> bool:
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        return not hidden and not file.name.endswith(_OURS) and file.is_file()
+
+    shown = sorted(filter(is_shown, folder.rglob("*")))
+    data = [file for file in shown if file.name.endswith(SUFFIXES)]
+    return data or [file for file in shown if file.suffix == ".json"]
+
+
+def _from_hub(name: str) -> list[Path]:
+    """Files of `owner/name[@revision][/pattern]` on the hub, in the cache of huggingface_hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    owner, _, rest = name.partition("/")
+    dataset, _, pattern = rest.partition("/")
+    dataset, _, revision = dataset.partition("@")
+    wanted = [pattern] if pattern else [f"*{suffix}" for suffix in (*SUFFIXES, ".json")]
+    try:
+        folder = snapshot_download(
+            f"{owner}/{dataset}",
+            repo_type="dataset",
+            revision=revision or None,
+            allow_patterns=wanted,
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"{name}: no such file or folder, and not to be had as a data set of the Hugging Face "
+            f"hub ({reason}). Check the name, the network and, for gated data, `hf auth login`."
+        ) from None
+    if files := _files_under(Path(folder)):
+        return files
+    raise DataError(
+        f"{name}: the data set on the hub has no such file. Name one after the data set."
+    )
+
+
+# Containers
+
+
+def container_of(path: Path) -> Container:
+    """How a file is packed. Raises DataError if it is empty or cannot be read."""
+    with _opened(path) as file:
+        magic = file.read(4)
+    if not magic:
+        raise DataError(f"{path}: the file is empty. Write it again, or leave it out.")
+    if magic == b"PAR1" or (path.suffix == ".parquet" and magic[:2] not in _PACKED):
+        return "parquet"
+    ending = _ENDINGS[_compression(path)]
+    layout = "json" if _is_array(path) else "jsonl"
+    return f"{layout}{ending}"  # pyright: ignore[reportReturnType]
+
+
+def _is_array(path: Path) -> bool:
+    """Whether it is an array of rows; in a file that says it has lines, "[" begins a bad row."""
+    if path.name.endswith(SUFFIXES):
+        return False
+    with read_stream(path) as file:
+        while (head := file.read(_BUFFER)) and not head.strip():
+            pass
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def _compression(path: Path) -> str | None:
+    with _opened(path) as file:
+        magic = file.read(4)
+    return _PACKED.get(magic) or _PACKED.get(magic[:2])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        file = path.open("rb", buffering=_BUFFER)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from None
+    with file:
+        yield file
+
+
+@contextmanager
+def read_stream(path: Path) -> Iterator[BinaryIO]:
+    """A file's bytes, decompressed. Raises DataError where it is truncated or cannot be read."""
+    compression = _compression(path)
+    try:
+        if compression is None:
+            with _opened(path) as file:
+                yield file
+        else:
+            with io.BufferedReader(_Decompressed(path, compression), _BUFFER) as file:
+                yield file
+    except (OSError, pa.ArrowException) as error:
+        raise broken(path, compression or "file", error) from None
+
+
+class _Decompressed(io.RawIOBase):
+    """Every byte before the place where a stream breaks, and only then the error.
+
+    Arrow drops what it had decompressed in the read that fails; that part is read again, singly.
+    """
+
+    def __init__(self, path: Path, compression: str):
+        self._path, self._compression = str(path), compression
+        self._stream = pa.input_stream(self._path, compression=compression)
+        self._at, self._singly = 0, False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._stream.read(1 if self._singly else len(buffer))
+        except (OSError, pa.ArrowException):
+            if self._singly:
+                raise
+            self._singly = True
+            self._stream = pa.input_stream(self._path, compression=self._compression)
+            for start in range(0, self._at, _BUFFER):
+                self._stream.read(min(_BUFFER, self._at - start))
+            return self.readinto(buffer)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def broken(where: Path | str, what: str, error: Exception) -> DataError:
+    """The error of a file that another library could not read to its end."""
+    reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    return DataError(
+        f"{where}: truncated or corrupt {what} ({reason}). Fetch or write the file again; "
+        "a file of a few hundred bytes may be a Git LFS pointer."
+    )
+
+
+# Rows
+
+
+def lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """Streams (offset, line) of the lines that begin in [start, stop) of the decompressed bytes."""
+    with read_stream(path) as file:
+        if start:
+            file.seek(start)
+        offset = start
+        for raw in file:
+            if stop is not None and offset >= stop:
+                return
+            yield offset, raw
+            offset += len(raw)
+
+
+def json_rows(path: Path) -> Iterator[tuple[int, str, Any]]:
+    """Streams (number, place, row or the DataError of its line) of a JSONL file or a JSON array.
+
+    Lines are counted from 1, "file, line 12"; items from 0, "file, item 12 (counted from 0)"; blank
+    lines are no rows. Raises DataError where the rest of the file cannot be read.
+    """
+    if container_of(path).startswith("jsonl"):
+        for number, (_, raw) in enumerate(lines(path), start=1):
+            if not raw.isspace():
+                where = f"{path}, line {number}"
+                yield number, where, parse_or_error(raw, where)
+    else:
+        for number, item in array_items(path):
+            yield number, f"{path}, item {number} (counted from 0)", item
+
+
+def array_items(path: Path) -> Iterator[tuple[int, Any]]:
+    """Streams (number from 0, item) of a JSON array."""
+    number = 0
+    with read_stream(path) as file:
+        if file.peek(3).startswith(b"\xef\xbb\xbf"):  # pyright: ignore[reportAttributeAccessIssue]
+            file.read(3)
+        try:
+            for item in ijson.items(file, "item", use_float=True):
+                yield number, item
+                number += 1
+        except (ijson.JSONError, ValueError, RecursionError) as error:
+            where = f"{path}, at or after item {number} (counted from 0)"
+            raise broken(where, "JSON array", error) from None
+
+
+def parse_or_error(raw: bytes, where: str) -> dict[str, Any] | DataError:
+    """The JSON object of a line, or what is wrong with the line."""
+    try:
+        with located(where):
+            return parse_line(raw)
+    except DataError as error:
+        return error
+
+
+def parse_line(raw: bytes) -> dict[str, Any]:
+    """The JSON object of a line. Raises DataError, naming the column or byte."""
+    try:
+        row = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        row = _parse_tolerantly(raw)  # a byte-order mark, NaN, huge numbers; and better messages
+    if not isinstance(row, dict):
+        raise DataError(
+            f"found {kind(row)} where an object is needed. Write one JSON object per line."
+        )
+    return row
+
+
+def _parse_tolerantly(raw: bytes) -> Any:
+    try:
+        row = json.loads(raw.decode("utf-8-sig"))
+        _refuse_half_characters(row)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"byte {error.start + 1}: not valid UTF-8. Save the file as UTF-8."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"column {error.colno}: broken JSON ({error.msg}). Write one whole JSON object per "
+            "line; a last line cut short means that the file was not written to its end."
+        ) from None
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"unreadable JSON ({error}). Repair or remove the line.") from None
+    return row
+
+
+def _refuse_half_characters(value: Any, field: str = "") -> None:
+    if isinstance(value, str):
+        as_text(value, field)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_half_characters(as_text(key, field), field)
+            _refuse_half_characters(item, f"{field}.{key}" if field else key)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _refuse_half_characters(item, f"{field}[{i}]")
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Raises DataError for a file that is no whole parquet file."""
+    try:
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise broken(path, "parquet", error) from None
+
+
+def parquet_batches(
+    path: Path, row_groups: list[int] | None, columns: list[str] | None, size: int, first: int
+) -> Iterator[pa.RecordBatch]:
+    """Streams the batches of some row groups; `first` is the number of their first row.
+
+    Raises DataError where a page is corrupt.
+    """
+    number = first
+    with open_parquet(path) as file:
+        batches = file.iter_batches(size, row_groups=row_groups, columns=columns)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowException, OSError) as error:
+                where = f"{path}, at or after row {number} (counted from 0)"
+                raise broken(where, "parquet", error) from None
+            if batch is None:
+                return
+            yield batch
+            number += batch.num_rows

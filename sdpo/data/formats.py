@@ -1,0 +1,547 @@
+"""Rows of any supported format as `Conversation`s, or as ready `Interaction`s.
+
+A format is told by what a file's rows hold, and may sit in any container (`files.Container`):
+
+| format | a row |
+|---|---|
+| wildchat | `conversation`: [{role, content}], `conversation_id` or `conversation_hash` (1M) |
+| lmsys | the same, with `openai_moderation` and nothing of WildChat's own |
+| wildfeedback | `conversation` or `conversations`: [{from, value}], with more columns |
+| sharegpt | `conversations`: [{from, value}], `id` |
+| messages | OpenAI's: `messages`: [{role, content: text or text parts}], `id` |
+| triples | ready interactions: `prompt`, `completion`, `user_response` |
+
+Where a row has them, `language`, `model`, a user (`hashed_ip`, `user_id`, `user`), `toxic`,
+`redacted` (also of single messages) and `openai_moderation[].flagged` are read, too. Tools' and
+system messages stay in the conversation under their role; extraction has a rule for them.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from ..conversations import (
+    Conversation,
+    DataError,
+    Message,
+    as_id,
+    as_list,
+    as_object,
+    as_text,
+    fault,
+    listed,
+    located,
+)
+from ..interactions import Interaction, from_row
+from .arrow import pc
+from .files import Paths, container_of, json_rows, open_parquet, parquet_batches, resolve_paths
+
+Format = Literal["wildchat", "lmsys", "wildfeedback", "sharegpt", "messages", "triples"]
+Item = Conversation | Interaction | DataError
+
+ROWS_AT_ONCE = 1024
+"""Rows that are in memory at a time."""
+
+_TRIPLE = ("prompt", "completion", "user_response")
+_LISTS: dict[str, tuple[str, ...]] = {
+    "wildchat": ("conversation",),
+    "lmsys": ("conversation",),
+    "wildfeedback": ("conversations", "conversation"),
+    "sharegpt": ("conversations",),
+    "messages": ("messages",),
+}
+_NAMES = ("conversation_id", "id")
+_HASH = "conversation_hash"
+_USERS = ("hashed_ip", "user_id", "user")
+_TEXTS = (*_NAMES, _HASH, *_USERS, "language", "model")
+_OF_WILDCHAT = {_HASH, "toxic", "hashed_ip", "detoxify_moderation"}
+# What an assistant message may hold instead of content in OpenAI's format.
+_INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "refusal", "audio")
+_LOOKED_AT = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogFile:
+    """One file of rows: how it is packed, what it holds, and which of the columns that guardrails
+    read ("language", "user", "flagged", "redacted") it has."""
+
+    path: Path
+    container: str
+    format: Format
+    knows: frozenset[str]
+
+
+def sniff(path: str | Path) -> Format:
+    """The format of a file; see `describe`."""
+    return describe(Path(path)).format
+
+
+def describe(path: Path, forced: Format | Literal["auto"] = "auto", *, lenient=False) -> LogFile:
+    """Recognises a file by its parquet schema, or by its first JSON rows.
+
+    Args:
+        forced: the format that it must have.
+        lenient: pass over rows that are no JSON objects, up to a hundred.
+
+    Raises:
+        DataError: the file is empty, broken, of none of the known formats or not of ``forced``.
+    """
+    container, schema = container_of(path), None
+    if container == "parquet":
+        with open_parquet(path) as file:
+            schema = file.schema_arrow
+        fields = set(schema.names)
+        found = _recognise(fields, _message_fields_of(schema))
+        where = str(path)
+    else:
+        where, fields, inner = _first_row(path, lenient)
+        found = _recognise(fields, inner)
+    if forced != "auto" and found != forced:
+        # Formats of one shape may stand in for each other.
+        if not _has_shape(fields, forced):
+            raise DataError(
+                f"{where}: not of the format {forced!r} that was asked for; its fields are "
+                f"{listed(sorted(fields))}. Name the right format, or leave it to be recognised."
+            )
+        found = forced
+    if found is None:
+        raise DataError(
+            f"{where}: of no known format; its fields are {listed(sorted(fields))}. Rows need one "
+            f"of `conversation`, `conversations`, `messages`, or all of {listed(_TRIPLE)}; rename "
+            "fields, or leave the file out."
+        )
+    if schema is not None and found != "triples":
+        with located(f"{path}, every row"):
+            _check_schema(schema, found)
+    return LogFile(path=path, container=container, format=found, knows=_known(fields))
+
+
+def _first_row(path: Path, lenient: bool) -> tuple[str, set[str], set[str] | None]:
+    """Place and fields of the first row, and the fields of the first message of the first rows."""
+    first, inner = None, None
+    for _, where, row in islice(json_rows(path), _LOOKED_AT):
+        if not isinstance(row, dict):
+            if lenient:
+                continue
+            if isinstance(row, DataError):
+                raise row
+            raise DataError(f"{where}: no JSON object. Write one object per row.")
+        first = first or (where, set(row))
+        inner = inner or _message_fields(row)
+        if inner or set(_TRIPLE) <= set(row):
+            break
+    if first is None:
+        raise DataError(f"{path}: the file is empty. Write it again, or leave it out.")
+    return *first, inner
+
+
+def _message_fields(row: dict[str, Any]) -> set[str] | None:
+    for key in ("conversation", "conversations", "messages"):
+        messages = row.get(key)
+        if isinstance(messages, list) and messages and isinstance(messages[0], dict):
+            return set(messages[0])
+    return None
+
+
+def _message_fields_of(schema: pa.Schema) -> set[str] | None:
+    for key in ("conversation", "conversations", "messages"):
+        if key in schema.names and (struct := _struct(schema.field(key).type)) is not None:
+            return {field.name for field in struct}
+    return None
+
+
+def _recognise(fields: set[str], message: set[str] | None) -> Format | None:
+    if set(_TRIPLE) <= fields:
+        return "triples"
+    if "messages" in fields:
+        return "messages"
+    if not fields & {"conversation", "conversations"}:
+        return None
+    if message is not None and "from" in message:
+        plain = "conversations" in fields and _HASH not in fields
+        return "sharegpt" if plain else "wildfeedback"
+    if "conversation" not in fields:
+        return "sharegpt"
+    if "openai_moderation" in fields and not fields & _OF_WILDCHAT:
+        return "lmsys"
+    return "wildchat"
+
+
+def _has_shape(fields: set[str], format: Format) -> bool:
+    if format == "triples":
+        return set(_TRIPLE) <= fields
+    return any(key in fields for key in _LISTS[format])
+
+
+def _known(fields: set[str]) -> frozenset[str]:
+    knows = {"language", "redacted"} & fields
+    if fields & {"toxic", "openai_moderation"}:
+        knows.add("flagged")
+    if fields & set(_USERS):
+        knows.add("user")
+    return frozenset(knows)
+
+
+def read_conversations(paths: Paths) -> Iterator[Conversation]:
+    """Streams the conversations of files, folders and globs, in the order of `resolve_paths`.
+
+    Raises DataError for the first thing that cannot be read, ready triples included.
+    """
+    for path in resolve_paths(paths):
+        file = describe(path)
+        if file.format == "triples":
+            raise DataError(
+                f"{path}: holds ready interactions (prompt, completion, user_response), not "
+                "conversations. Read it with sdpo.interactions.read_interactions."
+            )
+        for _, item in read_file(file):
+            if isinstance(item, DataError):
+                raise item
+            if isinstance(item, Conversation):
+                yield item
+
+
+def read_file(file: LogFile) -> Iterator[tuple[int, Item]]:
+    """Streams (row number, what the row holds or what is wrong with it) of one whole file."""
+    if file.container == "parquet":
+        for numbers, items in read_row_groups(file, None, 0):
+            yield from zip(numbers, items, strict=True)
+    else:
+        for number, where, row in json_rows(file.path):
+            yield number, item_of(row, file, number, where)
+
+
+# JSON rows
+
+
+def item_of(row: Any, file: LogFile, number: int, where: str) -> Item:
+    """What a parsed row holds, or the DataError that says what is wrong with it."""
+    if isinstance(row, DataError):
+        return row
+    try:
+        with located(where):
+            if file.format == "triples":
+                return from_row(as_object(row, "row"), default_id=f"{file.path.stem}-{number}")
+            return _conversation(as_object(row, "row"), file, number)
+    except DataError as error:
+        return error
+
+
+def _conversation(row: dict[str, Any], file: LogFile, number: int) -> Conversation:
+    key = next((key for key in _LISTS[file.format] if row.get(key) is not None), None)
+    if key is None and (file.format == "messages" or _LISTS[file.format][0] not in row):
+        key = _LISTS[file.format][0]
+        as_list(row.get(key), key)
+    raw = as_list(row[key], key) if key else []
+    id, named = _id(row, f"{file.path.stem}-{number}")
+    language = row.get("language")
+    return Conversation(
+        id=id,
+        messages=tuple(_message(m, key or "", i, file.format) for i, m in enumerate(raw)),
+        source=f"{file.path}:{number}",
+        language=None if language is None else as_text(language, "language"),
+        has_language="language" in row,
+        named=named,
+        user=_name(row, _USERS),
+        model=_name(row, ("model",)),
+        flagged=_marked(row, raw, "toxic") or _moderated(row.get("openai_moderation")),
+        redacted=_marked(row, raw, "redacted"),
+    )
+
+
+def _id(row: dict[str, Any], default: str) -> tuple[str, bool]:
+    for key in _NAMES:
+        if row.get(key) is not None:
+            return as_id(row[key], default), True
+    return as_id(row.get(_HASH), default), False
+
+
+def _name(row: dict[str, Any], keys: Iterable[str]) -> str | None:
+    for key in keys:
+        value = row.get(key)
+        if isinstance(value, str | int) and value != "":
+            return str(value)
+    return None
+
+
+def _marked(row: dict[str, Any], messages: list[Any], mark: str) -> bool:
+    if row.get(mark) is True:
+        return True
+    return any(isinstance(m, dict) and m.get(mark) is True for m in messages)
+
+
+def _moderated(verdicts: object) -> bool:
+    verdicts = verdicts if isinstance(verdicts, list) else [verdicts]
+    return any(isinstance(v, dict) and v.get("flagged") is True for v in verdicts)
+
+
+def _message(message: object, key: str, i: int, format: Format) -> Message:
+    if type(message) is dict:
+        role, content = message.get("role"), message.get("content")
+        if type(role) is str and type(content) is str:
+            return Message(role, content)
+        sender, value = message.get("from"), message.get("value")
+        if type(sender) is str and type(value) is str:
+            return Message(sender, value)
+    field = f"{key}[{i}]"
+    return _openai_message(message, field) if format == "messages" else _logged(message, field)
+
+
+def _logged(message: object, field: str) -> Message:
+    """A message whose role or content may be missing or null, as public logs have them."""
+    if message is None:
+        return Message("", "")
+    message = as_object(message, field)
+    names = ("from", "value") if "from" in message else ("role", "content")
+    role, content = (
+        "" if message.get(name) is None else as_text(message[name], f"{field}.{name}")
+        for name in names
+    )
+    return Message(role, content)
+
+
+def _openai_message(message: object, field: str) -> Message:
+    message = as_object(message, field)
+    role = as_text(message.get("role"), f"{field}.role")
+    content = message.get("content")
+    if content is None and (role == "tool" or any(message.get(k) for k in _INSTEAD_OF_CONTENT)):
+        return Message(role, "")
+    if isinstance(content, list):
+        parts = (_text_part(p, f"{field}.content[{i}]") for i, p in enumerate(content))
+        return Message(role, "".join(parts))
+    return Message(role, as_text(content, f"{field}.content"))
+
+
+def _text_part(part: object, field: str) -> str:
+    part = as_object(part, field)
+    if part.get("type") == "refusal":
+        return ""
+    if part.get("type") != "text":
+        problem = f"a content part of type {part.get('type')!r}; only text can be trained on"
+        raise fault(field, problem, "Remove the part or the conversation")
+    return as_text(part.get("text"), f"{field}.text")
+
+
+# Parquet
+
+
+def _struct(column: pa.DataType) -> pa.StructType | None:
+    """The struct that a list column holds, if it is one."""
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if any(test(column) for test in tests) and pa.types.is_struct(column.value_type):
+        return column.value_type
+    return None
+
+
+def _pair(names: set[str]) -> tuple[str, str]:
+    """What a message's role and text are called."""
+    return ("from", "value") if "from" in names and "role" not in names else ("role", "content")
+
+
+def _key(schema: pa.Schema, format: Format) -> str | None:
+    return next((key for key in _LISTS[format] if key in schema.names), None)
+
+
+def _check_schema(schema: pa.Schema, format: Format) -> None:
+    key = _key(schema, format)
+    assert key is not None, "recognised by it"
+    column = schema.field(key).type
+    struct = _struct(column)
+    if struct is None:
+        if pa.types.is_null(getattr(column, "value_type", column)):
+            return
+        problem = f"the column is of type {column}, not a list of {{role, content}}"
+        raise fault(key, problem, "Convert the file to a list of messages")
+    names = {field.name for field in struct}
+    role, content = _pair(names)
+    for name in (role, content):
+        if name not in names:
+            problem = f"its messages have {listed(sorted(names))}, but no `{name}`"
+            raise fault(key, problem, "Rename or add the field")
+    _check_text(f"{key}.{role}", struct.field(role).type)
+    if format != "messages":
+        _check_text(f"{key}.{content}", struct.field(content).type)
+    if "language" in schema.names:
+        _check_text("language", schema.field("language").type)
+
+
+def _is_text(column: pa.DataType) -> bool:
+    value = column.value_type if pa.types.is_dictionary(column) else column
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
+    return any(test(value) for test in (*tests, pa.types.is_string_view))
+
+
+def _check_text(field: str, column: pa.DataType) -> None:
+    if not _is_text(column):
+        raise fault(field, f"the column is of type {column}, not text", "Cast it to string")
+
+
+def read_row_groups(
+    file: LogFile,
+    row_groups: list[int] | None,
+    first: int,
+    wanted: np.ndarray | None = None,
+    languages: tuple[str, ...] | None = None,
+) -> Iterator[tuple[list[int], list[Item]]]:
+    """Streams (row numbers, items) of row groups of a parquet file, `ROWS_AT_ONCE` at a time.
+
+    Args:
+        first: the number of their first row.
+        wanted: which rows to read at all.
+        languages: of which messages are needed; conversations in others come without theirs.
+    """
+    with open_parquet(file.path) as parquet:
+        schema = parquet.schema_arrow
+        paths = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
+    key = None if file.format == "triples" else _key(schema, file.format)
+    columns = None if key is None else _needed_leaves(paths, key)
+    batches = parquet_batches(file.path, row_groups, columns, ROWS_AT_ONCE, first)
+    for batch in batches:
+        numbers = np.arange(first, first + batch.num_rows)
+        first += batch.num_rows
+        if wanted is not None:
+            keep, wanted = wanted[: batch.num_rows], wanted[batch.num_rows :]
+            batch, numbers = batch.filter(pa.array(keep)), numbers[keep]
+        yield numbers.tolist(), _items_of(batch, file, numbers.tolist(), key, languages)
+
+
+def _needed_leaves(paths: list[str], key: str) -> list[str]:
+    """Paths of the needed leaf columns; what lies between list and field depends on the writer."""
+    inside = {"role", "content", "from", "value", "toxic", "redacted"}
+
+    def is_needed(path: str) -> bool:
+        top, *within = path.split(".")
+        field = within[-1] if within else ""
+        if top == key:
+            # messages of OpenAI's may hold parts and calls; of others two texts and marks do
+            return key == "messages" or not within or (field in inside and len(within) <= 3)
+        is_verdict = top == "openai_moderation" and field == "flagged"
+        return is_verdict or path in (*_TEXTS, "toxic", "redacted")
+
+    return [path for path in paths if is_needed(path)]
+
+
+def _items_of(
+    batch: pa.RecordBatch,
+    file: LogFile,
+    numbers: list[int],
+    key: str | None,
+    languages: tuple[str, ...] | None,
+) -> list[Item]:
+    try:
+        if key is not None and _is_plain(batch.schema.field(key).type):
+            return list(_conversations(batch, file, numbers, key, languages))
+        rows = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows > 1:
+            singly = ((batch.slice(i, 1), [n]) for i, n in enumerate(numbers))
+            return [item for b, n in singly for item in _items_of(b, file, n, key, languages)]
+        return [_undecodable(batch, file, numbers[0], error)]
+    return [item_of(r, file, n, _where(file, n)) for n, r in zip(numbers, rows, strict=True)]
+
+
+def _where(file: LogFile, number: int) -> str:
+    return f"{file.path}, row {number} (counted from 0)"
+
+
+def _undecodable(batch: pa.RecordBatch, file: LogFile, number: int, error: Exception) -> DataError:
+    def is_bad(name: str) -> bool:
+        try:
+            batch.column(name).to_pylist()
+        except UnicodeDecodeError:
+            return True
+        return False
+
+    name = next(filter(is_bad, batch.schema.names), "row")
+    problem = f"not valid UTF-8 ({getattr(error, 'reason', error)})"
+    return DataError(f"{_where(file, number)}, {fault(name, problem, 'Write it again as UTF-8')}")
+
+
+def _is_plain(column: pa.DataType) -> bool:
+    """Messages of two texts each, which are read column by column, much faster than row by row."""
+    struct = _struct(column)
+    if struct is None:
+        return False
+    _, content = _pair({field.name for field in struct})
+    return struct.get_field_index(content) >= 0 and _is_text(struct.field(content).type)
+
+
+def _conversations(
+    batch: pa.RecordBatch,
+    file: LogFile,
+    numbers: list[int],
+    key: str,
+    languages: tuple[str, ...] | None,
+) -> Iterator[Conversation]:
+    column = batch.column(key)
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    flat = column.flatten()
+    of_row = np.repeat(np.arange(batch.num_rows), lengths)
+    flagged = _marks(batch, flat, of_row, "toxic") | _moderation(batch)
+    redacted = _marks(batch, flat, of_row, "redacted")
+    texts = {n: batch.column(n).to_pylist() for n in _TEXTS if n in batch.schema.names}
+    has_language = "language" in texts
+    if has_language and languages is not None:
+        read = np.array([is_among(name, languages) for name in texts["language"]])
+        lengths, flat = np.where(read, lengths, 0), flat.filter(pa.array(read[of_row]))
+    role, content = _pair({field.name for field in flat.type})
+    pairs = zip(_texts(flat, role), _texts(flat, content), strict=True)
+    for i, (number, length) in enumerate(zip(numbers, lengths.tolist(), strict=True)):
+        row = {name: values[i] for name, values in texts.items()}
+        id, named = _id(row, f"{file.path.stem}-{number}")
+        yield Conversation(
+            id=id,
+            messages=tuple([Message(r, c) for r, c in islice(pairs, length)]),
+            source=f"{file.path}:{number}",
+            language=row.get("language"),
+            has_language=has_language,
+            named=named,
+            user=_name(row, _USERS),
+            model=row.get("model"),
+            flagged=bool(flagged[i]),
+            redacted=bool(redacted[i]),
+        )
+
+
+def is_among(language: str | None, languages: tuple[str, ...]) -> bool:
+    """Whether a log's name of a language is one of `languages`, which are in lower case."""
+    return (language or "").strip().lower() in languages
+
+
+def _texts(flat: pa.StructArray, name: str) -> list[str]:
+    return [text or "" for text in pc.struct_field(flat, name).to_pylist()]
+
+
+def _marks(batch: pa.RecordBatch, flat: pa.Array, of_row: np.ndarray, mark: str) -> np.ndarray:
+    """(rows,) bool: the row's column of that name is true, or that of one of its messages."""
+    marked = np.zeros(batch.num_rows, bool)
+    if mark in batch.schema.names:
+        marked |= _bools(batch.column(mark))
+    if flat.type.get_field_index(mark) >= 0:
+        marked[of_row[_bools(pc.struct_field(flat, mark))]] = True
+    return marked
+
+
+def _moderation(batch: pa.RecordBatch) -> np.ndarray:
+    """(rows,) bool: OpenAI's moderation flagged one of the messages."""
+    flagged = np.zeros(batch.num_rows, bool)
+    if "openai_moderation" not in batch.schema.names:
+        return flagged
+    column = batch.column("openai_moderation")
+    if (struct := _struct(column.type)) is None or struct.get_field_index("flagged") < 0:
+        return flagged
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    of_row = np.repeat(np.arange(batch.num_rows), lengths)
+    flagged[of_row[_bools(pc.struct_field(column.flatten(), "flagged"))]] = True
+    return flagged
+
+
+def _bools(column: pa.Array) -> np.ndarray:
+    if not pa.types.is_boolean(column.type):
+        return np.zeros(len(column), bool)
+    return pc.fill_null(column, False).to_numpy(zero_copy_only=False)

@@ -1,0 +1,390 @@
+"""Conversation logs into interactions: in parallel, in flat memory, the same every time.
+
+    plan     every file is looked through once: format, rows, units of work
+    process  workers make of each unit its rendered rows and a table (worker.py), in a work folder
+    choose   duplicates, caps, the stopping rule, over all tables (choose.py)
+    write    interactions, manifest and report, beside and then renamed (write.py)
+
+Nothing depends on the number of workers or on when a run was killed: units are the same, and those
+that are done are found again by the next run of the same command. Order: that of the files and
+their rows, or with a `shuffle_seed` that of Hugging Face's `Dataset.shuffle(seed)` over all rows.
+Ready triples come before all else; no rule applies to them, but the guardrails do. Where the rules stop early, only so many places of that order are processed as may be needed.
+"""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from ..conversations import DataError
+from .arrow import pc
+from .choose import DECISIONS, Choice, choose
+from .extraction import PRESETS, ExtractionRules
+from .files import resolve_paths
+from .formats import Format
+from .guardrails import GuardrailConfig, read_opt_out, resolve, states
+from .names import manifest_path, report_path
+from .units import FilePlan, plan_file, units_of
+from .worker import Job, Shard, process, total, whole_table
+from .write import write_json, write_manifest, write_rows
+
+VERSION = 1
+"""Of what a work folder holds; another one's units are not gone on from."""
+_PLACES_PER_CONVERSATION = 8
+"""Places processed first for each conversation that is wanted; twice as many each time after."""
+_WORTH_WORKERS = 1 << 23
+"""Bytes from which reading in parallel pays for starting processes."""
+_SHOWN = 20
+"""Bad rows that the report names."""
+
+Preset = Literal["strict", "paper-wildchat", "paper-wildfeedback", "all-turns"]
+assert set(Preset.__args__) == set(PRESETS)
+T = TypeVar("T")
+R = TypeVar("R")
+Progress = Callable[[str, int, int], None]
+"""Called with what is done, how many rows of it are, and of how many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """What to make of which logs."""
+
+    inputs: tuple[str, ...]
+    """Files, folders, globs and names of data sets on the Hugging Face hub."""
+    out: str
+    """The file to write, .jsonl or .parquet; its manifest and report come to stand beside it."""
+    preset: Preset = "strict"
+    """Which conversations and turns are kept: sdpo.data.extraction says what each does."""
+    format: Format | Literal["auto"] = "auto"
+    """Of all inputs; auto: recognised, file by file."""
+    languages: tuple[str, ...] | None = None
+    """Languages to keep, as the log names them; "any" for all; None: as the preset says."""
+    shuffle_seed: int | None = None
+    """Shuffles; None: as the preset says."""
+    max_conversations: int | None = None
+    """Stop at so many; None: as the preset says."""
+    guardrails: GuardrailConfig = field(default_factory=GuardrailConfig)
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """Skip: leave out, and count, rows and files that cannot be read."""
+    workers: int = 0
+    """Processes; 0: one a core."""
+
+    def __post_init__(self) -> None:
+        if Path(self.out).suffix not in (".jsonl", ".parquet"):
+            raise DataError(f"out is {self.out}: name a file that ends in .jsonl or .parquet")
+        if self.workers < 0:
+            raise DataError(f"workers is {self.workers}: use 1 or more, or 0 for one a core")
+
+    def rules(self) -> ExtractionRules:
+        """The preset's, with what was asked for in their place."""
+        asked: dict[str, Any] = {
+            "shuffle_seed": self.shuffle_seed,
+            "max_conversations": self.max_conversations,
+        }
+        rules = replace(PRESETS[self.preset], **{k: v for k, v in asked.items() if v is not None})
+        if self.languages is None:
+            return rules
+        names = tuple(name.strip().lower() for name in self.languages)
+        return replace(rules, languages=None if "any" in names else names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was read, dropped and kept. rows = conversations_examined + those after the stop;
+    conversations_examined = conversations_kept + the drops (but unreadable files)."""
+
+    out: str
+    sha256: str
+    preset: str
+    rules: dict[str, Any]
+    guardrails: dict[str, Any]
+    inputs: list[dict[str, Any]]
+    counts: dict[str, int]
+    drops: dict[str, int]
+    interaction_drops: dict[str, int]
+    pii: dict[str, int]
+    guards: dict[str, str]
+    bad_rows: list[str]
+    version: int = VERSION
+
+
+def prepare(
+    config: PrepareConfig, rules: ExtractionRules | None = None, progress: Progress | None = None
+) -> Report:
+    """Prepares interactions; see the module's docstring.
+
+    Args:
+        rules: in place of the preset's.
+        progress: called as rows are done.
+
+    Raises:
+        DataError: an input cannot be read; nothing is left behind.
+        ValueError: another run writes to the same file, or a worker died.
+    """
+    rules = rules or config.rules()
+    guardrails = resolve(config.guardrails, config.preset)
+    opted_out = read_opt_out(guardrails.opt_out) if guardrails.opt_out else frozenset()
+    out = Path(config.out)
+    files = resolve_paths(config.inputs)
+    if out.exists() and any(file.samefile(out) for file in files):
+        raise DataError(f"{out}: is one of the inputs. Write it to another folder.")
+    workers = config.workers or len(os.sched_getaffinity(0))
+    if sum(file.stat().st_size for file in files) < _WORTH_WORKERS:
+        workers = 1
+    lenient = config.bad_rows == "skip"
+    with _work_folder(out) as folder, _pool(workers) as pool:
+        plan = partial(plan_file, forced=config.format, lenient=lenient)
+        tell = progress or (lambda *_: None)
+        plans = _in_parallel(pool, plan, files, lambda done: tell("files", len(done), len(files)))
+        plans.sort(key=lambda plan: not plan.is_ready)
+        settings = asdict(rules), asdict(guardrails), sorted(opted_out), lenient
+        _empty_unless(folder, _fingerprint(plans, settings))
+        order = _order(plans, rules, folder)
+        job = Job(
+            folder=folder,
+            rules=rules,
+            guardrails=guardrails,
+            opted_out=opted_out,
+            lenient=lenient,
+            order=order,
+            places=(0, 0),
+        )
+        shards, choice = _process_and_choose(pool, plans, job, tell)
+        report = _write(config, job, plans, shards, choice)
+        shutil.rmtree(folder)
+    return report
+
+
+# Planning
+
+
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """The folder beside `out` where the units are made; bad data leaves none behind."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.work")
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another run is writing it; wait, or choose another") from None
+        try:
+            yield folder
+        except DataError:
+            shutil.rmtree(folder)
+            raise
+
+
+def _fingerprint(plans: list[FilePlan], settings: tuple) -> str:
+    files = [(str(plan.path), plan.size, plan.mtime_ns, repr(plan.log)) for plan in plans]
+    libraries = [version(name) for name in ("rensa", "pyarrow", "orjson")]
+    return sha256(repr((VERSION, files, settings, libraries)).encode()).hexdigest()
+
+
+def _empty_unless(folder: Path, fingerprint: str) -> None:
+    """Drops what another command, or this one on other data, had begun."""
+    stored = folder / "fingerprint"
+    if stored.is_file() and stored.read_text() == fingerprint:
+        done = len(list(folder.glob("*.arrow")))
+        print(f"sdpo: goes on from {done} units that are done", file=sys.stderr)
+        return
+    for file in folder.iterdir():
+        if file.name != "lock":
+            file.unlink()
+    stored.write_text(fingerprint)
+
+
+def _order(plans: list[FilePlan], rules: ExtractionRules, folder: Path) -> Path | None:
+    """Every row's place, as `datasets.Dataset.shuffle(seed)` would draw it, in a file that workers
+    map into memory."""
+    if rules.shuffle_seed is None:
+        return None
+    n_ready = sum(plan.rows for plan in plans if plan.is_ready)
+    n_logged = sum(plan.rows for plan in plans) - n_ready
+    permutation = np.random.default_rng(rules.shuffle_seed).permutation(n_logged)
+    places = np.arange(n_ready + n_logged)
+    places[n_ready + permutation] = np.arange(n_ready, n_ready + n_logged)
+    np.save(folder / "order.npy", places)
+    return folder / "order.npy"
+
+
+# Processing
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    if workers == 1:
+        yield None
+        return
+    context = multiprocessing.get_context("spawn")  # Arrow's threads do not survive a fork
+    pool = ProcessPoolExecutor(workers, mp_context=context)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise ValueError(
+            "a worker died, perhaps for lack of memory: run the same command again to go on from "
+            "what is done, with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_parallel(
+    pool: ProcessPoolExecutor | None,
+    function: Callable[[T], R],
+    items: list[T],
+    tell: Callable[[list[R]], None],
+) -> list[R]:
+    """Results in the order of `items`; `tell` sees those there are, whenever there is another.
+
+    Raises the error of the first item that has one.
+    """
+    done: list[R] = []
+    if pool is None:
+        for item in items:
+            done.append(function(item))
+            tell(done)
+        return done
+    futures: list[Future[R]] = [pool.submit(function, item) for item in items]
+    for future in futures:
+        done.append(future.result())
+        tell(done)
+    return done
+
+
+def _process_and_choose(
+    pool: ProcessPoolExecutor | None, plans: list[FilePlan], job: Job, tell: Progress
+) -> tuple[list[Shard], Choice]:
+    """Processes as many places as the rules need: all, unless they stop early."""
+    units = units_of(plans)
+    n_rows = sum(plan.rows for plan in plans)
+    order = np.load(job.order, mmap_mode="r") if job.order else None
+    most = job.rules.max_conversations
+    n_ready = sum(plan.rows for plan in plans if plan.is_ready)
+    start, end = 0, n_rows
+    if most is not None:
+        end = min(n_rows, n_ready + most * _PLACES_PER_CONVERSATION)
+    shards: list[Shard] = []
+    while True:
+        job = replace(job, places=(start, end))
+        work = partial(process, job=job)
+        _in_parallel(pool, work, units, lambda done: tell("rows", sum(done), n_rows))
+        shards += [Shard.of(job, unit) for unit in units]
+        choice = choose(shards, order, job.rules, job.guardrails)
+        if choice.stopped or end >= n_rows:
+            return shards, choice
+        start, end = end, min(n_rows, 2 * end)
+
+
+# Results
+
+
+def _write(
+    config: PrepareConfig,
+    job: Job,
+    plans: list[FilePlan],
+    shards: list[Shard],
+    choice: Choice,
+) -> Report:
+    out = Path(config.out)
+    manifest, told = manifest_path(out), report_path(out)
+    partials = {path: path.with_name(f".{path.name}.partial") for path in (manifest, told, out)}
+    try:
+        digest = write_rows(partials[out], shards, choice)
+        write_manifest(partials[manifest], shards, plans, choice)
+        report = _report(config, job, plans, shards, choice, digest)
+        write_json(partials[told], asdict(report))
+        for path, written in partials.items():
+            os.replace(written, path)
+    except BaseException:
+        for written in partials.values():
+            written.unlink(missing_ok=True)
+        raise
+    return report
+
+
+def _report(
+    config: PrepareConfig,
+    job: Job,
+    plans: list[FilePlan],
+    shards: list[Shard],
+    choice: Choice,
+    digest: str,
+) -> Report:
+    examined = Counter(choice.decisions[choice.examined].tolist())
+    drops = {DECISIONS[code]: n for code, n in sorted(examined.items()) if code}
+    if unread := [plan.error for plan in plans if plan.error]:
+        drops["unreadable file"] = len(unread)
+    table = whole_table(shards)
+    kept = table.select(
+        ["interaction_ids", "ready", "without_history", "blank", "injections", "pii"]
+    ).take(pa.array(choice.kept))
+    errors = table["error"].filter(pa.array(choice.examined)).drop_null()[:_SHOWN].to_pylist()
+    interactions = int(_sum(pc.list_value_length(kept["interaction_ids"])))
+    gone = {
+        "prompt injection": _sum(kept["injections"]),
+        "blank answer or follow-up": _sum(kept["blank"]),
+    }
+    knows = frozenset[str]().union(*(plan.log.knows for plan in plans if plan.log))
+    return Report(
+        out=out_name(config),
+        sha256=digest,
+        preset=config.preset,
+        rules=_plain(job.rules),
+        guardrails=_plain(job.guardrails),
+        inputs=[_input(plan) for plan in plans],
+        counts={
+            "rows": sum(plan.rows for plan in plans),
+            "conversations_examined": int(choice.examined.sum()),
+            "conversations_kept": len(choice.kept),
+            "interactions": interactions,
+            "answers_without_history": _sum(kept["without_history"]),
+            "ready_interactions": _sum(kept["ready"]),
+            "renamed_ids": len(choice.renamed),
+        },
+        drops=drops,
+        interaction_drops={reason: n for reason, n in gone.items() if n},
+        pii=total(kept["pii"].drop_null().to_pylist()),
+        guards=states(job.guardrails, knows),
+        bad_rows=[*unread, *errors][:_SHOWN],
+    )
+
+
+def out_name(config: PrepareConfig) -> str:
+    """Of the file, without the folder: it may move, with what stands beside it."""
+    return Path(config.out).name
+
+
+def _sum(column: pa.ChunkedArray) -> int:
+    return pc.sum(column).as_py() or 0
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(config)))
+
+
+def _input(plan: FilePlan) -> dict[str, Any]:
+    return {
+        "path": str(plan.path),
+        "format": plan.log.format if plan.log else None,
+        "container": plan.log.container if plan.log else None,
+        "bytes": plan.size,
+        "rows": plan.rows,
+    }
