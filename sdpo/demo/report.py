@@ -1,20 +1,17 @@
 """The demo's report: what was measured against its targets, as a table, JSON and one HTML file."""
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-import matplotlib.pyplot as plt
-from jinja2 import Environment
+from markupsafe import Markup
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from ..html import render, svg
 from ..run_folder import write_text
 from ..signal import Signal
 
@@ -97,24 +94,24 @@ def write(
         signals: kind of follow-up -> (follow-up, its signal) to show.
     """
     write_text(folder / "report.json", json.dumps(report, indent=2))
-    html = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
     rows = [
         (t.claim, f"{value_of(report, n):.3f}", _bounds(t), is_met(report, n))
         for n, t in TARGETS.items()
     ]
     coloured = {k: [(o, _coloured(row)) for o, row in shown] for k, shown in signals.items()}
-    page = html.render(report=report, rows=rows, curves=_curves(courses), signals=coloured)
+    page = render(PAGE, report=report, rows=rows, curves=_curves(courses), signals=coloured)
     write_text(folder / "report.html", page)
 
 
-def _curves(courses: Mapping[str, Sequence[Mapping]]) -> str:
+def _curves(courses: Mapping[str, Sequence[Mapping]]) -> Markup:
     """Loss, |advantage| and entropy over the steps of each run, as inline SVG."""
     shown = {
         "loss": "loss",
         "advantage/mean_abs": "mean |advantage|, nats",
         "entropy/policy": "policy entropy, nats",
     }
-    figure, axes = plt.subplots(1, len(shown), figsize=(11, 2.8), layout="constrained")
+    figure = Figure(figsize=(11, 2.8), layout="constrained")
+    axes = figure.subplots(1, len(shown))
     for ax, (name, label) in zip(axes, shown.items(), strict=True):
         for course, rows in courses.items():
             ax.plot([r["step"] for r in rows], [r[name] for r in rows], label=course)
@@ -123,13 +120,10 @@ def _curves(courses: Mapping[str, Sequence[Mapping]]) -> str:
         ax.set_ylim(bottom=0)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
-    out = io.StringIO()
-    figure.savefig(out, format="svg")
-    plt.close(figure)
-    return out.getvalue().partition("?>")[2].partition(">")[2]  # without XML and doctype headers
+    return svg(figure)
 
 
-def _coloured(row: Signal, scale: float = 2.0) -> str:
+def _coloured(row: Signal, scale: float = 2.0) -> Markup:
     """Tokens as spans: green where hindsight would rather say them, red where it would not."""
     spans = []
     for token, advantage in zip(row["tokens"], row["advantage"], strict=True):
@@ -137,7 +131,7 @@ def _coloured(row: Signal, scale: float = 2.0) -> str:
         alpha = min(abs(advantage) / scale, 1.0)
         style = f"background:rgba({hue},{alpha:.2f})"
         spans.append(f'<span style="{style}" title="{advantage:+.3f}">{escape(token)}</span>')
-    return "".join(spans)
+    return Markup("".join(spans))
 
 
 PAGE = """<!doctype html>
@@ -169,7 +163,7 @@ mind. Seed {{ report.seed }}, objective {{ report.objective }}.</p>
 {% endfor %}
 </table>
 <h2>Training</h2>
-{{ curves | safe }}
+{{ curves }}
 <h2>The same questions, before and after</h2>
 <table><tr><th>question, never seen in a log</th><th>before</th><th>after</th>
 <th>after the change of mind</th></tr>
@@ -184,7 +178,7 @@ mind. Seed {{ report.seed }}, objective {{ report.objective }}.</p>
 <h3>{{ kind | capitalize }} follow-ups</h3>
 <table>
 {% for followup, tokens in shown %}
-<tr><td class="tokens">{{ tokens | safe }}</td><td>{{ followup }}</td></tr>
+<tr><td class="tokens">{{ tokens }}</td><td>{{ followup }}</td></tr>
 {% endfor %}
 </table>
 {% endfor %}
