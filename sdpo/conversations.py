@@ -90,14 +90,14 @@ def as_object(value: object, field: str) -> dict[str, Any]:
     return value
 
 
-def as_id(value: object, default: str) -> str:
+def as_id(value: object, default: str, field: str = "id") -> str:
     """A row's id: text or an integer, or `default` if the row has none."""
     if value is None:
         return default
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if not as_text(value, "id"):
-        raise fault("id", "the id is empty", "Give the row an id, or leave the field out")
+    if not as_text(value, field):
+        raise fault(field, "the id is empty", "Give the row an id, or leave the field out")
     return str(value)
 
 

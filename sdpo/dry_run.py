@@ -181,7 +181,9 @@ def dry_run(config: TrainConfig, *, ranks: int, gpu_memory_gib: float | None = N
 
 def _show_data(console: Console, config: TrainConfig) -> list[Encoded]:
     """What is read from the interactions; returns those that were tokenized."""
-    interactions = load_data(config)
+    interactions, selected = load_data(config)
+    if selected:
+        console.print(f"{config.data}: {selected}", markup=False, soft_wrap=True)
     tokenizer = load_tokenizer(config.model)
     sample = [encode(i, tokenizer, config.hindsight) for i in interactions[:SAMPLE]]
     cut = Counter(

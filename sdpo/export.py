@@ -5,7 +5,7 @@ One process does, whatever layout wrote the checkpoint; under torchrun, the rank
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -56,6 +56,8 @@ def _build(kind: type, stored: dict[str, Any], where: str) -> Any:
     hints, values = get_type_hints(kind), {}
     for field in fields(kind):
         if field.name not in stored:
+            if field.default is not MISSING or field.default_factory is not MISSING:
+                continue  # the run is older than this setting
             raise ValueError(f"{where}, field {field.name}: missing; was it written by this sdpo?")
         value, hint = stored[field.name], hints[field.name]
         if isinstance(value, dict):

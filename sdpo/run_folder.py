@@ -4,13 +4,14 @@ Files appear whole (written beside, then renamed); metrics.jsonl grows by whole 
 back to the checkpoint that a resumed run goes on from.
 """
 
+import hashlib
 import json
 import math
 import os
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ def write_text(path: str | Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def sha256(path: str | Path) -> str:
+    """Of a file's content, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_metrics(folder: str | Path) -> list[dict]:
     """The rows of ``metrics.jsonl``, in order of their steps."""
     path = Path(folder) / "metrics.jsonl"
@@ -72,7 +79,7 @@ class RunFolder:
                 "--resume to go on from them, or another --out"
             )
         if resume and stored.is_file():
-            _refuse_changes(stored, self.config)
+            _refuse_changes(stored, self.config, _defaults(config))
 
     def open(self) -> None:
         """Create the folder. Main rank only."""
@@ -135,8 +142,15 @@ RESUMABLE = (
 RESUMABLE_PREFIXES = tuple(f"{name}." for name in RESUMABLE)
 
 
-def _refuse_changes(stored: Path, config: Mapping) -> None:
-    old, new = _flat(json.loads(stored.read_text(encoding="utf-8"))), _flat(config)
+def _defaults(config: Any) -> dict[str, Any]:
+    """Of the config's groups of settings: what a run had before a group existed."""
+    made = {f.name: f.default_factory for f in fields(config) if f.default_factory is not MISSING}
+    return json.loads(json.dumps({name: to_json(make()) for name, make in made.items()}))
+
+
+def _refuse_changes(stored: Path, config: Mapping, defaults: Mapping) -> None:
+    then = {**defaults, **json.loads(stored.read_text(encoding="utf-8"))}
+    old, new = _flat(then), _flat(config)
     changed = [
         f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())

@@ -11,13 +11,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, TypedDict
 
+import torch
 import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.text import Text
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .batching import BatchConfig, micro_batches
+from sdpo_kernels import linear_logprob
+
+from .batching import BatchConfig, Rows, micro_batches, pack
 from .hindsight import Encoded, HindsightConfig, encode, load_tokenizer
 from .interactions import read_interactions
 from .step import CausalModel, score
@@ -34,6 +38,41 @@ class Signal(TypedDict):
     advantage: list[float]
 
 
+def read(
+    model: CausalModel,
+    encoded: Sequence[Encoded],
+    other_prompts: Sequence[Sequence[Sequence[int]]] = (),
+    *,
+    device: str = "cpu",
+    batch_tokens: int = 8192,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Each response's log-probabilities in nats, in the order of ``encoded``: without the
+    follow-up, with it, and under each of its other prompts; (response tokens,) float32, on the CPU.
+
+    Args:
+        other_prompts: as many for each of ``encoded``, ids that its response follows; or none.
+        batch_tokens: tokens of one pass computed at a time.
+    """
+    packing = BatchConfig(row_tokens=batch_tokens // 8 or 1, micro_batch_tokens=batch_tokens)
+    done = zip(encoded, other_prompts or [()] * len(encoded), strict=True)
+    for batch in micro_batches([(e, 1.0) for e in encoded], packing):
+        batch = batch.to(device)
+        stats = score(model, batch)
+        passes = [stats.logp_policy, stats.logp_hindsight]
+        members, others = zip(*islice(done, batch.weight_S.numel()), strict=True)
+        for prompts in zip(*others, strict=True):
+            pairs = [(p, e.response) for p, e in zip(prompts, members, strict=True)]
+            passes.append(_log_probs(model, pack(pairs, packing.row_tokens), batch.targets_N))
+        yield from zip(*(logp.cpu().split(batch.lengths) for logp in passes), strict=True)
+
+
+@torch.no_grad()
+def _log_probs(model: CausalModel, rows: Rows, targets_N: Tensor) -> Tensor:
+    at = (t.to(targets_N.device) for t in (rows.tokens_BT, rows.positions_BT, rows.index_N))
+    hidden_ND, head = model.hidden_states(*at), model.lm_head()
+    return linear_logprob(hidden_ND, head.weight, targets_N, shard=head.shard).logp
+
+
 def signals(
     model: CausalModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -47,16 +86,9 @@ def signals(
     Args:
         batch_tokens: tokens of one pass computed at a time.
     """
-    packing = BatchConfig(row_tokens=batch_tokens // 8 or 1, micro_batch_tokens=batch_tokens)
-    done = iter(encoded)
-    for batch in micro_batches([(e, 1.0) for e in encoded], packing):
-        stats = score(model, batch.to(device))
-        members = list(islice(done, batch.weight_S.numel()))
-        lengths = [len(e.response) for e in members]
-        policy = stats.logp_policy.cpu().split(lengths)
-        hindsight = stats.logp_hindsight.cpu().split(lengths)
-        for e, p, q in zip(members, policy, hindsight, strict=True):
-            yield _row(e, tokenizer, p.tolist(), q.tolist())
+    passes = read(model, encoded, device=device, batch_tokens=batch_tokens)
+    for e, (p, q) in zip(encoded, passes, strict=True):
+        yield _row(e, tokenizer, p.tolist(), q.tolist())
 
 
 def _row(e: Encoded, tokenizer: PreTrainedTokenizerBase, p: list[float], q: list[float]) -> Signal:

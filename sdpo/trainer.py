@@ -7,7 +7,6 @@ Every rank reads and tokenizes the interactions of a step and computes its share
 step.py and objective.py.
 """
 
-import hashlib
 import math
 import resource
 import subprocess
@@ -48,10 +47,11 @@ from .batching import (
     total_interactions,
 )
 from .conversations import DataError
+from .data.select import SelectConfig, choose, selection_sha256
 from .hindsight import HindsightConfig, encode, load_tokenizer
-from .interactions import Interaction, read_interactions
+from .interactions import Interaction, iter_interactions
 from .objective import JSD, ForwardKL, ReverseKL, SampledToken
-from .run_folder import LogConfig, Logger, RunFolder, to_json
+from .run_folder import LogConfig, Logger, RunFolder, sha256, to_json
 from .safeguards import Probe, SafeguardConfig, StopRequest, Watch, check_drift
 from .step import SUMS, metrics, two_pass_loss
 
@@ -82,6 +82,7 @@ class TrainConfig:
     started from or another folder's, or the policy held near its start."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     hindsight: HindsightConfig = field(default_factory=HindsightConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -120,25 +121,41 @@ class RunState:
         Raises:
             ValueError: the data is not what the checkpoint was trained on.
         """
-        then = state_dict["fingerprint"]
-        if then != self.fingerprint:
-            raise ValueError(
-                "cannot resume: the interactions file has changed since the checkpoint was written "
-                f"(sha256 {then[:12]} then, {self.fingerprint[:12]} now)"
-            )
+        _refuse_other_data(state_dict["fingerprint"], self.fingerprint)
         self.step = state_dict["step"]
         self.skipped = state_dict["skipped"]
         self.skipped_in_a_row = state_dict["skipped_in_a_row"]
         self.cursor.load_state_dict(state_dict["cursor"])
 
 
-def load_data(config: TrainConfig) -> list[Interaction]:
-    """The run's interactions, checked against what its objective needs.
+def _refuse_other_data(then: str, now: str) -> None:
+    if then == now:
+        return
+    (data, selection), (data_now, selection_now) = (x.partition("+")[::2] for x in (then, now))
+    what, old, new = "interactions file", data, data_now
+    if data == data_now:
+        what, old, new = "selection, or its file of scores,", selection, selection_now
+    raise ValueError(
+        f"cannot resume: the {what} has changed since the checkpoint was written "
+        f"(sha256 {old[:12] or 'none'} then, {new[:12] or 'none'} now)"
+    )
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """SHA-256 of the interactions file; with a selection, "+" and that of settings and scores."""
+    data = sha256(config.data)
+    return f"{data}+{selection_sha256(config.select)}" if config.select.selects else data
+
+
+def load_data(config: TrainConfig) -> tuple[list[Interaction], str]:
+    """The run's interactions, checked against what its objective needs, and in words what was
+    selected; "" where nothing was to be.
 
     Raises:
         DataError: a row is not what training needs; file, line and field are named.
     """
-    interactions = read_interactions(config.data)
+    selection = choose(iter_interactions(config.data), config.select)
+    interactions = selection.interactions
     if not interactions:
         raise DataError(f"{config.data}: no interactions; did `sdpo data prepare` keep any?")
     if isinstance(config.objective, SampledToken) and config.objective.needs_old_logprobs:
@@ -157,7 +174,7 @@ def load_data(config: TrainConfig) -> list[Interaction]:
                 f"{max(i.completion_token_ids or ())} is beyond the vocabulary of {config.model}, "
                 f"{vocabulary}; were the rollouts sampled from another model?"
             )
-    return interactions
+    return interactions, str(selection) if config.select.selects else ""
 
 
 def build_engine(config: TrainConfig, total_steps: int, state: RunState):
@@ -223,18 +240,18 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path | None:
     """
     run = RunFolder(config.out, config, resume=resume)
     tokenizer = load_tokenizer(config.model)
-    interactions = load_data(config)
-    with open(config.data, "rb") as file:
-        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+    interactions, selected = load_data(config)
     total = steps_in(len(interactions), config.batch)
-    state = RunState(Cursor(len(interactions), config.batch.seed), fingerprint)
+    state = RunState(Cursor(len(interactions), config.batch.seed), fingerprint(config))
     engine = build_engine(config, total, state)
     steps = Steps(config, interactions, tokenizer, state.cursor)
-    engine.check_agreement(config.data, fingerprint)
+    engine.check_agreement(config.data, state.fingerprint)
     engine.load()
     probe = _probe(engine, config, steps)
     engine.resume()
     if engine.is_main:
+        if selected:
+            print(f"sdpo: {config.data}: {selected}", file=sys.stderr)
         _tell_loss(run, state)
         run.open()
         run.stopped.unlink(missing_ok=True)
@@ -375,13 +392,18 @@ def _row_multiple(engine, config: TrainConfig) -> int:
 
 def _probe(engine, config: TrainConfig, steps: Steps) -> Probe | None:
     """Fixed interactions, evenly from the data, dealt over the ranks."""
-    count = min(config.safeguard.probe_interactions, len(steps.interactions))
-    if not count:
+    places = probe_places(len(steps.interactions), config.safeguard.probe_interactions)
+    if not places:
         return None
-    n = len(steps.interactions)
-    items = steps.encode([i * n // count for i in range(count)])
+    items = steps.encode(places)
     dealt = deal(items, engine.ranks, config.batch, _row_multiple(engine, config))
     return Probe(engine, [_collate(engine, config, items) for items in dealt.of(engine.rank)])
+
+
+def probe_places(n: int, count: int) -> list[int]:
+    """Which of ``n`` interactions a probe of ``count`` reads."""
+    count = min(count, n)
+    return [i * n // count for i in range(count)]
 
 
 def _tell_loss(run: RunFolder, state: RunState) -> None:
@@ -396,9 +418,11 @@ def _tell_loss(run: RunFolder, state: RunState) -> None:
 
 def _manifest(config: TrainConfig, state: RunState, row: Mapping) -> dict[str, Any]:
     """What a checkpoint says of itself."""
+    data, _, selection = state.fingerprint.partition("+")
     return {
         "config": to_json(config),
-        "data_sha256": state.fingerprint,
+        "data_sha256": data,
+        "selection_sha256": selection or None,
         "interactions_seen": state.cursor.consumed,
         "commit": code_commit(),
         "metrics": {name: value for name, value in row.items() if math.isfinite(value)},

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-import ijson
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +25,7 @@ Container = Literal["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "json", "json.g
 _LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".parquet", *(name + packed for name in _LINES for packed in ("", ".gz", ".zst")))
 _OURS = (".manifest.parquet", ".report.json")
-_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_PACKED = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _ENDINGS = {"gzip": ".gz", "zstd": ".zst", None: ""}
 _HUB = "hf://datasets/"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
@@ -65,8 +64,10 @@ def _expand(name: str | Path) -> list[Path]:
             return files
         kinds = ".parquet, .jsonl, .ndjson or .json"
         raise DataError(f"{path}: the folder holds no {kinds} file. Check the path.")
-    if path.exists():
+    if path.is_file():
         return [path]
+    if path.exists():
+        raise DataError(f"{path}: neither a file nor a folder. Write it to a file first.")
     if glob.has_magic(str(path)):
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         files = [file for m in matches for file in (_files_under(m) if m.is_dir() else [m])]
@@ -126,7 +127,7 @@ def container_of(path: Path) -> Container:
         magic = file.read(4)
     if not magic:
         raise DataError(f"{path}: the file is empty. Write it again, or leave it out.")
-    if magic == b"PAR1" or (path.suffix == ".parquet" and magic[:2] not in _PACKED):
+    if magic == b"PAR1" or (path.suffix == ".parquet" and magic[:3] not in _PACKED):
         return "parquet"
     ending = _ENDINGS[_compression(path)]
     layout = "json" if _is_array(path) else "jsonl"
@@ -146,7 +147,7 @@ def _is_array(path: Path) -> bool:
 def _compression(path: Path) -> str | None:
     with _opened(path) as file:
         magic = file.read(4)
-    return _PACKED.get(magic) or _PACKED.get(magic[:2])
+    return _PACKED.get(magic) or _PACKED.get(magic[:3])
 
 
 @contextmanager
@@ -242,22 +243,100 @@ def json_rows(path: Path) -> Iterator[tuple[int, str, Any]]:
                 yield number, where, parse_or_error(raw, where)
     else:
         for number, item in array_items(path):
-            yield number, f"{path}, item {number} (counted from 0)", item
+            where = f"{path}, item {number} (counted from 0)"
+            if isinstance(item, DataError):
+                item = DataError(f"{where}, {item}")
+            yield number, where, item
 
 
 def array_items(path: Path) -> Iterator[tuple[int, Any]]:
-    """Streams (number from 0, item) of a JSON array."""
+    """Streams (number from 0, item or what is wrong with it) of a JSON array.
+
+    Item by item, with the standard library: ijson names every value by its path, which takes
+    memory by the square of the depth, and so gigabytes for a hundred kilobytes of "[".
+    """
     number = 0
     with read_stream(path) as file:
-        if file.peek(3).startswith(b"\xef\xbb\xbf"):  # pyright: ignore[reportAttributeAccessIssue]
-            file.read(3)
+        text = io.TextIOWrapper(file, encoding="utf-8-sig")
         try:
-            for item in ijson.items(file, "item", use_float=True):
+            for item in _items(text):
                 yield number, item
                 number += 1
-        except (ijson.JSONError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             where = f"{path}, at or after item {number} (counted from 0)"
             raise broken(where, "JSON array", error) from None
+        finally:
+            text.detach()
+
+
+def _items(text: io.TextIOWrapper) -> Iterator[Any]:
+    """The items of one array. Raises JSONDecodeError, UnicodeDecodeError or RecursionError."""
+    array = _Array(text)
+    array.expect("[")
+    if array.peek() != "]":
+        yield array.item()
+    while array.peek() != "]":
+        array.expect(",")
+        yield array.item()
+    array.expect("]")
+    array.expect("")
+
+
+class _Array:
+    """The text of an array, of which a little more than one item is held at a time."""
+
+    _decoder = json.JSONDecoder()
+    _blanks = re.compile(r"[ \t\n\r]*")
+    _longest_word = len("-Infinity")
+
+    def __init__(self, text: io.TextIOWrapper):
+        self._text, self._buffer, self._at, self._more = text, "", 0, True
+
+    def _fill(self) -> None:
+        grown = self._text.read(max(_BUFFER, len(self._buffer) - self._at))
+        self._buffer, self._at, self._more = self._buffer[self._at :] + grown, 0, bool(grown)
+
+    def peek(self) -> str:
+        """The next character that is not blank; "" at the end."""
+        while True:
+            blanks = self._blanks.match(self._buffer, self._at)
+            self._at = blanks.end() if blanks else self._at
+            if self._at < len(self._buffer) or not self._more:
+                return self._buffer[self._at : self._at + 1]
+            self._fill()
+
+    def expect(self, mark: str) -> None:
+        """Goes past `mark`; "" is the end."""
+        if self.peek() != mark:
+            what = repr(mark) if mark else "nothing more"
+            raise json.JSONDecodeError(f"Expecting {what}", self._buffer, self._at)
+        self._at += len(mark)
+
+    def item(self) -> Any:
+        """The next item, or what is wrong with its text."""
+        while True:
+            self.peek()
+            try:
+                item, end = self._decoder.raw_decode(self._buffer, self._at)
+            except json.JSONDecodeError as error:
+                near_end = error.pos >= len(self._buffer) - self._longest_word
+                if not self._more or not (near_end or error.msg.startswith("Unterminated")):
+                    raise
+            else:
+                if end < len(self._buffer) or not self._more:  # a number may go on
+                    source, self._at = self._buffer[self._at : end], end
+                    return _checked(item, source)
+            self._fill()
+
+
+def _checked(item: Any, source: str) -> Any:
+    if "\\u" not in source:
+        return item
+    try:
+        _refuse_half_characters(item)
+    except DataError as error:
+        return error
+    return item
 
 
 def parse_or_error(raw: bytes, where: str) -> dict[str, Any] | DataError:

@@ -16,11 +16,12 @@ Where a row has them, `language`, `model`, a user (`hashed_ip`, `user_id`, `user
 system messages stay in the conversation under their role; extraction has a rule for them.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +43,7 @@ from .arrow import pc
 from .files import Paths, container_of, json_rows, open_parquet, parquet_batches, resolve_paths
 
 Format = Literal["wildchat", "lmsys", "wildfeedback", "sharegpt", "messages", "triples"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 Item = Conversation | Interaction | DataError
 
 ROWS_AT_ONCE = 1024
@@ -95,25 +97,16 @@ def describe(path: Path, forced: Format | Literal["auto"] = "auto", *, lenient=F
     if container == "parquet":
         with open_parquet(path) as file:
             schema = file.schema_arrow
-        fields = set(schema.names)
-        found = _recognise(fields, _message_fields_of(schema))
-        where = str(path)
+        where, fields, inner = str(path), set(schema.names), _message_fields_of(schema)
     else:
-        where, fields, inner = _first_row(path, lenient)
-        found = _recognise(fields, inner)
-    if forced != "auto" and found != forced:
-        # Formats of one shape may stand in for each other.
-        if not _has_shape(fields, forced):
-            raise DataError(
-                f"{where}: not of the format {forced!r} that was asked for; its fields are "
-                f"{listed(sorted(fields))}. Name the right format, or leave it to be recognised."
-            )
-        found = forced
+        where, fields, inner = _first_row(path, forced, lenient)
+    found = _recognised(fields, inner, forced)
     if found is None:
+        needed = f"the format {forced!r} that was asked for" if forced != "auto" else "known format"
         raise DataError(
-            f"{where}: of no known format; its fields are {listed(sorted(fields))}. Rows need one "
-            f"of `conversation`, `conversations`, `messages`, or all of {listed(_TRIPLE)}; rename "
-            "fields, or leave the file out."
+            f"{where}: not of {needed}; its fields are {listed(sorted(fields))}. Rows need one of "
+            f"`conversation`, `conversations`, `messages`, or all of {listed(_TRIPLE)}; name the "
+            "right format, rename fields, or leave the file out."
         )
     if schema is not None and found != "triples":
         with located(f"{path}, every row"):
@@ -121,23 +114,44 @@ def describe(path: Path, forced: Format | Literal["auto"] = "auto", *, lenient=F
     return LogFile(path=path, container=container, format=found, knows=_known(fields))
 
 
-def _first_row(path: Path, lenient: bool) -> tuple[str, set[str], set[str] | None]:
-    """Place and fields of the first row, and the fields of the first message of the first rows."""
-    first, inner = None, None
-    for _, where, row in islice(json_rows(path), _LOOKED_AT):
-        if not isinstance(row, dict):
-            if lenient:
-                continue
+def _first_row(path: Path, forced: str, lenient: bool) -> tuple[str, set[str], set[str] | None]:
+    """Place and fields of the first row, and the fields of the first message of the first rows.
+
+    Of a file that may have bad rows, the first row of the format that most of the first rows have.
+    """
+    rows = list(_looked_at(path, lenient))
+    if not rows:
+        raise DataError(f"{path}: the file is empty. Write it again, or leave it out.")
+    if not lenient:
+        where, fields, _ = rows[0]
+        return where, fields, next((inner for _, _, inner in rows if inner), None)
+    formats = [_recognised(fields, inner, forced) for _, fields, inner in rows]
+    most = Counter(filter(None, formats)).most_common(1)
+    return rows[formats.index(most[0][0])] if most else rows[0]
+
+
+def _looked_at(path: Path, lenient: bool) -> Iterator[tuple[str, set[str], set[str] | None]]:
+    """Place, fields and fields of the first message: of the first rows, until a message is seen,
+    or if `lenient` of a hundred."""
+    for n, (_, where, row) in enumerate(islice(json_rows(path), _LOOKED_AT)):
+        if isinstance(row, dict):
+            inner = _message_fields(row)
+            yield where, set(row), inner
+            if not lenient and (inner or set(_TRIPLE) <= set(row)):
+                return
+        elif not lenient:
+            if n:
+                return
             if isinstance(row, DataError):
                 raise row
             raise DataError(f"{where}: no JSON object. Write one object per row.")
-        first = first or (where, set(row))
-        inner = inner or _message_fields(row)
-        if inner or set(_TRIPLE) <= set(row):
-            break
-    if first is None:
-        raise DataError(f"{path}: the file is empty. Write it again, or leave it out.")
-    return *first, inner
+
+
+def _recognised(fields: set[str], message: set[str] | None, forced: str) -> Format | None:
+    """The format; formats of one shape may stand in for each other where one is forced."""
+    if forced == "auto":
+        return _recognise(fields, message)
+    return cast(Format, forced) if _has_shape(fields, forced) else None
 
 
 def _message_fields(row: dict[str, Any]) -> set[str] | None:
@@ -172,7 +186,7 @@ def _recognise(fields: set[str], message: set[str] | None) -> Format | None:
     return "wildchat"
 
 
-def _has_shape(fields: set[str], format: Format) -> bool:
+def _has_shape(fields: set[str], format: str) -> bool:
     if format == "triples":
         return set(_TRIPLE) <= fields
     return any(key in fields for key in _LISTS[format])
@@ -233,16 +247,15 @@ def item_of(row: Any, file: LogFile, number: int, where: str) -> Item:
 
 
 def _conversation(row: dict[str, Any], file: LogFile, number: int) -> Conversation:
-    key = next((key for key in _LISTS[file.format] if row.get(key) is not None), None)
-    if key is None and (file.format == "messages" or _LISTS[file.format][0] not in row):
-        key = _LISTS[file.format][0]
-        as_list(row.get(key), key)
-    raw = as_list(row[key], key) if key else []
+    keys = [key for key in _LISTS[file.format] if key in row]
+    key = next((key for key in keys if row[key] is not None), (keys or _LISTS[file.format])[0])
+    is_empty = bool(keys) and row[key] is None and file.format != "messages"
+    raw = [] if is_empty else as_list(row.get(key), key)
     id, named = _id(row, f"{file.path.stem}-{number}")
     language = row.get("language")
     return Conversation(
         id=id,
-        messages=tuple(_message(m, key or "", i, file.format) for i, m in enumerate(raw)),
+        messages=tuple(_message(m, key, i, file.format) for i, m in enumerate(raw)),
         source=f"{file.path}:{number}",
         language=None if language is None else as_text(language, "language"),
         has_language="language" in row,
@@ -255,10 +268,11 @@ def _conversation(row: dict[str, Any], file: LogFile, number: int) -> Conversati
 
 
 def _id(row: dict[str, Any], default: str) -> tuple[str, bool]:
-    for key in _NAMES:
-        if row.get(key) is not None:
-            return as_id(row[key], default), True
-    return as_id(row.get(_HASH), default), False
+    """The id, and whether it is the log's own; an empty one is none."""
+    for key in (*_NAMES, _HASH):
+        if row.get(key) not in (None, ""):
+            return as_id(row[key], default, key), key != _HASH
+    return default, False
 
 
 def _name(row: dict[str, Any], keys: Iterable[str]) -> str | None:
@@ -368,6 +382,9 @@ def _check_schema(schema: pa.Schema, format: Format) -> None:
         _check_text(f"{key}.{content}", struct.field(content).type)
     if "language" in schema.names:
         _check_text("language", schema.field("language").type)
+    for name in {*_NAMES, _HASH} & set(schema.names):
+        if not pa.types.is_integer(schema.field(name).type):
+            _check_text(name, schema.field(name).type)
 
 
 def _is_text(column: pa.DataType) -> bool:

@@ -6,9 +6,12 @@
     write    interactions, manifest and report, beside and then renamed (write.py)
 
 Nothing depends on the number of workers or on when a run was killed: units are the same, and those
-that are done are found again by the next run of the same command. Order: that of the files and
-their rows, or with a `shuffle_seed` that of Hugging Face's `Dataset.shuffle(seed)` over all rows.
-Ready triples come before all else; no rule applies to them, but the guardrails do. Where the rules stop early, only so many places of that order are processed as may be needed.
+that are done are found again by the next run of the same command.
+
+Order: that of the files and their rows, or with a `shuffle_seed` that of Hugging Face's
+`Dataset.shuffle(seed)` over all rows. Ready triples come before all else; no rule applies to them,
+but the guardrails do. Where the rules stop early, only so many places of that order are processed
+as may be needed.
 """
 
 import fcntl
@@ -32,12 +35,12 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from ..conversations import DataError
+from ..conversations import DataError, listed
 from .arrow import pc
 from .choose import DECISIONS, Choice, choose
 from .extraction import PRESETS, ExtractionRules
 from .files import resolve_paths
-from .formats import Format
+from .formats import FORMATS, Format
 from .guardrails import GuardrailConfig, read_opt_out, resolve, states
 from .names import manifest_path, report_path
 from .units import FilePlan, plan_file, units_of
@@ -88,6 +91,10 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if Path(self.out).suffix not in (".jsonl", ".parquet"):
             raise DataError(f"out is {self.out}: name a file that ends in .jsonl or .parquet")
+        allowed = {"preset": PRESETS, "format": ("auto", *FORMATS), "bad_rows": ("stop", "skip")}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise DataError(f"{name} is {getattr(self, name)!r}: use one of {listed(values)}")
         if self.workers < 0:
             raise DataError(f"workers is {self.workers}: use 1 or more, or 0 for one a core")
 
@@ -264,7 +271,10 @@ def _in_parallel(
         return done
     futures: list[Future[R]] = [pool.submit(function, item) for item in items]
     for future in futures:
-        done.append(future.result())
+        try:
+            done.append(future.result())
+        except DataError as error:
+            raise error from None  # without the worker's own traceback
         tell(done)
     return done
 

@@ -183,6 +183,7 @@ def read_unit(
             row = parse_or_error(row, where)
         else:
             where = f"{unit.log.path}, item {number} (counted from 0)"
+            row = DataError(f"{where}, {row}") if isinstance(row, DataError) else row
         batch.append((number, unit.offset + index, item_of(row, unit.log, number, where)))
         if len(batch) >= ROWS_AT_ONCE or size >= _BATCH_BYTES:
             yield _as_rows(batch)

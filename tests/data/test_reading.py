@@ -293,7 +293,6 @@ BAD_ROWS = {
     ),
     "id a list": ({"id": [], "messages": HELLO}, "id", "found a list"),
     "id a boolean": ({"id": True, "messages": HELLO}, "id", "found a boolean"),
-    "id empty": ({"id": "", "messages": HELLO}, "id", "the id is empty"),
 }
 
 
