@@ -29,7 +29,7 @@ from .conversations import (
     kind,
     located,
 )
-from .data.files import container_of, json_rows, parquet_batches
+from .data.files import container_of, json_rows, open_parquet, parquet_batches
 
 _ROLE_OF = {"human": "user", "gpt": "assistant", "system": "system"}
 _NAME_OF = {role: name for name, role in _ROLE_OF.items()}
@@ -176,10 +176,11 @@ def _rows(path: Path) -> Iterator[tuple[int, str, Any]]:
         yield from json_rows(path)
         return
     number = 0
-    for batch in parquet_batches(path, None, None, 1024, 0):
-        for row in batch.to_pylist():
-            yield number, f"{path}, row {number} (counted from 0)", row
-            number += 1
+    with open_parquet(path) as file:
+        for batch in parquet_batches(file, path):
+            for row in batch.to_pylist():
+                yield number, f"{path}, row {number} (counted from 0)", row
+                number += 1
 
 
 def _interaction_or_error(row: Any, number: int, where: str) -> Interaction | DataError:

@@ -396,28 +396,35 @@ def _refuse_half_characters(value: Any, field: str = "") -> None:
 def open_parquet(path: Path) -> pq.ParquetFile:
     """Raises DataError for a file that is no whole parquet file."""
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        _ = file.schema_arrow  # names that are not UTF-8 show only here
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise broken(path, "parquet", error) from None
+    return file
 
 
 def parquet_batches(
-    path: Path, row_groups: list[int] | None, columns: list[str] | None, size: int, first: int
+    file: pq.ParquetFile,
+    path: Path,
+    *,
+    row_groups: list[int] | None = None,
+    columns: list[str] | None = None,
+    first: int = 0,
+    size: int = 1024,
 ) -> Iterator[pa.RecordBatch]:
     """Streams the batches of some row groups; `first` is the number of their first row.
 
     Raises DataError where a page is corrupt.
     """
     number = first
-    with open_parquet(path) as file:
-        batches = file.iter_batches(size, row_groups=row_groups, columns=columns)
-        while True:
-            try:
-                batch = next(batches, None)
-            except (pa.ArrowException, OSError) as error:
-                where = f"{path}, at or after row {number} (counted from 0)"
-                raise broken(where, "parquet", error) from None
-            if batch is None:
-                return
-            yield batch
-            number += batch.num_rows
+    batches = file.iter_batches(size, row_groups=row_groups, columns=columns)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            where = f"{path}, at or after row {number} (counted from 0)"
+            raise broken(where, "parquet", error) from None
+        if batch is None:
+            return
+        yield batch
+        number += batch.num_rows

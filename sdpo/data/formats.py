@@ -25,6 +25,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..conversations import (
     Conversation,
@@ -223,8 +224,9 @@ def read_conversations(paths: Paths) -> Iterator[Conversation]:
 def read_file(file: LogFile) -> Iterator[tuple[int, Item]]:
     """Streams (row number, what the row holds or what is wrong with it) of one whole file."""
     if file.container == "parquet":
-        for numbers, items in read_row_groups(file, None, 0):
-            yield from zip(numbers, items, strict=True)
+        with open_parquet(file.path) as parquet:
+            for numbers, items in read_row_groups(file, parquet):
+                yield from zip(numbers, items, strict=True)
     else:
         for number, where, row in json_rows(file.path):
             yield number, item_of(row, file, number, where)
@@ -400,8 +402,10 @@ def _check_text(field: str, column: pa.DataType) -> None:
 
 def read_row_groups(
     file: LogFile,
-    row_groups: list[int] | None,
-    first: int,
+    parquet: pq.ParquetFile,
+    *,
+    row_groups: list[int] | None = None,
+    first: int = 0,
     wanted: np.ndarray | None = None,
     languages: tuple[str, ...] | None = None,
 ) -> Iterator[tuple[list[int], list[Item]]]:
@@ -412,13 +416,10 @@ def read_row_groups(
         wanted: which rows to read at all.
         languages: of which messages are needed; conversations in others come without theirs.
     """
-    with open_parquet(file.path) as parquet:
-        schema = parquet.schema_arrow
-        paths = [parquet.schema.column(i).path for i in range(len(parquet.schema))]
-    key = None if file.format == "triples" else _key(schema, file.format)
-    columns = None if key is None else _needed_leaves(paths, key)
-    batches = parquet_batches(file.path, row_groups, columns, ROWS_AT_ONCE, first)
-    for batch in batches:
+    key = None if file.format == "triples" else _key(parquet.schema_arrow, file.format)
+    columns = None if key is None else _needed_leaves(parquet.schema, key)
+    options = {"row_groups": row_groups, "columns": columns, "first": first, "size": ROWS_AT_ONCE}
+    for batch in parquet_batches(parquet, file.path, **options):
         numbers = np.arange(first, first + batch.num_rows)
         first += batch.num_rows
         if wanted is not None:
@@ -427,7 +428,7 @@ def read_row_groups(
         yield numbers.tolist(), _items_of(batch, file, numbers.tolist(), key, languages)
 
 
-def _needed_leaves(paths: list[str], key: str) -> list[str]:
+def _needed_leaves(schema: pq.ParquetSchema, key: str) -> list[str]:
     """Paths of the needed leaf columns; what lies between list and field depends on the writer."""
     inside = {"role", "content", "from", "value", "toxic", "redacted"}
 
@@ -440,7 +441,7 @@ def _needed_leaves(paths: list[str], key: str) -> list[str]:
         is_verdict = top == "openai_moderation" and field == "flagged"
         return is_verdict or path in (*_TEXTS, "toxic", "redacted")
 
-    return [path for path in paths if is_needed(path)]
+    return list(filter(is_needed, (schema.column(i).path for i in range(len(schema)))))
 
 
 def _items_of(

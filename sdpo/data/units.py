@@ -213,24 +213,27 @@ def _read_groups(
 ) -> Iterator[Rows]:
     """One row group at a time, so that a corrupt one does not take the next with it."""
     assert unit.piece.stop is not None
-    with open_parquet(unit.log.path) as file:
-        counts = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-    done = 0
-    for group in range(unit.piece.start, unit.piece.stop):
-        first, count = unit.piece.first + done, counts[group]
-        of_group = wanted[done : done + count]
-        done += count
-        if not of_group.any():
-            continue
-        shift = unit.offset - unit.piece.first
-        last = first - 1
-        try:
-            for numbers, items in read_row_groups(unit.log, [group], first, of_group, languages):
-                if numbers:
-                    last = numbers[-1]
-                    yield Rows(numbers, np.array(numbers, dtype=np.int64) + shift, items)
-        except DataError as error:
-            if not lenient:
-                raise
-            lost = [n for n in range(last + 1, first + count) if of_group[n - first]]
-            yield Rows(lost, np.array(lost, dtype=np.int64) + shift, [error] * len(lost))
+    shift, first = unit.offset - unit.piece.first, unit.piece.first
+    with open_parquet(unit.log.path) as parquet:
+        for group in range(unit.piece.start, unit.piece.stop):
+            count = parquet.metadata.row_group(group).num_rows
+            of_group, wanted = wanted[:count], wanted[count:]
+            last = first - 1
+            try:
+                for numbers, items in read_row_groups(
+                    unit.log,
+                    parquet,
+                    row_groups=[group],
+                    first=first,
+                    wanted=of_group,
+                    languages=languages,
+                ):
+                    if numbers:
+                        last = numbers[-1]
+                        yield Rows(numbers, np.array(numbers) + shift, items)
+            except DataError as error:
+                if not lenient:
+                    raise
+                lost = [n for n in range(last + 1, first + count) if of_group[n - first]]
+                yield Rows(lost, np.array(lost, dtype=np.int64) + shift, [error] * len(lost))
+            first += count

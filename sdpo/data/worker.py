@@ -4,9 +4,11 @@ Both are files of the work folder, `00012.jsonl` and `00012.arrow`. The table is
 last: where it stands, the unit is done.
 """
 
+import gc
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -120,7 +122,7 @@ def process(unit: Unit, job: Job) -> int:
     redactor = _redactor(job.guardrails.pii)
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     lines, partial = job.lines_of(unit.index), table.with_suffix(".partial")
-    with lines.open("wb") as out:
+    with _no_collections(), lines.open("wb") as out:
         for rows in read_unit(unit, wanted, job.lenient, job.rules.languages):
             stems = places[rows.indices - unit.offset]
             done = _process_rows(rows, stems.tolist(), job, redactor, out)
@@ -130,6 +132,18 @@ def process(unit: Unit, job: Job) -> int:
         writer.write_batch(pa.record_batch(columns, SCHEMA))
     os.replace(partial, table)
     return unit.piece.rows
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """A unit makes millions of objects and no cycles; looking for some is a fifth of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _places(unit: Unit, job: Job) -> np.ndarray:

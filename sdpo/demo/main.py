@@ -1,8 +1,9 @@
 """`sdpo demo`: the whole method on a tiny chat world, through the commands that a cluster runs.
 
-A tiny chat model is pre-trained; users with a preference talk to it; their log is prepared, read
-for its signal and trained on with torchrun and FSDP2; the export is evaluated; the users change
-their mind and the same happens again. Writes report.json and report.html.
+A tiny chat model is pre-trained; users with a preference talk to it; their log is prepared,
+validated, looked at, read for its signal and trained on with torchrun and FSDP2; the export is
+evaluated; the users change their mind and the same happens again; a conversation is traced to the
+checkpoints that have read it. Writes report.json and report.html.
 """
 
 import json
@@ -27,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..cli import main as sdpo
 from ..conversations import Message
 from ..hindsight import hindsight_prompt
-from ..interactions import read_interactions, write_interactions
+from ..interactions import iter_interactions, read_interactions, write_interactions
 from ..run_folder import read_metrics
 from . import report as reports
 from . import world
@@ -88,6 +89,8 @@ class Demo:
         with self.phase("training"):
             second = self._train(first, data, "second")
         scores["after_change_of_mind"] = self._evaluate(second)
+        with self.phase("trace"):
+            self._trace("first")
 
         folders = {"before": base, "after": first, "after_change_of_mind": second}
         report = self._report(scores, signal, folders)
@@ -111,7 +114,10 @@ class Demo:
             seed=self.seed,
         )
         out = self.folder / f"interactions-{which}.jsonl"
+        page = str(out.with_suffix(".html"))
         sdpo(["data", "prepare", str(log), "--preset", "paper-wildchat", "--out", str(out)])
+        sdpo(["data", "validate", str(out), "--model", str(model)])
+        sdpo(["data", "inspect", str(out), "--tokenizer", str(model), "--html", page])
         return out
 
     def _train(self, model: Path, data: Path, which: str) -> Path:
@@ -129,6 +135,9 @@ class Demo:
 
     def _signal(self, model: Path, data: Path) -> tuple[dict[str, float], dict]:
         """Mean |advantage| of users' corrections, and of irrelevant follow-ups to the same."""
+        judged = ["--model", str(model), "--interactions", str(data)]
+        sdpo(["check-hindsight", *judged])
+        sdpo(["data", "score", *judged, "--out", str(self.folder / "scores.jsonl")])
         rng = random.Random(self.seed)
         relevant = [i for i in read_interactions(data) if world.is_correction(i.user_response)]
         irrelevant = [replace(i, user_response=world.draw_irrelevant(rng)) for i in relevant]
@@ -162,6 +171,12 @@ class Demo:
             shown[kind] = list(zip(followups, rows, strict=True))[:SHOWN]
         means["irrelevant_over_relevant"] = means["irrelevant"] / means["relevant"]
         return means, shown
+
+    def _trace(self, which: str) -> None:
+        """Which checkpoints have read the first conversation of a log."""
+        data = self.folder / f"interactions-{which}.jsonl"
+        first = next(iter_interactions(data)).id
+        sdpo(["data", "trace", first, "--data", str(data), "--runs", str(self.folder)])
 
     def _evaluate(self, folder: Path) -> Scores:
         with self.phase("evaluation"):
