@@ -505,7 +505,7 @@ def _conversations(
     texts = {n: batch.column(n).to_pylist() for n in _TEXTS if n in batch.schema.names}
     has_language = "language" in texts
     if has_language and languages is not None:
-        read = np.array([is_among(name, languages) for name in texts["language"]])
+        read = np.array([is_among(name, languages) for name in texts["language"]], dtype=bool)
         lengths, flat = np.where(read, lengths, 0), flat.filter(pa.array(read[of_row]))
     role, content = _pair({field.name for field in flat.type})
     pairs = zip(_texts(flat, role), _texts(flat, content), strict=True)
