@@ -33,8 +33,9 @@ class Conversation:
     `source` is "path:row", the row counted as in `DataError`. `has_language` tells a log without
     a language column (nothing is known) from a row whose language is unknown (`language` None).
     `named` is False where `id` is not the log's own `conversation_id` or `id`, but its hash of the
-    conversation, or made from the row's place. `user` is a hashed address or a user's id. `flagged`
-    and `redacted` are what the log's moderation says of it or of any of its messages.
+    conversation, or made from the row's place. `user` is a hashed address or a user's id; `names`
+    are all that the log calls the row and its user. `flagged` and `redacted` are what the log's
+    moderation says of it or of any of its messages.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Conversation:
     has_language: bool = False
     named: bool = True
     user: str | None = None
+    names: tuple[str, ...] = ()
     model: str | None = None
     flagged: bool = False
     redacted: bool = False
@@ -106,6 +108,13 @@ def kind(value: object) -> str:
     names = {bool: "a boolean", int: "a number", float: "a number", str: "text"}
     names |= {list: "a list", dict: "an object", type(None): "nothing (null or missing)"}
     return names.get(type(value), type(value).__name__)
+
+
+def shown(value: object) -> str:
+    """A value for messages: short, and of what may hold anything only its kind."""
+    if not isinstance(value, str):
+        return kind(value)
+    return repr(value if len(value) <= 40 else value[:40] + "…")
 
 
 def listed(names: Iterable[str]) -> str:

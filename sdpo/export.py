@@ -5,7 +5,7 @@ One process does, whatever layout wrote the checkpoint; under torchrun, the rank
 
 import json
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -51,13 +51,19 @@ def read_config(run: str) -> TrainConfig:
     return _build(TrainConfig, stored, str(path))
 
 
+_ADDED_LATER = ("select",)
+"""Settings that runs of earlier versions lack, and which they had as the defaults are."""
+
+
 def _build(kind: type, stored: dict[str, Any], where: str) -> Any:
     """A dataclass from what ``run_folder.to_json`` made of it."""
     hints, values = get_type_hints(kind), {}
+    if unknown := stored.keys() - {field.name for field in fields(kind)} - {"kind"}:
+        raise ValueError(f"{where}, field {min(unknown)}: unknown; is the run of a newer sdpo?")
     for field in fields(kind):
         if field.name not in stored:
-            if field.default is not MISSING or field.default_factory is not MISSING:
-                continue  # the run is older than this setting
+            if field.name in _ADDED_LATER:
+                continue
             raise ValueError(f"{where}, field {field.name}: missing; was it written by this sdpo?")
         value, hint = stored[field.name], hints[field.name]
         if isinstance(value, dict):

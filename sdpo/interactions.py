@@ -28,6 +28,7 @@ from .conversations import (
     fault,
     kind,
     located,
+    shown,
 )
 from .data.files import container_of, json_rows, open_parquet, parquet_batches
 
@@ -72,7 +73,7 @@ def _check_turns(interaction: Interaction) -> None:
         raise fault("prompt", "the prompt has no messages", "Give the history, or drop the row")
     for i, message in enumerate(interaction.prompt):
         if message.role not in _NAME_OF:
-            problem = f"unknown role {message.role!r}"
+            problem = f"unknown role {shown(message.role)}"
             raise fault(f"prompt[{i}]", problem, f"Use {_KNOWN_ROLES}; leave tool messages out")
     if not any(message.role == "user" for message in interaction.prompt):
         raise fault("prompt", "the prompt has no user message", "Give what was answered")
@@ -99,7 +100,8 @@ def _check_token_ids(ids: tuple[int, ...]) -> None:
         raise fault("completion_token_ids", problem, "Leave the field out where they are unknown")
     for i, token in enumerate(ids):
         if not _is_integer(token) or not 0 <= token < 2**31:
-            problem = f"{token!r} is not a token id, an integer from 0 to 2**31 - 1"
+            found = token if _is_integer(token) else shown(token)
+            problem = f"{found} is not a token id, an integer from 0 to 2**31 - 1"
             raise fault(f"completion_token_ids[{i}]", problem, "Log the ids as they were sampled")
 
 
@@ -163,7 +165,7 @@ def iter_rows(path: str | Path) -> Iterator[tuple[str, Interaction | DataError]]
         if isinstance(found, Interaction):
             short = where.removeprefix(f"{path}, ")
             if (first := place_of.setdefault(found.id, short)) != short:
-                problem = f"{found.id!r} is the id of {first} too"
+                problem = f"{shown(found.id)} is the id of {first} too"
                 reason = fault("id", problem, "Give every row its own id, or none")
                 found = DataError(f"{where}, {reason}")
         yield where, found
@@ -206,7 +208,7 @@ def write_interactions(path: str | Path, interactions: Iterable[Interaction]) ->
         with partial.open("wb") as file:
             for interaction in interactions:
                 if interaction.id in ids:
-                    problem = f"{interaction.id!r} is the id of two interactions"
+                    problem = f"{shown(interaction.id)} is the id of two interactions"
                     raise fault("id", problem, "Give each its own id")
                 ids.add(interaction.id)
                 file.write(orjson.dumps(to_row(interaction), option=orjson.OPT_APPEND_NEWLINE))
@@ -261,7 +263,7 @@ def _from_turn(turn: object, name: str) -> Message:
         return Message(role, as_text(turn.get("content"), f"{name}.content"))
     sender = as_text(turn["from"], f"{name}.from")
     if sender not in _ROLE_OF:
-        problem = f"unknown sender {sender!r}"
+        problem = f"unknown sender {shown(sender)}"
         raise fault(f"{name}.from", problem, f"Use {_KNOWN_ROLES}; leave tool messages out")
     return Message(_ROLE_OF[sender], as_text(turn.get("value"), f"{name}.value"))
 

@@ -30,6 +30,8 @@ class Choice:
     """Positions of the kept rows, in the extraction's order."""
     duplicate_of: np.ndarray
     """(R,) position of the earlier row that it repeats, or -1."""
+    counts: np.ndarray
+    """(R,) interactions that each gave."""
     renamed: dict[tuple[int, int], int]
     """(position, which of its interactions) -> n, where its id becomes "id~n"."""
     examined: np.ndarray
@@ -57,25 +59,29 @@ def choose(
     kept = kept[np.argsort(places[kept], kind="stable")]
     duplicate_of = np.full(len(index), -1)
 
-    def drop(reason: Drop, earlier: np.ndarray) -> None:
-        nonlocal kept
-        lost = earlier >= 0
-        decisions[kept[lost]] = _CODE[reason]
-        duplicate_of[kept[lost]] = kept[earlier[lost]]
-        kept = kept[~lost]
+    counts = pc.fill_null(pc.list_value_length(table["interaction_ids"]), 0).to_numpy()
 
-    if guardrails.duplicates != "off":
-        names = ("fingerprint_high", "fingerprint_low")
-        prints = np.stack([_numbers(table, name)[kept] for name in names], axis=1)
-        drop(Drop.DUPLICATE, earlier_equal(prints))
-    if guardrails.duplicates == "near":
-        drop(Drop.NEAR_DUPLICATE, _similar(table, kept, guardrails.similarity))
+    def drop(reason: Drop, of: np.ndarray, earlier: np.ndarray) -> None:
+        nonlocal kept
+        lost = of[earlier >= 0]
+        decisions[lost] = _CODE[reason]
+        duplicate_of[lost] = of[earlier[earlier >= 0]]
+        kept = kept[decisions[kept] == _CODE[KEPT]]
+
     if guardrails.max_per_user:
         over = _nth(_numbers(table, "user_key")[kept]) > guardrails.max_per_user
         decisions[kept[over]] = _CODE[Drop.USER_CAP]
         kept = kept[~over]
+    # what gives no interaction is no reason to drop another that does
+    if guardrails.duplicates != "off":
+        names = ("fingerprint_high", "fingerprint_low")
+        of = kept[counts[kept] > 0]
+        prints = np.stack([_numbers(table, name)[of] for name in names], axis=1)
+        drop(Drop.DUPLICATE, of, earlier_equal(prints))
+    if guardrails.duplicates == "near":
+        of = kept[counts[kept] > 0]
+        drop(Drop.NEAR_DUPLICATE, of, _similar(table, of, guardrails.similarity))
 
-    counts = pc.fill_null(pc.list_value_length(table["interaction_ids"]), 0).to_numpy()
     is_log = ~pc.fill_null(table["ready"], False).to_numpy()[kept]
     end = _enough(np.cumsum(is_log), np.cumsum(counts[kept] * is_log), rules)
     stopped = end is not None
@@ -86,6 +92,7 @@ def choose(
         places=places,
         kept=kept,
         duplicate_of=duplicate_of,
+        counts=counts,
         renamed=_renamed(table, kept, counts),
         examined=examined,
         stopped=stopped,
@@ -147,7 +154,7 @@ def _renamed(table: pa.Table, kept: np.ndarray, counts: np.ndarray) -> dict[tupl
     repeated = np.flatnonzero(nth > 1)
     if not len(repeated):
         return {}
-    taken = set(keys.tolist())
+    given, new = np.sort(keys), set[int]()
     ends = np.cumsum(counts[kept])
     renamed = {}
     for i in repeated.tolist():
@@ -155,8 +162,13 @@ def _renamed(table: pa.Table, kept: np.ndarray, counts: np.ndarray) -> dict[tupl
         position, which = int(kept[row]), int(i - (ends[row] - counts[kept[row]]))
         id = table["interaction_ids"][position][which].as_py()
         n = int(nth[i])
-        while (new := key(f"{id}~{n}")) in taken:
+        while (marked := key(f"{id}~{n}")) in new or _is_in(given, marked):
             n += 1
-        taken.add(new)
+        new.add(marked)
         renamed[position, which] = n
     return renamed
+
+
+def _is_in(ordered: np.ndarray, value: int) -> bool:
+    at = np.searchsorted(ordered, np.uint64(value))
+    return bool(at < len(ordered) and ordered[at] == np.uint64(value))

@@ -37,9 +37,9 @@ class Drop(StrEnum):
     TOO_LONG = "conversation too long"
     ASSISTANT_TOO_LONG = "assistant message too long"
     USER_TOO_LONG = "user message too long"
+    USER_CAP = "over the cap of one user"
     DUPLICATE = "duplicate"
     NEAR_DUPLICATE = "near-duplicate"
-    USER_CAP = "over the cap of one user"
 
 
 _TALKERS = {"user": "user", "assistant": "assistant"}

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -29,6 +30,7 @@ _PACKED = {b"\x1f\x8b\x08": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _ENDINGS = {"gzip": ".gz", "zstd": ".zst", None: ""}
 _HUB = "hf://datasets/"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+_HUB_PARTS = re.compile(r"([^/@]+/[^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.+))?")
 _BUFFER = 1 << 20
 
 
@@ -94,25 +96,30 @@ def _from_hub(name: str) -> list[Path]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    owner, _, rest = name.partition("/")
-    dataset, _, pattern = rest.partition("/")
-    dataset, _, revision = dataset.partition("@")
+    parts = _HUB_PARTS.fullmatch(name)
+    if parts is None:
+        raise DataError(
+            f"{name}: no data set's name. Write owner/name, or owner/name@revision/path."
+        )
+    dataset, revision, pattern = parts.groups()
     wanted = [pattern] if pattern else [f"*{suffix}" for suffix in (*SUFFIXES, ".json")]
     try:
         folder = snapshot_download(
-            f"{owner}/{dataset}",
+            dataset,
             repo_type="dataset",
-            revision=revision or None,
+            revision=revision,
             allow_patterns=wanted,
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{name}: no such file or folder, and not to be had as a data set of the Hugging Face "
             f"hub ({reason}). Check the name, the network and, for gated data, `hf auth login`."
         ) from None
-    if files := _files_under(Path(folder)):
-        return files
+    files = _files_under(Path(folder))  # of a cache that may hold more than was asked for
+    names = {file: str(file.relative_to(folder)) for file in files}
+    if found := [f for f in files if any(fnmatch(names[f], pattern) for pattern in wanted)]:
+        return found
     raise DataError(
         f"{name}: the data set on the hub has no such file. Name one after the data set."
     )

@@ -1,4 +1,4 @@
-"""Rows of any supported format as `Conversation`s, or as ready `Interaction`s.
+"""Rows of any supported format as `Conversation`s, or as `Ready` interactions.
 
 A format is told by what a file's rows hold, and may sit in any container (`files.Container`):
 
@@ -36,8 +36,10 @@ from ..conversations import (
     as_object,
     as_text,
     fault,
+    kind,
     listed,
     located,
+    shown,
 )
 from ..interactions import Interaction, from_row
 from .arrow import pc
@@ -45,8 +47,19 @@ from .files import Paths, container_of, json_rows, open_parquet, parquet_batches
 
 Format = Literal["wildchat", "lmsys", "wildfeedback", "sharegpt", "messages", "triples"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-Item = Conversation | Interaction | DataError
 
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A ready triple, and what its row says of where it is from (as in `Conversation`)."""
+
+    interaction: Interaction
+    source: str
+    names: tuple[str, ...]
+    user: str | None
+
+
+Item = Conversation | Ready | DataError
 ROWS_AT_ONCE = 1024
 """Rows that are in memory at a time."""
 
@@ -242,10 +255,15 @@ def item_of(row: Any, file: LogFile, number: int, where: str) -> Item:
     try:
         with located(where):
             if file.format == "triples":
-                return from_row(as_object(row, "row"), default_id=f"{file.path.stem}-{number}")
+                return _ready(as_object(row, "row"), file, number)
             return _conversation(as_object(row, "row"), file, number)
     except DataError as error:
         return error
+
+
+def _ready(row: dict[str, Any], file: LogFile, number: int) -> Ready:
+    interaction = from_row(row, default_id=f"{file.path.stem}-{number}")
+    return Ready(interaction, f"{file.path}:{number}", _names(row), _name(row, _USERS))
 
 
 def _conversation(row: dict[str, Any], file: LogFile, number: int) -> Conversation:
@@ -260,9 +278,10 @@ def _conversation(row: dict[str, Any], file: LogFile, number: int) -> Conversati
         messages=tuple(_message(m, key, i, file.format) for i, m in enumerate(raw)),
         source=f"{file.path}:{number}",
         language=None if language is None else as_text(language, "language"),
-        has_language="language" in row,
+        has_language="language" in row or "language" in file.knows,
         named=named,
         user=_name(row, _USERS),
+        names=_names(row),
         model=_name(row, ("model",)),
         flagged=_marked(row, raw, "toxic") or _moderated(row.get("openai_moderation")),
         redacted=_marked(row, raw, "redacted"),
@@ -285,15 +304,28 @@ def _name(row: dict[str, Any], keys: Iterable[str]) -> str | None:
     return None
 
 
+def _names(row: dict[str, Any]) -> tuple[str, ...]:
+    """All that a row calls its conversation and its user."""
+    values = (row.get(key) for key in (*_NAMES, _HASH, *_USERS))
+    return tuple(str(v) for v in values if isinstance(v, str | int) and v != "")
+
+
 def _marked(row: dict[str, Any], messages: list[Any], mark: str) -> bool:
-    if row.get(mark) is True:
-        return True
-    return any(isinstance(m, dict) and m.get(mark) is True for m in messages)
+    marked = [m[mark] for m in messages if isinstance(m, dict) and mark in m]
+    return any([_truth(value, mark) for value in (row.get(mark), *marked)])
 
 
 def _moderated(verdicts: object) -> bool:
     verdicts = verdicts if isinstance(verdicts, list) else [verdicts]
-    return any(isinstance(v, dict) and v.get("flagged") is True for v in verdicts)
+    said = [v["flagged"] for v in verdicts if isinstance(v, dict) and "flagged" in v]
+    return any([_truth(value, "openai_moderation.flagged") for value in said])
+
+
+def _truth(value: object, field: str) -> bool:
+    """A mark must not be passed over because of how it is written."""
+    if value is None or value in (True, False):  # and so 0 and 1
+        return bool(value)
+    raise fault(field, f"found {kind(value)} where true or false is needed", "Write a boolean")
 
 
 def _message(message: object, key: str, i: int, format: Format) -> Message:
@@ -338,7 +370,7 @@ def _text_part(part: object, field: str) -> str:
     if part.get("type") == "refusal":
         return ""
     if part.get("type") != "text":
-        problem = f"a content part of type {part.get('type')!r}; only text can be trained on"
+        problem = f"a content part of type {shown(part.get('type'))}; only text can be trained on"
         raise fault(field, problem, "Remove the part or the conversation")
     return as_text(part.get("text"), f"{field}.text")
 
@@ -384,6 +416,13 @@ def _check_schema(schema: pa.Schema, format: Format) -> None:
         _check_text(f"{key}.{content}", struct.field(content).type)
     if "language" in schema.names:
         _check_text("language", schema.field("language").type)
+    for name in ("toxic", "redacted"):
+        if name in schema.names:
+            _check_truth(name, schema.field(name).type)
+        if name in names:
+            _check_truth(f"{key}.{name}", struct.field(name).type)
+    if (verdict := _verdict_type(schema)) is not None:
+        _check_truth("openai_moderation.flagged", verdict)
     for name in {*_NAMES, _HASH} & set(schema.names):
         if not pa.types.is_integer(schema.field(name).type):
             _check_text(name, schema.field(name).type)
@@ -393,6 +432,24 @@ def _is_text(column: pa.DataType) -> bool:
     value = column.value_type if pa.types.is_dictionary(column) else column
     tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
     return any(test(value) for test in (*tests, pa.types.is_string_view))
+
+
+def _verdict_type(schema: pa.Schema) -> pa.DataType | None:
+    """Type of `openai_moderation`'s `flagged`: of one verdict a message, or of one in all."""
+    if "openai_moderation" not in schema.names:
+        return None
+    column = schema.field("openai_moderation").type
+    struct = column if pa.types.is_struct(column) else _struct(column)
+    if struct is None or struct.get_field_index("flagged") < 0:
+        return None
+    return struct.field("flagged").type
+
+
+def _check_truth(field: str, column: pa.DataType) -> None:
+    tests = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_null)
+    if not any(test(column) for test in tests):
+        problem = f"the column is of type {column}, not boolean"
+        raise fault(field, problem, "Cast it to boolean")
 
 
 def _check_text(field: str, column: pa.DataType) -> None:
@@ -520,7 +577,8 @@ def _conversations(
             has_language=has_language,
             named=named,
             user=_name(row, _USERS),
-            model=row.get("model"),
+            names=_names(row),
+            model=_name(row, ("model",)),
             flagged=bool(flagged[i]),
             redacted=bool(redacted[i]),
         )
@@ -551,8 +609,10 @@ def _moderation(batch: pa.RecordBatch) -> np.ndarray:
     if "openai_moderation" not in batch.schema.names:
         return flagged
     column = batch.column("openai_moderation")
-    if (struct := _struct(column.type)) is None or struct.get_field_index("flagged") < 0:
+    if _verdict_type(batch.schema) is None:
         return flagged
+    if pa.types.is_struct(column.type):
+        return _bools(pc.struct_field(column, "flagged"))
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
     of_row = np.repeat(np.arange(batch.num_rows), lengths)
     flagged[of_row[_bools(pc.struct_field(column.flatten(), "flagged"))]] = True
@@ -560,6 +620,4 @@ def _moderation(batch: pa.RecordBatch) -> np.ndarray:
 
 
 def _bools(column: pa.Array) -> np.ndarray:
-    if not pa.types.is_boolean(column.type):
-        return np.zeros(len(column), bool)
-    return pc.fill_null(column, False).to_numpy(zero_copy_only=False)
+    return pc.fill_null(pc.cast(column, pa.bool_()), False).to_numpy(zero_copy_only=False)

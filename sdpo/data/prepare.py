@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from hashlib import sha256
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -43,12 +43,13 @@ from .files import resolve_paths
 from .formats import FORMATS, Format
 from .guardrails import GuardrailConfig, read_opt_out, resolve, states
 from .names import manifest_path, report_path
+from .pii import presidio_finder
 from .units import FilePlan, plan_file, units_of
-from .worker import Job, Shard, process, total, whole_table
+from .worker import Job, Shard, end_with_parent, process, total, whole_table
 from .write import write_json, write_manifest, write_rows
 
 VERSION = 1
-"""Of what a work folder holds; another one's units are not gone on from."""
+"""Of the report's fields."""
 _PLACES_PER_CONVERSATION = 8
 """Places processed first for each conversation that is wanted; twice as many each time after."""
 _WORTH_WORKERS = 1 << 23
@@ -95,6 +96,8 @@ class PrepareConfig:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise DataError(f"{name} is {getattr(self, name)!r}: use one of {listed(values)}")
+        if self.languages == ():
+            raise DataError("languages: none named. Name some, or any, or leave it out.")
         if self.workers < 0:
             raise DataError(f"workers is {self.workers}: use 1 or more, or 0 for one a core")
 
@@ -147,21 +150,22 @@ def prepare(
     rules = rules or config.rules()
     guardrails = resolve(config.guardrails, config.preset)
     opted_out = read_opt_out(guardrails.opt_out) if guardrails.opt_out else frozenset()
+    if guardrails.pii == "presidio":
+        presidio_finder()  # says at once that it is not installed
     out = Path(config.out)
     files = resolve_paths(config.inputs)
-    if out.exists() and any(file.samefile(out) for file in files):
-        raise DataError(f"{out}: is one of the inputs. Write it to another folder.")
-    workers = config.workers or len(os.sched_getaffinity(0))
+    _check_out(out, files)
+    workers = config.workers or os.cpu_count() or 1
     if sum(file.stat().st_size for file in files) < _WORTH_WORKERS:
         workers = 1
     lenient = config.bad_rows == "skip"
-    with _work_folder(out) as folder, _pool(workers) as pool:
+    with _work_folder(out) as work, _pool(workers) as pool:
         plan = partial(plan_file, forced=config.format, lenient=lenient)
         tell = progress or (lambda *_: None)
         plans = _in_parallel(pool, plan, files, lambda done: tell("files", len(done), len(files)))
         plans.sort(key=lambda plan: not plan.is_ready)
         settings = asdict(rules), asdict(guardrails), sorted(opted_out), lenient
-        _empty_unless(folder, _fingerprint(plans, settings))
+        folder = _units_folder(work, _fingerprint(plans, settings))
         order = _order(plans, rules, folder)
         job = Job(
             folder=folder,
@@ -174,8 +178,21 @@ def prepare(
         )
         shards, choice = _process_and_choose(pool, plans, job, tell)
         report = _write(config, job, plans, shards, choice)
-        shutil.rmtree(folder)
     return report
+
+
+def _check_out(out: Path, files: list[Path]) -> None:
+    if out.is_dir():
+        raise DataError(f"{out}: is a folder. Name a file.")
+    for path in (out, manifest_path(out), report_path(out)):
+        if path.exists() and any(file.samefile(path) for file in files):
+            raise DataError(f"{path}: is one of the inputs. Write to another folder.")
+    other = out.with_suffix(".parquet" if out.suffix == ".jsonl" else ".jsonl")
+    if other.exists() and manifest_path(out).exists():
+        raise DataError(
+            f"{other}: stands there with the manifest that {out.name} would have. Choose another "
+            "name, or move it away together with its manifest and report."
+        )
 
 
 # Planning
@@ -183,39 +200,71 @@ def prepare(
 
 @contextmanager
 def _work_folder(out: Path) -> Iterator[Path]:
-    """The folder beside `out` where the units are made; bad data leaves none behind."""
+    """The folder beside `out` where the units are made. It goes with the run's success, and if this
+    run has made it, with bad data; what an earlier run had done stays."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.work")
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another run is writing it; wait, or choose another") from None
+    folder = out.with_name(f".{out.stem}.work")
+    with _locked(out):
+        is_new = not folder.exists()
+        folder.mkdir(exist_ok=True)
         try:
             yield folder
         except DataError:
-            shutil.rmtree(folder)
+            if is_new:
+                shutil.rmtree(folder)
             raise
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    path = out.with_name(f".{out.stem}.lock")
+    while True:
+        with path.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"{out}: another run is writing it; wait for it, or choose another --out"
+                ) from None
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                continue  # the run that held it has just ended, and removed it
+            try:
+                yield
+            finally:
+                path.unlink()
+            return
 
 
 def _fingerprint(plans: list[FilePlan], settings: tuple) -> str:
-    files = [(str(plan.path), plan.size, plan.mtime_ns, repr(plan.log)) for plan in plans]
-    libraries = [version(name) for name in ("rensa", "pyarrow", "orjson")]
-    return sha256(repr((VERSION, files, settings, libraries)).encode()).hexdigest()
+    """Of all that decides what the units hold: inputs, settings, this code and its libraries."""
+    files = [(str(plan.path), plan.size, plan.mtime_ns, plan.pieces) for plan in plans]
+    logs = [(log.container, log.format, sorted(log.knows)) for plan in plans if (log := plan.log)]
+    used = ("rensa", "pyarrow", "orjson", "numpy", "presidio-analyzer", "spacy")
+    libraries = [(name, _version(name)) for name in used]
+    here = Path(__file__).parent
+    code = [path.read_bytes() for path in sorted([*here.glob("*.py"), *here.parent.glob("*.py")])]
+    everything = files, logs, settings, libraries, sys.version_info[:3], code
+    return sha256(repr(everything).encode()).hexdigest()
 
 
-def _empty_unless(folder: Path, fingerprint: str) -> None:
-    """Drops what another command, or this one on other data, had begun."""
-    stored = folder / "fingerprint"
-    if stored.is_file() and stored.read_text() == fingerprint:
-        done = len(list(folder.glob("*.arrow")))
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _units_folder(work: Path, fingerprint: str) -> Path:
+    """Where the units of this command on this data are; those of another are dropped."""
+    folder = work / fingerprint[:16]
+    for other in work.iterdir():
+        if other != folder:
+            shutil.rmtree(other)
+    folder.mkdir(exist_ok=True)
+    if done := len(list(folder.glob("*.arrow"))):
         print(f"sdpo: goes on from {done} units that are done", file=sys.stderr)
-        return
-    for file in folder.iterdir():
-        if file.name != "lock":
-            file.unlink()
-    stored.write_text(fingerprint)
+    return folder
 
 
 def _order(plans: list[FilePlan], rules: ExtractionRules, folder: Path) -> Path | None:
@@ -228,8 +277,10 @@ def _order(plans: list[FilePlan], rules: ExtractionRules, folder: Path) -> Path 
     permutation = np.random.default_rng(rules.shuffle_seed).permutation(n_logged)
     places = np.arange(n_ready + n_logged)
     places[n_ready + permutation] = np.arange(n_ready, n_ready + n_logged)
-    np.save(folder / "order.npy", places)
-    return folder / "order.npy"
+    partial, order = folder / "order.partial.npy", folder / "order.npy"
+    np.save(partial, places)
+    os.replace(partial, order)
+    return order
 
 
 # Processing
@@ -241,13 +292,14 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
         yield None
         return
     context = multiprocessing.get_context("spawn")  # Arrow's threads do not survive a fork
-    pool = ProcessPoolExecutor(workers, mp_context=context)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
     try:
         yield pool
     except BrokenProcessPool:
         raise ValueError(
             "a worker died, perhaps for lack of memory: run the same command again to go on from "
-            "what is done, with fewer --workers"
+            "what is done, with fewer --workers (in a script, `prepare` must be called below "
+            "`if __name__ == '__main__'`, as workers import it)"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -343,14 +395,14 @@ def _report(
     if unread := [plan.error for plan in plans if plan.error]:
         drops["unreadable file"] = len(unread)
     table = whole_table(shards)
-    kept = table.select(
-        ["interaction_ids", "ready", "without_history", "blank", "injections", "pii"]
-    ).take(pa.array(choice.kept))
+    summed = ["ready", "without_history", "blank", "injections", "opted_out"]
+    kept = table.select([*summed, "pii"]).take(pa.array(choice.kept))
+    sums = {name: pc.sum(kept[name]).as_py() or 0 for name in summed}
     errors = table["error"].filter(pa.array(choice.examined)).drop_null()[:_SHOWN].to_pylist()
-    interactions = int(_sum(pc.list_value_length(kept["interaction_ids"])))
     gone = {
-        "prompt injection": _sum(kept["injections"]),
-        "blank answer or follow-up": _sum(kept["blank"]),
+        "opted out": sums["opted_out"],
+        "prompt injection": sums["injections"],
+        "blank answer or follow-up": sums["blank"],
     }
     knows = frozenset[str]().union(*(plan.log.knows for plan in plans if plan.log))
     return Report(
@@ -364,9 +416,9 @@ def _report(
             "rows": sum(plan.rows for plan in plans),
             "conversations_examined": int(choice.examined.sum()),
             "conversations_kept": len(choice.kept),
-            "interactions": interactions,
-            "answers_without_history": _sum(kept["without_history"]),
-            "ready_interactions": _sum(kept["ready"]),
+            "interactions": int(choice.counts[choice.kept].sum()),
+            "answers_without_history": sums["without_history"],
+            "ready_interactions": sums["ready"],
             "renamed_ids": len(choice.renamed),
         },
         drops=drops,
@@ -380,10 +432,6 @@ def _report(
 def out_name(config: PrepareConfig) -> str:
     """Of the file, without the folder: it may move, with what stands beside it."""
     return Path(config.out).name
-
-
-def _sum(column: pa.ChunkedArray) -> int:
-    return pc.sum(column).as_py() or 0
 
 
 def _plain(config: Any) -> dict[str, Any]:

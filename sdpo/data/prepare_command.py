@@ -135,7 +135,7 @@ def _tell(report: Report, config: PrepareConfig, seconds: float, console: Consol
         console.print(f"{n:,} files: {format or 'unreadable'} ({container})", highlight=False)
     for message in report.bad_rows:
         console.print(f"left out: {message}", markup=False, soft_wrap=True, highlight=False)
-    table = Table(title=f"{config.out} (preset {report.preset})")
+    table = Table(title=Text(f"{config.out} (preset {report.preset})"))
     table.add_column("what")
     table.add_column("count", justify="right")
     for what, count in _counts(report):

@@ -1,11 +1,13 @@
 """What a worker makes of one unit: the rendered rows, and a table of what became of each row.
 
-Both are files of the work folder, `00012.jsonl` and `00012.arrow`. The table is renamed into place
-last: where it stands, the unit is done.
+Both are files of the work folder, `0-00012.jsonl` and `0-00012.arrow` (0: the first place that was
+looked for). The table is renamed into place last: where it stands, the unit is done.
 """
 
 import gc
+import multiprocessing
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from ..conversations import Conversation, DataError, Message
 from ..interactions import Interaction, to_row
 from . import duplicates, pii
 from .extraction import Drop, Extraction, ExtractionRules, Turn, examine
+from .formats import Ready
 from .guardrails import GuardrailConfig
 from .injections import injection
 from .units import Rows, Unit, read_unit
@@ -43,6 +46,7 @@ SCHEMA = pa.schema(
         "without_history": pa.int32(),
         "blank": pa.int32(),
         "injections": pa.int32(),
+        "opted_out": pa.int32(),
         "pii": pa.map_(pa.string(), pa.int32()),
         "user_key": pa.uint64(),
         "fingerprint_high": pa.uint64(),
@@ -86,13 +90,16 @@ class Job:
 class Shard:
     """A unit that is done: its table, memory-mapped, and its rendered rows."""
 
+    unit: int
     table: pa.Table
     lines: Path
 
     @classmethod
     def of(cls, job: Job, unit: Unit) -> "Shard":
+        """What `process` has made."""
         mapped = pa.memory_map(str(job.table_of(unit.index)))
-        return cls(table=pa.ipc.open_file(mapped).read_all(), lines=job.lines_of(unit.index))
+        table = pa.ipc.open_file(mapped).read_all()
+        return cls(unit=unit.index, table=table, lines=job.lines_of(unit.index))
 
 
 def whole_table(shards: list[Shard]) -> pa.Table:
@@ -120,18 +127,39 @@ def process(unit: Unit, job: Job) -> int:
     places = _places(unit, job)
     wanted = (places >= job.places[0]) & (places < job.places[1])
     redactor = _redactor(job.guardrails.pii)
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    lines, partial = job.lines_of(unit.index), table.with_suffix(".partial")
-    with _no_collections(), lines.open("wb") as out:
+    lines = job.lines_of(unit.index)
+    partials = {path: _partial(path) for path in (lines, table)}
+    with (
+        _no_collections(),
+        partials[lines].open("wb") as out,
+        pa.OSFile(str(partials[table]), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
+    ):
         for rows in read_unit(unit, wanted, job.lenient, job.rules.languages):
             stems = places[rows.indices - unit.offset]
             done = _process_rows(rows, stems.tolist(), job, redactor, out)
-            for name, values in columns.items():
-                values.extend([row.table.get(name) for row in done])
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-        writer.write_batch(pa.record_batch(columns, SCHEMA))
-    os.replace(partial, table)
+            columns = {name: [row.table.get(name) for row in done] for name in SCHEMA.names}
+            writer.write_batch(pa.record_batch(columns, SCHEMA))
+    for path, partial in partials.items():
+        os.replace(partial, path)
     return unit.piece.rows
+
+
+def _partial(path: Path) -> Path:
+    """Of this process: one that outlives its parent for a moment must not write into another's."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
+def end_with_parent() -> None:
+    """Has this worker end when its parent does, however that ends."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
@@ -183,20 +211,21 @@ def _examined(item: Any, place: int, job: Job) -> _Row:
         if not job.lenient:
             raise item
         return _Row({"decision": Drop.UNREADABLE, "error": str(item)})
-    if isinstance(item, Interaction):
+    if isinstance(item, Ready):
         return _ready(item, job)
     row = _Row(
         {
             "conversation_id": item.id,
-            "user": item.user,
             "language": item.language,
             "model": item.model,
-            "user_key": key(item.user) if item.user else 0,
+            **_user(item),
         },
         id=_stem(item, place, job.rules),
     )
     if dropped := _guarded(item, job):
         row.table["decision"] = dropped
+        if dropped is Drop.OPTED_OUT:
+            row.table["user"] = None  # the source's row is enough to show that it is left out
         return row
     found = examine(item, job.rules)
     row.table |= _sizes(found.messages)
@@ -208,18 +237,28 @@ def _examined(item: Any, place: int, job: Job) -> _Row:
     return row
 
 
-def _ready(item: Interaction, job: Job) -> _Row:
+def _user(item: Conversation | Ready) -> dict[str, Any]:
+    return {"user": item.user, "user_key": key(item.user) if item.user else 0}
+
+
+def _has_opted_out(item: Conversation | Ready, id: str, job: Job) -> bool:
+    return not job.opted_out.isdisjoint((id, item.source, *item.names))
+
+
+def _ready(item: Ready, job: Job) -> _Row:
     """A ready triple: its rules are its author's; the guardrails are ours."""
-    row = _Row({"conversation_id": item.id, "ready": True}, id=item.id)
-    if item.id in job.opted_out:
-        row.table["decision"] = Drop.OPTED_OUT
+    triple = item.interaction
+    row = _Row({"conversation_id": triple.id, "ready": True, **_user(item)}, id=triple.id)
+    # as `prepare` made them, "c1_3" is of the conversation "c1"
+    if _has_opted_out(item, triple.id, job) or triple.id.rpartition("_")[0] in job.opted_out:
+        row.table |= {"decision": Drop.OPTED_OUT, "user": None}
         return row
-    followup = Message("user", item.user_response)
-    messages = [*item.prompt, Message("assistant", item.completion), followup]
-    n = len(item.prompt)
+    followup = Message("user", triple.user_response)
+    messages = [*triple.prompt, Message("assistant", triple.completion), followup]
+    n = len(triple.prompt)
     row.found = Extraction(None, messages, [Turn(tuple(range(n)), n)], 0, 0)
     row.texts = [message.content for message in messages]
-    row.ready = item
+    row.ready = triple
     row.table |= {"decision": KEPT, **_sizes(messages)}
     return row
 
@@ -236,7 +275,7 @@ def _stem(conversation: Conversation, place: int, rules: ExtractionRules) -> str
 
 
 def _guarded(conversation: Conversation, job: Job) -> Drop | None:
-    if job.opted_out and (conversation.id in job.opted_out or conversation.user in job.opted_out):
+    if _has_opted_out(conversation, conversation.id, job):
         return Drop.OPTED_OUT
     if job.guardrails.redacted and conversation.redacted:
         return Drop.REDACTED
@@ -255,7 +294,7 @@ def _sketch(rows: list[_Row], guardrails: GuardrailConfig) -> None:
     of their history, and would be taken for near-duplicates."""
     if guardrails.duplicates == "off" or not rows:
         return
-    texts = ["\n".join(row.texts) for row in rows]
+    texts = ["\n\0\n".join(row.texts) for row in rows]  # where one message ends counts, too
     for row, (high, low) in zip(rows, duplicates.fingerprints(texts).tolist(), strict=True):
         row.table |= {"fingerprint_high": high, "fingerprint_low": low}
     if guardrails.duplicates == "near":
@@ -279,18 +318,22 @@ def _redact(rows: list[_Row], redactor: pii.Redactor, all_suspect: bool) -> None
 def _render(row: _Row, job: Job, out) -> None:
     """Writes the row's interactions, except those whose follow-up is an injection."""
     assert row.found is not None
-    ids, ends, caught = [], [], 0
+    ids, ends, caught, opted_out = [], [], 0, 0
     said = _Said(row)
     for turn in row.found.turns:
+        id = row.id if row.ready else f"{row.id}_{turn.answer}"
+        if id in job.opted_out:
+            opted_out += 1
+            continue
         if job.guardrails.injections and injection(row.texts[turn.answer + 1]):
             caught += 1
             continue
-        id = row.id if row.ready else f"{row.id}_{turn.answer}"
         out.write(said.ready() if row.ready else said.line(id, turn))
         ids.append(id)
         ends.append(out.tell())
     row.table |= {
         "injections": caught,
+        "opted_out": opted_out,
         "interaction_ids": ids,
         "id_keys": [key(id) for id in ids],
         "ends": ends,

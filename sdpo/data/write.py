@@ -51,7 +51,6 @@ MANIFEST = pa.schema(
     }
 )
 _COPIED = 1 << 25
-_MANIFEST_ROWS = 1 << 16
 
 
 class _Summed(io.RawIOBase):
@@ -138,7 +137,10 @@ def _chosen(shards: list[Shard], choice: Choice) -> Iterator[bytes]:
 
 def _copied(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
     for at in range(start, end, _COPIED):
-        yield os.pread(file.fileno(), min(_COPIED, end - at), at)
+        piece = os.pread(file.fileno(), min(_COPIED, end - at), at)
+        if len(piece) != min(_COPIED, end - at):
+            raise ValueError(f"{file.name} was cut short: remove its folder, and run again")
+        yield piece
 
 
 def _extents(shards: list[Shard]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -171,43 +173,67 @@ def write_manifest(
     partial: Path, shards: list[Shard], plans: list[FilePlan], choice: Choice
 ) -> None:
     """Writes the decision on every examined row, in the order of the log."""
-    table = whole_table(shards)
-    index = table["index"].to_numpy()
-    rows = np.flatnonzero(choice.examined)
-    rows = rows[np.argsort(index[rows], kind="stable")]
-    is_kept = np.zeros(len(index), bool)
+    sources = _Sources(shards, plans)
+    starts = np.cumsum([0, *(shard.table.num_rows for shard in shards)])
+    of_unit: dict[int, list[int]] = {}
+    for i, shard in enumerate(shards):
+        of_unit.setdefault(shard.unit, []).append(i)
+    is_kept = np.zeros(len(choice.places), bool)
     is_kept[choice.kept] = True
-    names = [str(plan.path) for plan in plans]
-    offsets = np.cumsum([0, *(plan.rows for plan in plans)])
-    numbers = table["number"].to_numpy()
     with pq.ParquetWriter(partial, MANIFEST, compression="zstd") as writer:
-        for at in range(0, len(rows), _MANIFEST_ROWS):
-            of = rows[at : at + _MANIFEST_ROWS]
-            part = table.take(pa.array(of))
-            file = np.searchsorted(offsets, index[of], side="right") - 1
-            first = choice.duplicate_of[of]
-            first_file = np.searchsorted(offsets, index[first], side="right") - 1
-            columns = {
-                "source_file": pa.DictionaryArray.from_arrays(pa.array(file, pa.int32()), names),
+        for unit in sorted(of_unit):
+            part = pa.concat_tables(
+                [shards[i].table.select(_COPIED_COLUMNS) for i in of_unit[unit]]
+            )
+            rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in of_unit[unit]])
+            order = np.argsort(part["index"].to_numpy(), kind="stable")
+            order = order[choice.examined[rows[order]]]
+            part, rows = part.take(pa.array(order)), rows[order]
+            columns = {name: part[name] for name in MANIFEST.names if name in part.column_names}
+            columns |= {
+                "source_file": pa.DictionaryArray.from_arrays(
+                    pa.array(sources.file[rows], pa.int32()), sources.names
+                ),
                 "row": part["number"],
-                "place": choice.places[of],
+                "place": choice.places[rows],
                 "decision": pa.DictionaryArray.from_arrays(
-                    pa.array(choice.decisions[of], pa.int32()), list(DECISIONS)
+                    pa.array(choice.decisions[rows], pa.int32()), list(DECISIONS)
                 ),
                 "duplicate_of": [
-                    f"{names[f]}:{numbers[d]}" if d >= 0 else None
-                    for f, d in zip(first_file.tolist(), first.tolist(), strict=True)
+                    sources.of(i) if i >= 0 else None for i in choice.duplicate_of[rows].tolist()
                 ],
                 "interaction_ids": [
                     _ids(row, ids, choice) if kept else []
                     for row, ids, kept in zip(
-                        of.tolist(), part["interaction_ids"].to_pylist(), is_kept[of], strict=True
+                        rows.tolist(),
+                        part["interaction_ids"].to_pylist(),
+                        is_kept[rows],
+                        strict=True,
                     )
                 ],
             }
-            copied = {name: part[name] for name in MANIFEST.names if name in part.column_names}
-            columns = copied | columns
             writer.write_table(pa.table([columns[name] for name in MANIFEST.names], MANIFEST))
+
+
+_COPIED_COLUMNS = [
+    *("index", "number", "conversation_id", "user", "language", "model"),
+    *("messages", "characters", "interaction_ids"),
+]
+
+
+class _Sources:
+    """File and row number of every row of all shards."""
+
+    def __init__(self, shards: list[Shard], plans: list[FilePlan]):
+        table = whole_table(shards).select(["index", "number"])
+        ends = np.cumsum([plan.rows for plan in plans])
+        self.names = [str(plan.path) for plan in plans]
+        self.file = np.searchsorted(ends, table["index"].to_numpy(), side="right")
+        self._number = table["number"].to_numpy()
+
+    def of(self, row: int) -> str:
+        """ "path:row" """
+        return f"{self.names[self.file[row]]}:{self._number[row]}"
 
 
 def _ids(row: int, ids: list[str], choice: Choice) -> list[str]:

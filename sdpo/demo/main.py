@@ -136,7 +136,7 @@ class Demo:
     def _signal(self, model: Path, data: Path) -> tuple[dict[str, float], dict]:
         """Mean |advantage| of users' corrections, and of irrelevant follow-ups to the same."""
         judged = ["--model", str(model), "--interactions", str(data)]
-        sdpo(["check-hindsight", *judged])
+        self.makes_use_of_hindsight = _passes(["check-hindsight", *judged])
         sdpo(["data", "score", *judged, "--out", str(self.folder / "scores.jsonl")])
         rng = random.Random(self.seed)
         relevant = [i for i in read_interactions(data) if world.is_correction(i.user_response)]
@@ -202,6 +202,7 @@ class Demo:
             "objective": self.objective,
             "preference": self.likes["first"],
             "prompts_per_rate": PROMPTS,
+            "makes_use_of_hindsight": self.makes_use_of_hindsight,
             "preference_rate": {when: s.preference for when, s in scores.items()},
             "signal": signal,
             "retention": {
@@ -217,6 +218,15 @@ class Demo:
                 for i, (question, _) in enumerate(samples["before"])
             ],
         }
+
+
+def _passes(command: list[str]) -> bool:
+    """Whether a command that ends with a verdict ends well."""
+    try:
+        sdpo(command)
+    except SystemExit as verdict:
+        return not verdict.code
+    return True
 
 
 def _load(folder: Path):
