@@ -112,9 +112,9 @@ def kind(value: object) -> str:
 
 def shown(value: object) -> str:
     """A value for messages: short, and of what may hold anything only its kind."""
-    if not isinstance(value, str):
-        return kind(value)
-    return repr(value if len(value) <= 40 else value[:40] + "…")
+    if isinstance(value, str) and len(value) > 40:
+        value = value[:40] + "…"
+    return repr(value) if isinstance(value, str | int | float) else kind(value)
 
 
 def listed(names: Iterable[str]) -> str:

@@ -100,8 +100,7 @@ def _check_token_ids(ids: tuple[int, ...]) -> None:
         raise fault("completion_token_ids", problem, "Leave the field out where they are unknown")
     for i, token in enumerate(ids):
         if not _is_integer(token) or not 0 <= token < 2**31:
-            found = token if _is_integer(token) else shown(token)
-            problem = f"{found} is not a token id, an integer from 0 to 2**31 - 1"
+            problem = f"{shown(token)} is not a token id, an integer from 0 to 2**31 - 1"
             raise fault(f"completion_token_ids[{i}]", problem, "Log the ids as they were sampled")
 
 

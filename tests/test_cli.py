@@ -55,12 +55,17 @@ def test_prepare_and_inspect(tmp_path, capsys):
     log = tmp_path / "log.jsonl"
     turns = [("user", "hi there"), ("assistant", "hello"), ("user", "longer please")]
     row = {"messages": [{"role": r, "content": c} for r, c in turns]}
-    log.write_text((json.dumps(row) + "\n") * 3)
+    rows = [
+        {"messages": [turn | {"content": f"{turn['content']} {i}"} for turn in row["messages"]]}
+        for i in range(3)
+    ]
+    log.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
     out = tmp_path / "out" / "interactions.jsonl"
     main(["data", "prepare", str(log), "--preset", "all-turns", "--out", str(out)])
     assert len(out.read_text().splitlines()) == 3
     main(["data", "inspect", str(out)])
     shown = capsys.readouterr().out
+    assert "dropped: duplicate" in shown
     assert "3 interactions" in shown and "longer please" in shown
 
 

@@ -185,7 +185,7 @@ def test_what_is_prepared_can_be_prepared_again(shape, tmp_path):
 @SHAPES
 def test_parquet_holds_what_jsonl_holds(shape, tmp_path):
     path = logs.write(tmp_path / "log.jsonl", shape, log_of(shape))
-    lines, table = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    lines, table = tmp_path / "a.jsonl", tmp_path / "b.parquet"
     prepare(all_turns(path, out=lines))
     prepare(all_turns(path, out=table))
     assert read_interactions(table) == read_interactions(lines) == list(iter_interactions(table))

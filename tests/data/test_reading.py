@@ -81,6 +81,7 @@ def test_wildchat_rows_come_as_logged(tmp_path):
             source=f"{path}:0",
             language="English",
             has_language=True,
+            names=("a",),
             model="m",
         ),
         Conversation(
