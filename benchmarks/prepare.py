@@ -16,6 +16,7 @@ and compares the sha256 of its three files with the undisturbed run's.
 import hashlib
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -97,6 +98,8 @@ class Killed:
     """After each start, when the kill came."""
     last_seconds: float
     """Of the run that was left alone."""
+    units: int
+    """That the run which was left alone found done."""
 
 
 # The sides
@@ -250,7 +253,8 @@ def killed(command: Sequence[str], out: Path, times: int, seconds: float, seed: 
     if (after := digests(out)) != before:
         differing = [name for name in before if after[name] != before[name]]
         raise ValueError(f"killed {times} times, it ended with another {', '.join(differing)}")
-    return Killed(tuple(moments), last.seconds)
+    found = re.findall(r"goes on from (\d+) units", notes.read_text(encoding="utf-8"))
+    return Killed(tuple(moments), last.seconds, int(found[-1]) if found else 0)
 
 
 def _kill_after(command: Sequence[str], seconds: float, out: Path, notes: Any) -> float:
@@ -365,6 +369,7 @@ def kill_row(log: Sequence[Path], row: Mapping[str, Any], settings: Settings) ->
         **{name: row[name] for name in same},
         "killed_after": list(found.seconds),
         "last_seconds": found.last_seconds,
+        "units_gone_on_from": found.units,
         "seconds": row["seconds"],
         "verdict": "same bytes",
     }
@@ -391,7 +396,8 @@ def main(settings: Settings) -> None:
         moments = ", ".join(f"{seconds:.1f}" for seconds in rows[-1]["killed_after"])
         console.print(
             f"{last['level']}: killed {settings.kill} times, after {moments} s of a run; the one "
-            f"after took {rows[-1]['last_seconds']:.1f} s, and all three files have the same bytes"
+            f"after went on from {rows[-1]['units_gone_on_from']} units and took "
+            f"{rows[-1]['last_seconds']:.1f} s, and all three files have the same bytes"
         )
     if settings.out is not None:
         about = about_machine()
