@@ -96,7 +96,7 @@ def parts(out: Path) -> list[Part]:
 
 IMPORTS = """
 import importlib
-names = "tyro rich binpacking datasets liger_kernel.transformers fla.modules cut_cross_entropy"
+names = "tyro rich binpacking orjson rensa datasets liger_kernel.transformers fla.modules cut_cross_entropy"
 names += " quack trl.kernels.chunked_divergence trl.experimental.sdpo.loss_utils"
 for name in names.split():
     try:

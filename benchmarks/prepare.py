@@ -64,6 +64,8 @@ class Settings:
     levels: tuple[Level, ...] = get_args(Level)
     rounds: int = 1
     """The sides take turns this often; medians are printed."""
+    alone: bool = False
+    """Only ours, where there is nothing to compare: to see that killing does no harm."""
     kill: int = 0
     """Kill ours so often on its way, and see whether it ends with the same bytes."""
     seed: int = 0
@@ -281,10 +283,11 @@ def clear(out: Path) -> None:
 
 def compare(log: Sequence[Path], level: Level, settings: Settings) -> list[dict[str, Any]]:
     """A row of results for each side, which take turns. Raises ValueError for unequal outputs."""
-    outs = {name: output(settings, level, name) for name in SIDES}
-    runs: dict[str, list[Run]] = {name: [] for name in SIDES}
+    sides = {OURS: SIDES[OURS]} if settings.alone else SIDES
+    outs = {name: output(settings, level, name) for name in sides}
+    runs: dict[str, list[Run]] = {name: [] for name in sides}
     for i in range(settings.rounds):
-        for name in list(SIDES)[:: -1 if i % 2 else 1]:
+        for name in list(sides)[:: -1 if i % 2 else 1]:
             clear(outs[name])
             warm(log)
             command = SIDES[name](log, outs[name], level, settings.workers)
@@ -305,9 +308,9 @@ def compare(log: Sequence[Path], level: Level, settings: Settings) -> list[dict[
             "rounds": settings.rounds,
             "peak_bytes": max(run.peak_bytes for run in runs[name]),
             "memory": "PSS",
-            "verdict": "equal",
+            "verdict": "not compared" if settings.alone else "equal",
         }
-        for name in SIDES
+        for name in sides
     ]
 
 
@@ -339,7 +342,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """All sides of one level, ours first."""
     first = rows[0]
     log = f"{first['conversations']:,} conversations in {first['log_bytes'] / MB:,.0f} MB"
-    title = f"{first['level']}: {log}, {first['interactions']:,} interactions of all sides, equal"
+    title = f"{first['level']}: {log}, {first['interactions']:,} interactions, {first['verdict']}"
     grid = Table(title=title, title_justify="left")
     grid.add_column("")
     for name in ("seconds", "CPU, s", "rows/s", "MB/s", "peak, MB", "slower by"):
@@ -388,8 +391,8 @@ def main(settings: Settings) -> None:
     log = log_of(settings)
     rows: list[dict[str, Any]] = []
     for level in settings.levels:
-        rows += compare(log, level, settings)
-        console.print(table(rows[-len(SIDES) :]))
+        rows += (new := compare(log, level, settings))
+        console.print(table(new))
     if settings.kill:
         last = next(row for row in reversed(rows) if row["contender"] == OURS)
         rows.append(kill_row(log, last, settings))
