@@ -96,8 +96,8 @@ def parts(out: Path) -> list[Part]:
 
 IMPORTS = """
 import importlib
-names = "tyro rich binpacking orjson rensa datasets liger_kernel.transformers fla.modules cut_cross_entropy"
-names += " quack trl.kernels.chunked_divergence trl.experimental.sdpo.loss_utils"
+names = "tyro rich binpacking orjson rensa datasets liger_kernel.transformers fla.modules"
+names += " cut_cross_entropy quack trl.kernels.chunked_divergence trl.experimental.sdpo.loss_utils"
 for name in names.split():
     try:
         importlib.import_module(name)
