@@ -132,14 +132,16 @@ def _progress(console: Console) -> Iterator:
 def _tell(report: Report, config: PrepareConfig, seconds: float, console: Console) -> None:
     found = Counter((i["format"], i["container"]) for i in report.inputs)
     for (format, container), n in found.items():
-        console.print(f"{n:,} files: {format or 'unreadable'} ({container})", highlight=False)
+        files = "1 file" if n == 1 else f"{n:,} files"
+        console.print(f"{files}: {format or 'unreadable'} ({container})", highlight=False)
     for message in report.bad_rows:
         console.print(f"left out: {message}", markup=False, soft_wrap=True, highlight=False)
     table = Table(title=Text(f"{config.out} (preset {report.preset})"))
     table.add_column("what")
     table.add_column("count", justify="right")
     for what, count in _counts(report):
-        table.add_row(what, f"{count:,}")
+        if count or not what.startswith(" "):
+            table.add_row(what, f"{count:,}")
     console.print(table)
     states = (f"{name} {state}" for name, state in report.guards.items())
     console.print(f"guardrails: {', '.join(states)}", markup=False, highlight=False)

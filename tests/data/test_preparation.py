@@ -516,7 +516,7 @@ def test_the_command_says_what_it_found_and_explains(tmp_path):
     log = write_log(tmp_path / "c.parquet", row("a"), row("b", language="French"))
     done = sdpo(log, "--out", tmp_path / "x.jsonl", "--explain", "b")
     assert done.returncode == 0, done.stderr
-    assert "1 files: wildchat (parquet)" in done.stdout
+    assert "1 file: wildchat (parquet)" in done.stdout
     assert f"b ({log}:1, asked for): language" in done.stdout
     bad = sdpo(tmp_path / "no.parquet", "--out", tmp_path / "y.jsonl")
     assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
