@@ -6,7 +6,7 @@ import random
 import pyarrow.parquet as pq
 import pytest
 
-from sdpo.conversations import read_conversations
+from sdpo.data.formats import read_conversations
 from sdpo.demo import report as reports
 from sdpo.demo import world
 from sdpo.demo.main import _make_room, hindsight
