@@ -7,13 +7,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from sdpo.data.formats import read_conversations
+from sdpo.data.prepare import PrepareConfig, prepare
 from sdpo.demo import report as reports
 from sdpo.demo import world
 from sdpo.demo.main import _make_room, hindsight
 from sdpo.demo.pretrain import Pretraining, draw_lesson, pretrain
 from sdpo.demo.users import simulate_logs
 from sdpo.hindsight import load_tokenizer
-from sdpo.interactions import PRESETS, prepare
+from sdpo.interactions import read_interactions
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,10 @@ def test_users_write_a_wildchat_log_that_prepare_reads(untrained, tmp_path):
     assert {"conversation_hash", "conversation", "language", "toxic", "redacted"} <= columns
     conversations = list(read_conversations(log))
     assert len(conversations) == 40 and all(len(c.messages) >= 3 for c in conversations)
-    interactions, report = prepare(log, PRESETS["paper-wildchat"])
-    assert report.conversations_kept > 0 and len(interactions) > 0
+    out = str(tmp_path / "x.jsonl")
+    report = prepare(PrepareConfig(inputs=(str(log),), out=out, preset="paper-wildchat"))
+    assert report.counts["conversations_kept"] > 0
+    assert len(read_interactions(out)) == report.counts["interactions"] > 0
     # the same users, model and seed say the same
     again = simulate_logs(
         untrained, tmp_path / "again.parquet", preference="terse", n_conversations=40, seed=1
