@@ -347,6 +347,7 @@ def _process_and_choose(
     while True:
         job = replace(job, places=(start, end))
         work = partial(process, job=job)
+        tell("rows", 0, n_rows)
         _in_parallel(pool, work, units, lambda done: tell("rows", sum(done), n_rows))
         shards += [Shard.of(job, unit) for unit in units]
         choice = choose(shards, order, job.rules, job.guardrails)

@@ -114,7 +114,7 @@ class _Speed(ProgressColumn):
 
 @contextmanager
 def _progress(console: Console) -> Iterator:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed())
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), _Speed())
     shown = Progress(
         *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
     )
