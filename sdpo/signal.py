@@ -5,7 +5,6 @@ interaction and colours the first few in the terminal.
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -24,6 +23,7 @@ from sdpo_kernels import linear_logprob
 from .batching import BatchConfig, Rows, micro_batches, pack
 from .hindsight import Encoded, HindsightConfig, encode, load_tokenizer
 from .interactions import read_interactions
+from .run_folder import written_whole
 from .step import CausalModel, score
 
 
@@ -166,18 +166,12 @@ def command(
 
 def _write(rows, out: Path, keep: int) -> tuple[list[Signal], int]:
     """Write all rows or no file; returns the first ``keep`` and the count."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial, kept, written = out.with_name(out.name + ".partial"), [], 0
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                kept += [row] if written < keep else []
-                written += 1
-        os.replace(partial, out)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    kept, written = [], 0
+    with written_whole(out) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            kept += [row] if written < keep else []
+            written += 1
     return kept, written
 
 

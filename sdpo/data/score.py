@@ -16,7 +16,6 @@ not say that the model is right to be moved; `sdpo check-hindsight` asks that.
 """
 
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +34,7 @@ from rich.table import Table
 from ..conversations import DataError
 from ..hindsight import HindsightConfig, encode, load_tokenizer
 from ..interactions import Interaction, iter_interactions
+from ..run_folder import written_whole
 
 CHUNK = 512
 """Interactions encoded at a time."""
@@ -247,18 +247,11 @@ def _first_look(path: str, texts: FollowUps) -> tuple[list[str], list[str], Foll
 
 def _write(out: Path, ids: Sequence[str], table: NDArray, flags: Sequence[str | None]) -> None:
     """All rows or no file."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
     names = FIGURES.names or ()
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for id, values, flag in zip(ids, table, flags, strict=True):
-                row = {"id": id, **dict(zip(names, values.item(), strict=True)), "outlier": flag}
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-        os.replace(partial, out)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with written_whole(out) as file:
+        for id, values, flag in zip(ids, table, flags, strict=True):
+            row = {"id": id, **dict(zip(names, values.item(), strict=True)), "outlier": flag}
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def share(means: NDArray) -> float:
