@@ -17,8 +17,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from .peers import OURS
-from .report import Row, read
+from benchmarks.peers import OURS
+from benchmarks.report import Row, read
 
 KEY = ("benchmark", "kind", "objective", "model", "head", "tokens", "vocabulary", "hidden")
 KEY += ("dtype", "weights", "checkpointing", "distance", "sweep", "contender")

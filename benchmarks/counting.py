@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from benchmarks.measure import ROOT
+from benchmarks.models import TINY
+from benchmarks.traffic import Sent, Work, shape_of, traffic
 from sdpo_parallel.config import ParallelConfig
-
-from .measure import ROOT
-from .models import TINY
-from .traffic import Sent, Work, shape_of, traffic
 
 
 @dataclass(frozen=True, kw_only=True)

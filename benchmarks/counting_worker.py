@@ -19,16 +19,15 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from transformers import Qwen3Config
 
+from benchmarks.collectives import Collectives
+from benchmarks.traffic import ring
 from sdpo.batching import Batch, Cursor, collate
 from sdpo.hindsight import Encoded
 from sdpo.objective import ReverseKL
 from sdpo.step import two_pass_loss
-from sdpo.trainer import RunState
+from sdpo.train.trainer import RunState
 from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
-from sdpo_parallel.titan import TitanEngine
-
-from .collectives import Collectives
-from .traffic import ring
+from sdpo_parallel.torchtitan.engine import TitanEngine
 
 GATHER_BYTES = tuple(2**k for k in range(12, 25, 2))
 """Sent by a rank in the timed all-gathers."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import tyro
 
-from .microbenchmark import Settings, run
-from .problems import Kind
+from benchmarks.microbenchmark import Settings, run
+from benchmarks.problems import Kind
 
 
 @dataclass(frozen=True, kw_only=True)

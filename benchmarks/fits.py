@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.measure import Spread, interleaved
+from benchmarks.problems import Problem, problem
 from sdpo_kernels import linear_reverse_kl
-
-from .measure import Spread, interleaved
-from .problems import Problem, problem
 
 TERMS = ("N V D", "N V", "V D", "1")
 

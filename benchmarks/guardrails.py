@@ -2,11 +2,11 @@
 
     python -m benchmarks.guardrails [--json rates.json]
 
-Personal data and injections are measured on the labelled texts under tests/data/labelled: on their
-"test" half, which the patterns were not tuned on. All of it is invented, and by the authors of the
-patterns: expect lower rates on real logs. Near duplicates are generated from a seed: edits of
-known kinds, and pairs on one topic that share a template but are no duplicates; the truth is the
-exact Jaccard index of the shingles.
+Personal data and injections are measured on the labelled texts under tests/data/filters/labelled:
+on their "test" half, which the patterns were not tuned on. All of it is invented, and by the
+authors of the patterns: expect lower rates on real logs. Near duplicates are generated from a seed:
+edits of known kinds, and pairs on one topic that share a template but are no duplicates; the truth
+is the exact Jaccard index of the shingles.
 """
 
 import json
@@ -24,9 +24,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from sdpo.data import duplicates, injections, pii
+from sdpo.data.filters import duplicates, injections, pii
 
-LABELLED = Path(__file__).parents[1] / "tests" / "data" / "labelled"
+LABELLED = Path(__file__).parents[1] / "tests" / "data" / "filters" / "labelled"
 BUCKETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.5, 0.0)
 """Lower ends of the classes of true similarity."""
 

@@ -8,7 +8,7 @@ benchmarks/README.md for how to read the table.
 
 import tyro
 
-from .microbenchmark import Settings, run
+from benchmarks.microbenchmark import Settings, run
 
 
 def main(settings: Settings) -> None:

@@ -16,10 +16,18 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from .measure import Clock, Spread, Timed, interleaved, machine, peak_bytes, relative_error
-from .peers import Contender, Loss, chosen, floor
-from .problems import Kind, Problem, Truth, head, problem, truth
-from .report import append, excuses, first_line, plot, table
+from benchmarks.measure import (
+    Clock,
+    Spread,
+    Timed,
+    interleaved,
+    machine,
+    peak_bytes,
+    relative_error,
+)
+from benchmarks.peers import Contender, Loss, chosen, floor
+from benchmarks.problems import Kind, Problem, Truth, head, problem, truth
+from benchmarks.report import append, excuses, first_line, plot, table
 
 LIMIT = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """Relative error of the loss, dH or dW beyond which an answer is wrong. Rounding every logit's

@@ -14,9 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdpo_kernels import linear_forward_kl, linear_jsd, linear_logprob, linear_reverse_kl
-
-from .problems import DEFINITIONS, Kind, Problem
+from benchmarks.problems import DEFINITIONS, Kind, Problem
+from sdpo_kernels import (
+    linear_forward_kl,
+    linear_jsd,
+    linear_logprob,
+    linear_reverse_kl,
+)
 
 Loss = Callable[[Problem], Tensor]
 DIVERGENCES: tuple[Kind, ...] = ("reverse_kl", "forward_kl", "jsd")

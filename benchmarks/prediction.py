@@ -4,11 +4,19 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from benchmarks.fits import Fit, objective_terms
+from benchmarks.traffic import (
+    Axis,
+    Interactions,
+    Sent,
+    Work,
+    degrees,
+    model_flops,
+    traffic,
+    work_of,
+)
 from sdpo_parallel.config import Live, LoraConfig, ParallelConfig
 from sdpo_parallel.memory import Load, ModelShape, estimate
-
-from .fits import Fit, objective_terms
-from .traffic import Axis, Interactions, Sent, Work, degrees, model_flops, traffic, work_of
 
 OVERLAPPED = ("shards", "replicas")
 GIB = 2**30

@@ -38,11 +38,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from sdpo.data.names import manifest_path, report_path
-
-from .logs import LogConfig, write_log
-from .measure import ROOT, machine
-from .report import append
+from benchmarks.logs import LogConfig, write_log
+from benchmarks.measure import ROOT, machine
+from benchmarks.report import append
+from sdpo.data.manifest import manifest_path, report_path
 
 Level = Literal["rules", "with guardrails"]
 FIELDS = ("id", "turn_id", "prompt", "completion", "user_response")

@@ -148,8 +148,8 @@ def interactions(batch: Batch, guardrails: bool = False) -> Batch:
 
 def guarded(id: str, messages: list[Row]) -> Iterator[Row]:
     """Without personal data, and without follow-ups that are injections."""
-    from sdpo.data.injections import injection
-    from sdpo.data.pii import Redactor
+    from sdpo.data.filters.injections import injection
+    from sdpo.data.filters.pii import Redactor
 
     texts, _ = Redactor().redact([message["content"] for message in messages])
     pairs = zip(messages, texts, strict=True)
@@ -190,7 +190,7 @@ def named(message: Row) -> Row:
 
 def sketched(batch: Batch) -> Batch:
     """What duplicates are known by."""
-    from sdpo.data.duplicates import fingerprints, sketches
+    from sdpo.data.filters.duplicates import fingerprints, sketches
 
     texts = ["\n".join(m["content"] for m in messages) for messages in batch["messages"]]
     return {"fingerprint": fingerprints(texts), "sketch": sketches(texts)}  # pyright: ignore
@@ -198,7 +198,7 @@ def sketched(batch: Batch) -> Batch:
 
 def first_ones(data: Dataset) -> list[int]:
     """Rows that repeat none before them, at most PER_USER of one user."""
-    from sdpo.data.duplicates import earlier_equal, earlier_similar
+    from sdpo.data.filters.duplicates import earlier_equal, earlier_similar
 
     columns = data.with_format("numpy")
     prints = np.stack(columns["fingerprint"][:]).astype(np.uint64)

@@ -15,11 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.measure import machine
+from benchmarks.problems import head, problem
+from benchmarks.report import append
 from sdpo_kernels import linear_logprob, linear_reverse_kl
-
-from .measure import machine
-from .problems import head, problem
-from .report import append
 
 LINES = 14
 """Kernels of a table; the rest of the time is one line."""

@@ -23,7 +23,15 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sdpo_kernels import triton_fused, triton_rows, tuning
+from sdpo_kernels._impl import (
+    fused_triton as triton_fused,
+)
+from sdpo_kernels._impl import (
+    rows_triton as triton_rows,
+)
+from sdpo_kernels._impl import (
+    tuning,
+)
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes a block may have, by compute capability (CUDA C++ programming guide, table 30)."""

@@ -24,15 +24,21 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.counting import JOBS, Compared, compare, count
+from benchmarks.fits import (
+    TERMS,
+    Fit,
+    fit,
+    measure_objective,
+    measured_points,
+    objective_terms,
+)
+from benchmarks.measure import machine
+from benchmarks.models import QWEN3
+from benchmarks.prediction import GIB, GPU, GPUS, Links, Prediction, layouts, predict
+from benchmarks.report import append, read
+from benchmarks.traffic import Interactions, shape_of
 from sdpo_parallel.memory import USABLE, ModelShape
-
-from .counting import JOBS, Compared, compare, count
-from .fits import TERMS, Fit, fit, measure_objective, measured_points, objective_terms
-from .measure import machine
-from .models import QWEN3
-from .prediction import GIB, GPU, GPUS, Links, Prediction, layouts, predict
-from .report import append, read
-from .traffic import Interactions, shape_of
 
 GB = 1e9
 

@@ -23,14 +23,18 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
-from sdpo.hindsight import Encoded
-from sdpo.transformers_engine import choose_attention
-
-from .measure import Spread, interleaved, machine, matmul_rate, peak_bytes, relative_error
-from .models import QWEN3, TINY
-from .prediction import GPUS
-from .report import MIB, append, excuses, first_line, milliseconds
-from .step_contenders import (
+from benchmarks.measure import (
+    Spread,
+    interleaved,
+    machine,
+    matmul_rate,
+    peak_bytes,
+    relative_error,
+)
+from benchmarks.models import QWEN3, TINY
+from benchmarks.prediction import GPUS
+from benchmarks.report import MIB, append, excuses, first_line, milliseconds
+from benchmarks.step_contenders import (
     IGNORE_FIRST,
     Contender,
     Loss,
@@ -39,6 +43,8 @@ from .step_contenders import (
     full_logits,
     padded,
 )
+from sdpo.hindsight import Encoded
+from sdpo_parallel.transformers.engine import choose_attention
 
 LIMIT = 1e-4
 """Relative error of loss and gradients in float32 beyond which a contender is wrong."""
@@ -131,7 +137,7 @@ def build(name: str, settings: Settings, dtype: torch.dtype, liger: bool = False
     if settings.checkpointing:
         model.gradient_checkpointing_enable()
     if liger:
-        from sdpo.liger_patch import apply_liger
+        from sdpo_parallel.transformers.liger import apply_liger
 
         apply_liger(model)
     return model

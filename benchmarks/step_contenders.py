@@ -19,7 +19,7 @@ from sdpo.batching import Batch, BatchConfig, Item, micro_batches
 from sdpo.hindsight import Encoded
 from sdpo.objective import ReverseKL, SampledToken
 from sdpo.step import two_pass_loss
-from sdpo.transformers_engine import TransformersModel
+from sdpo_parallel.transformers.engine import TransformersModel
 
 ObjectiveName = Literal["sampled_token", "reverse_kl"]
 DENSE_ROW = 2048

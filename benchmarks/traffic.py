@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from sdpo_kernels import tuning
+from sdpo_kernels._impl import tuning
 from sdpo_parallel.config import ParallelConfig
 from sdpo_parallel.memory import MASTER, ModelShape
 

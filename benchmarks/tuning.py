@@ -19,12 +19,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sdpo_kernels import linear_reverse_kl, partials, triton_fused, triton_rows, tuning
-from sdpo_kernels.settings import IDENTITY
-
-from .measure import Spread, interleaved, machine, relative_error
-from .problems import head, problem
-from .report import append, first_line, milliseconds
+from benchmarks.measure import Spread, interleaved, machine, relative_error
+from benchmarks.problems import head, problem
+from benchmarks.report import append, first_line, milliseconds
+from sdpo_kernels import linear_reverse_kl
+from sdpo_kernels._impl import (
+    fused_triton as triton_fused,
+)
+from sdpo_kernels._impl import (
+    partials,
+    tuning,
+)
+from sdpo_kernels._impl import (
+    rows_triton as triton_rows,
+)
+from sdpo_kernels._impl.options import IDENTITY
 
 ROW_VARIANTS = ((1024, 4), (1024, 8), (2048, 4), (2048, 8), (2048, 16), (4096, 8), (4096, 16))
 ROW_VARIANTS += ((8192, 16),)

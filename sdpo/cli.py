@@ -14,10 +14,16 @@ COMMANDS = {
         "sdpo.data.cli",
         "conversation logs to interactions: prepare, inspect, validate, score, trace",
     ),
-    "train": ("sdpo.train", "train a model on interactions; run it under torchrun on many GPUs"),
-    "export": ("sdpo.export", "write a checkpoint of a run as a Hugging Face folder"),
-    "check-hindsight": ("sdpo.check_hindsight", "whether a model makes use of follow-ups at all"),
-    "signal": ("sdpo.signal", "what each follow-up says about each token of a response"),
+    "train": (
+        "sdpo.train.command",
+        "train a model on interactions; run it under torchrun on many GPUs",
+    ),
+    "export": ("sdpo.train.export", "write a checkpoint of a run as a Hugging Face folder"),
+    "check-hindsight": (
+        "sdpo.analysis.check_hindsight",
+        "whether a model makes use of follow-ups at all",
+    ),
+    "signal": ("sdpo.analysis.signal", "what each follow-up says about each token of a response"),
     "demo": ("sdpo.demo.main", "the whole method on a tiny chat world, on any machine"),
 }
 

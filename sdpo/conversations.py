@@ -1,7 +1,7 @@
 """Conversations, and the errors that say what is wrong with a log.
 
-What a log holds is `sdpo.data.formats`' affair; which turns are worth training on,
-`sdpo.data.extraction`'s.
+What a log holds is `sdpo.data.read.formats`' affair; which turns are worth training on,
+`sdpo.data.prepare.rules`'s.
 """
 
 from collections.abc import Iterable, Iterator

@@ -168,18 +168,18 @@ def encode(
         DataError: the response holds no text; the interaction's id is named.
     """
     policy = prompt_ids(tokenizer, interaction.prompt)
-    with_note = hindsight_prompt(interaction.prompt, interaction.user_response, config.template)
+    with_note = hindsight_prompt(interaction.prompt, interaction.followup, config.template)
     hindsight = prompt_ids(tokenizer, with_note)
-    if interaction.completion_token_ids is not None:
-        response = list(interaction.completion_token_ids)
+    if interaction.response_token_ids is not None:
+        response = list(interaction.response_token_ids)
     else:
-        response = response_ids(tokenizer, interaction.completion)
+        response = response_ids(tokenizer, interaction.response)
         if len(response) == 1:
             raise DataError(
                 f"interaction {interaction.id}, field completion: it has no tokens; remove the row"
             )
     kept = response[: config.max_response_tokens]
-    old = interaction.completion_logprobs
+    old = interaction.response_logprobs
     return Encoded(
         id=interaction.id,
         policy=tuple(policy[-config.max_prompt_tokens :]),

@@ -30,7 +30,7 @@ from .conversations import (
     located,
     shown,
 )
-from .data.files import container_of, json_rows, open_parquet, parquet_batches
+from .io.containers import container_of, json_rows, open_parquet, parquet_batches
 
 _ROLE_OF = {"human": "user", "gpt": "assistant", "system": "system"}
 _NAME_OF = {role: name for name, role in _ROLE_OF.items()}
@@ -42,28 +42,28 @@ class Interaction:
     """One training example. Raises DataError, naming the field, if it could not be trained on.
 
     prompt: x, ends with a user message; an assistant's is let pass, as published rows of
-    WildFeedback have some. completion: y, not blank. user_response: o, not blank.
+    WildFeedback have some. response: y, not blank. followup: o, not blank.
     turn_id: the answer's index in its cleaned conversation. weight: of its loss, finite, >= 0.
-    completion_token_ids, completion_logprobs: y as it was sampled and log π_old(y_t) in nats,
+    response_token_ids, response_logprobs: y as it was sampled and log π_old(y_t) in nats,
     for online data; as long as each other.
     """
 
     id: str
     prompt: tuple[Message, ...]
-    completion: str
-    user_response: str
+    response: str
+    followup: str
     turn_id: int | None = None
     weight: float = 1.0
-    completion_token_ids: tuple[int, ...] | None = None
-    completion_logprobs: tuple[float, ...] | None = None
+    response_token_ids: tuple[int, ...] | None = None
+    response_logprobs: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_turns(self)
         _check_weight(self.weight)
-        if self.completion_token_ids is not None:
-            _check_token_ids(self.completion_token_ids)
-        if self.completion_logprobs is not None:
-            _check_logprobs(self.completion_logprobs, self.completion_token_ids)
+        if self.response_token_ids is not None:
+            _check_token_ids(self.response_token_ids)
+        if self.response_logprobs is not None:
+            _check_logprobs(self.response_logprobs, self.response_token_ids)
 
 
 def _check_turns(interaction: Interaction) -> None:
@@ -80,10 +80,10 @@ def _check_turns(interaction: Interaction) -> None:
     if (last := interaction.prompt[-1].role) == "system":
         problem = f"the prompt ends with a message of role {last!r}, not a user message"
         raise fault("prompt", problem, "Cut it after the user message that was answered")
-    if not interaction.completion.strip():
+    if not interaction.response.strip():
         problem = "an interaction whose response is empty teaches nothing"
         raise fault("completion", problem, "Drop the row")
-    if not interaction.user_response.strip():
+    if not interaction.followup.strip():
         problem = "an interaction whose user response is empty has no feedback to learn from"
         raise fault("user_response", problem, "Drop the row")
 
@@ -226,13 +226,14 @@ def to_row(interaction: Interaction) -> dict[str, Any]:
     if interaction.turn_id is not None:
         row["turn_id"] = interaction.turn_id
     row["prompt"] = [_to_turn(message) for message in interaction.prompt]
-    row["completion"] = _to_turn(Message("assistant", interaction.completion))
-    row["user_response"] = _to_turn(Message("user", interaction.user_response))
+    row["completion"] = _to_turn(Message("assistant", interaction.response))
+    row["user_response"] = _to_turn(Message("user", interaction.followup))
     if interaction.weight != 1.0:
         row["weight"] = interaction.weight
-    for name in ("completion_token_ids", "completion_logprobs"):
-        if (values := getattr(interaction, name)) is not None:
-            row[name] = values
+    if interaction.response_token_ids is not None:
+        row["completion_token_ids"] = interaction.response_token_ids
+    if interaction.response_logprobs is not None:
+        row["completion_logprobs"] = interaction.response_logprobs
     return row
 
 
@@ -246,12 +247,12 @@ def from_row(row: dict[str, Any], default_id: str) -> Interaction:
     return Interaction(
         id=as_id(row.get("id"), default_id),
         prompt=tuple(_from_turn(turn, f"prompt[{i}]") for i, turn in enumerate(prompt)),
-        completion=_spoken_by("assistant", row.get("completion"), "completion"),
-        user_response=_spoken_by("user", row.get("user_response"), "user_response"),
+        response=_spoken_by("assistant", row.get("completion"), "completion"),
+        followup=_spoken_by("user", row.get("user_response"), "user_response"),
         turn_id=_turn_id(row.get("turn_id")),
         weight=_weight(row.get("weight")),
-        completion_token_ids=_token_ids(row.get("completion_token_ids")),
-        completion_logprobs=_logprobs(row.get("completion_logprobs")),
+        response_token_ids=_token_ids(row.get("completion_token_ids")),
+        response_logprobs=_logprobs(row.get("completion_logprobs")),
     )
 
 

@@ -5,7 +5,7 @@
     out.loss.backward()
 
 ``model`` is anything with ``hidden_states`` and ``lm_head``: ``TransformersModel`` wraps any
-causal LM of transformers, ``sdpo_parallel.titan.TitanModel`` a sharded torchtitan model.
+causal LM of transformers, ``TitanModel`` a sharded torchtitan model.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sdpo_kernels import TokenStats
-from sdpo_parallel.lm_head import LMHead
+from sdpo_parallel.torchtitan.lm_head import LMHead
 
 from .batching import Batch
 from .objective import Layout, Objective, SampledToken, Streams, total_loss

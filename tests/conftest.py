@@ -14,8 +14,8 @@ import hypothesis
 import pytest
 import torch
 
-import tiny
-from sdpo_parallel import cpu
+from helpers import tiny
+from sdpo_parallel.torchtitan import cpu
 
 cpu.prepare()  # whichever test imports torchtitan first
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import tiny
+from helpers import tiny
 from sdpo.cli import main
 
 

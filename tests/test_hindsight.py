@@ -2,7 +2,7 @@
 
 import pytest
 
-import tiny
+from helpers import tiny
 from sdpo.conversations import DataError, Message
 from sdpo.hindsight import (
     HindsightConfig,
@@ -21,9 +21,7 @@ PROMPT = (
 
 
 def interaction(**changes) -> Interaction:
-    fields = dict(
-        id="c1", prompt=PROMPT, completion="the red fox", user_response="  no, shorter \n"
-    )
+    fields = dict(id="c1", prompt=PROMPT, response="the red fox", followup="  no, shorter \n")
     return Interaction(**{**fields, **changes})
 
 
@@ -60,7 +58,7 @@ def test_a_template_without_one_field_is_refused(template):
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_both_passes_end_in_the_same_ids_with_eos_trained(pad_is_eos):
     tokenizer = tiny.make_tokenizer(pad_is_eos)
-    e = encode(interaction(completion="the red fox  \n"), tokenizer, HindsightConfig())
+    e = encode(interaction(response="the red fox  \n"), tokenizer, HindsightConfig())
     assert e.response == tuple(response_ids(tokenizer, "the red fox"))
     assert e.response[-1] == tokenizer.eos_token_id and e.ends
     assert tokenizer.decode(e.response) == "the red fox<|im_end|>"
@@ -92,7 +90,7 @@ def test_a_cut_response_does_not_teach_to_stop():
 
 
 def test_sampled_ids_are_used_as_sampled():
-    online = interaction(completion_token_ids=(7, 8, 2), completion_logprobs=(-1.0, -2.0, -0.5))
+    online = interaction(response_token_ids=(7, 8, 2), response_logprobs=(-1.0, -2.0, -0.5))
     e = encode(online, tiny.make_tokenizer(), HindsightConfig(max_response_tokens=2))
     assert e.response == (7, 8) and e.old_logprobs == (-1.0, -2.0)
 

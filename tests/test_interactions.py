@@ -20,7 +20,7 @@ checked = settings(derandomize=True, deadline=None)
 
 
 def interaction(**changed) -> Interaction:
-    given = {"id": "i", "prompt": (Message("user", "x"),), "completion": "y", "user_response": "o"}
+    given = {"id": "i", "prompt": (Message("user", "x"),), "response": "y", "followup": "o"}
     return Interaction(**(given | changed))
 
 
@@ -49,12 +49,12 @@ def interactions(draw) -> Interaction:
     return Interaction(
         id=draw(some_text),
         prompt=(*draw(st.lists(messages, max_size=3)), Message("user", draw(any_text))),
-        completion=draw(some_text),
-        user_response=draw(some_text),
+        response=draw(some_text),
+        followup=draw(some_text),
         turn_id=draw(st.none() | st.integers(1 - 2**63, 2**63 - 1)),
         weight=draw(st.floats(0, allow_nan=False, allow_infinity=False)),
-        completion_token_ids=ids,
-        completion_logprobs=draw(logprobs) if ids else None,
+        response_token_ids=ids,
+        response_logprobs=draw(logprobs) if ids else None,
     )
 
 
@@ -231,7 +231,7 @@ def test_an_exception_midway_leaves_the_old_file_and_nothing_else(tmp_path):
     with pytest.raises(DataError, match="'a' is the id of two interactions"):
         write_interactions(path, [interaction(id="a"), interaction(id="a")])
     with pytest.raises(TypeError, match="surrogates"):
-        write_interactions(path, [interaction(completion="\ud83d")])
+        write_interactions(path, [interaction(response="\ud83d")])
     assert [i.id for i in read_interactions(path)] == ["old"]
     assert list(tmp_path.iterdir()) == [path]
 

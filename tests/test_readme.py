@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-import tiny
+from helpers import tiny
 
 README = Path(__file__).parent.parent / "README.md"
 

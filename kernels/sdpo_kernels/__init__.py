@@ -14,7 +14,7 @@ from .divergence import (
 )
 from .logprob import LogProb, linear_logprob
 from .sampled_token import linear_sampled_token
-from .vocab import VocabShard
+from .vocab_parallel import VocabShard
 
 __all__ = [
     "Divergence",

@@ -15,9 +15,9 @@ from typing import Literal, NamedTuple, Unpack
 
 from torch import Tensor
 
-from .chunked import Inputs
-from .ops import Call, call
-from .settings import Options
+from ._impl.chunked import Inputs
+from ._impl.op import Call, call
+from ._impl.options import Options
 
 
 class TokenStats(NamedTuple):

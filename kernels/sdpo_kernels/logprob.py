@@ -4,9 +4,9 @@ from typing import NamedTuple, Unpack
 
 from torch import Tensor
 
-from .chunked import Inputs
-from .ops import call
-from .settings import Options
+from ._impl.chunked import Inputs
+from ._impl.op import call
+from ._impl.options import Options
 
 
 class LogProb(NamedTuple):

@@ -5,10 +5,10 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from .chunked import Inputs
+from ._impl.chunked import Inputs
+from ._impl.op import call
+from ._impl.options import Options
 from .divergence import Divergence, TokenStats
-from .ops import call
-from .settings import Options
 
 
 def linear_sampled_token(

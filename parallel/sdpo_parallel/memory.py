@@ -2,7 +2,7 @@
 
 Reckoned from what torchtitan 0.3.0's Qwen3 and Llama blocks leave for autograd, what FSDP2 gathers
 and reduces, and what the chunked kernels allocate; held against counted allocations by
-tests/parallel/test_memory_estimate.py.
+tests/sdpo_parallel/test_memory_estimate.py.
 
 Shapes: T tokens of a micro-batch's policy pass over ``context``, N response tokens, D hidden size,
 F intermediate size, Q and K widths of all query and of all key heads, H head size, V vocabulary,
@@ -50,7 +50,15 @@ from typing import Any, Literal
 
 from transformers import AutoConfig
 
-from .config import EMA, Frozen, Live, LoraConfig, ParallelConfig, Teacher, TrustRegion
+from .config import (
+    EMA,
+    Frozen,
+    Live,
+    LoraConfig,
+    ParallelConfig,
+    Teacher,
+    TrustRegion,
+)
 
 MASTER = 4
 """Bytes of a float32: master weights, gradients reduced across ranks, each of AdamW's moments."""

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .config import EMA, Frozen, Live, Teacher, TrustRegion
-from .lm_head import LMHead
+from .torchtitan.lm_head import LMHead
 
 
 def reshard(module: torch.nn.Module) -> None:

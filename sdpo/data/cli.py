@@ -7,11 +7,17 @@ from collections.abc import Sequence
 import tyro
 
 COMMANDS = {
-    "prepare": ("prepare_command", "turn conversation logs into interactions"),
-    "inspect": ("inspect", "look at interactions or logs: a table, JSON, a page with plots"),
-    "validate": ("validate", "check interactions against what training needs, every row"),
-    "score": ("score", "with a model: how much each follow-up says about its answer"),
-    "trace": ("trace", "where a conversation or a user went, and which checkpoints have read it"),
+    "prepare": ("sdpo.data.prepare.command", "turn conversation logs into interactions"),
+    "inspect": (
+        "sdpo.data.inspect.command",
+        "look at interactions or logs: a table, JSON, a page with plots",
+    ),
+    "validate": ("sdpo.data.validate", "check interactions against what training needs, every row"),
+    "score": ("sdpo.analysis.score", "with a model: how much each follow-up says about its answer"),
+    "trace": (
+        "sdpo.analysis.trace",
+        "where a conversation or a user went, and which checkpoints have read it",
+    ),
 }
 
 
@@ -26,5 +32,5 @@ def main(args: Sequence[str] | None = None) -> None:
             print(f"  {name:8} {says}", file=out)
         raise SystemExit(0 if asked_for_help else 2)
     name = args[0]
-    module = importlib.import_module(f"sdpo.data.{COMMANDS[name][0]}")
+    module = importlib.import_module(COMMANDS[name][0])
     tyro.cli(getattr(module, f"{name}_command"), prog=f"sdpo data {name}", args=args[1:])

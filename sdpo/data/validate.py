@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..conversations import DataError
-from ..run_folder import write_text
+from ..io.files import write_text
 
 if TYPE_CHECKING:
     from ..interactions import Interaction
@@ -143,7 +143,7 @@ def validate(
 
 
 def _check_is_no_log(path: Path) -> None:
-    from .formats import sniff
+    from .read.formats import sniff
 
     try:
         log_format = sniff(path)
@@ -206,7 +206,7 @@ def _of_ending(interaction: "Interaction") -> _Warnings:
 
 
 def _of_length(interaction: "Interaction") -> _Warnings:
-    texts = (interaction.completion, interaction.user_response)
+    texts = (interaction.response, interaction.followup)
     n = sum(map(len, texts)) + sum(len(m.content) for m in interaction.prompt)
     if n > VERY_LONG:
         says = f"{n:,} characters, more than {VERY_LONG:,}; most of it will be cut."
@@ -215,14 +215,14 @@ def _of_length(interaction: "Interaction") -> _Warnings:
 
 def _of_followup(interaction: "Interaction") -> _Warnings:
     asked = [m.content for m in interaction.prompt if m.role == "user"]
-    if asked and asked[-1].strip() == interaction.user_response.strip():
+    if asked and asked[-1].strip() == interaction.followup.strip():
         says = "the same as the prompt's last user message: sent again, it says little of why."
         yield "user_response", "repeats the prompt", says
 
 
 def _of_control(interaction: "Interaction") -> _Warnings:
     texts = {f"prompt[{i}]": m.content for i, m in enumerate(interaction.prompt)}
-    texts |= {"completion": interaction.completion, "user_response": interaction.user_response}
+    texts |= {"completion": interaction.response, "user_response": interaction.followup}
     for name, text in texts.items():
         if mark := _CONTROL.search(text):
             says = f"{mark[0]!r} at character {mark.start()} is a chat format's own; not text."
@@ -273,7 +273,7 @@ def _vocabulary(folder: str) -> int:
 
 
 def _outside(interaction: "Interaction", where: str, vocabulary: int) -> Iterator[Finding]:
-    ids = interaction.completion_token_ids or ()
+    ids = interaction.response_token_ids or ()
     if (largest := max(ids, default=0)) >= vocabulary:
         name = f"completion_token_ids[{ids.index(largest)}]"
         says = f"{largest} is no token of the model, which has {vocabulary:,}."

@@ -29,7 +29,7 @@ from ..cli import main as sdpo
 from ..conversations import Message
 from ..hindsight import hindsight_prompt
 from ..interactions import iter_interactions, read_interactions, write_interactions
-from ..run_folder import read_metrics
+from ..train.run_folder import read_metrics
 from . import report as reports
 from . import world
 from .evaluate import Scores, evaluate, sample_answers
@@ -139,8 +139,8 @@ class Demo:
         self.makes_use_of_hindsight = _passes(["check-hindsight", *judged])
         sdpo(["data", "score", *judged, "--out", str(self.folder / "scores.jsonl")])
         rng = random.Random(self.seed)
-        relevant = [i for i in read_interactions(data) if world.is_correction(i.user_response)]
-        irrelevant = [replace(i, user_response=world.draw_irrelevant(rng)) for i in relevant]
+        relevant = [i for i in read_interactions(data) if world.is_correction(i.followup)]
+        irrelevant = [replace(i, followup=world.draw_irrelevant(rng)) for i in relevant]
         means, shown = {}, {}
         for kind, interactions in (("relevant", relevant), ("irrelevant", irrelevant)):
             file, out = (self.folder / f"{stem}-{kind}.jsonl" for stem in ("followups", "signal"))
@@ -167,7 +167,7 @@ class Demo:
             rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
             values = [abs(a) for row in rows for a in row["advantage"]]
             means[kind] = sum(values) / len(values)
-            followups = [i.user_response for i in interactions]
+            followups = [i.followup for i in interactions]
             shown[kind] = list(zip(followups, rows, strict=True))[:SHOWN]
         means["irrelevant_over_relevant"] = means["irrelevant"] / means["relevant"]
         return means, shown

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from ..html import render, svg
-from ..run_folder import write_text
-from ..signal import Signal
+from ..analysis.signal import Signal
+from ..io.files import write_text
+from ..io.html import render, svg
 
 
 @dataclass(frozen=True, kw_only=True)

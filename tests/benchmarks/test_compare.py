@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.compare import compare
 from benchmarks.report import read
-from runs import ENV
+from helpers.runs import ENV
 
 
 def row(contender="sdpo", median=1.0, noise=0.02, **other):

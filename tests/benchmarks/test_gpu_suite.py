@@ -13,7 +13,7 @@ import tyro
 from benchmarks import gpu_suite
 from benchmarks.gpu_suite import ROOT, Part, parts, rehearsal, run
 from benchmarks.peers import DIVERGENCES, chosen
-from runs import ENV
+from helpers.runs import ENV
 
 PYTHON = sys.executable
 

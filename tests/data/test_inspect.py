@@ -12,14 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import tiny
+from helpers import tiny
 from sdpo.conversations import DataError
-from sdpo.data import inspect_page, inspect_tables, inspection
-from sdpo.data.inspect import inspect_command
-from sdpo.data.inspect_page import to_html
-from sdpo.data.inspection import inspect
-from sdpo.data.names import manifest_path, report_path
-from sdpo.data.prepare import PrepareConfig, prepare
+from sdpo.data.inspect import inspection
+from sdpo.data.inspect import page as inspect_page
+from sdpo.data.inspect import tables as inspect_tables
+from sdpo.data.inspect.command import inspect_command
+from sdpo.data.inspect.inspection import inspect
+from sdpo.data.inspect.page import to_html
+from sdpo.data.manifest import manifest_path, report_path
+from sdpo.data.prepare.prepare import PrepareConfig, prepare
 from sdpo.hindsight import prompt_ids, response_ids
 from sdpo.interactions import read_interactions
 
@@ -216,7 +218,7 @@ def test_tokens_are_counted_as_training_sees_them(prepared, tokenizer):
     model_tokenizer = tiny.make_tokenizer()
     rows = read_interactions(prepared)
     policy = [len(prompt_ids(model_tokenizer, i.prompt)) for i in rows]
-    response = [len(response_ids(model_tokenizer, i.completion)) for i in rows]
+    response = [len(response_ids(model_tokenizer, i.response)) for i in rows]
     assert tokens.lengths["policy prompt"].mean == np.mean(policy)
     assert tokens.lengths["response"].max == max(response)
     assert tokens.lengths["hindsight prompt"].min > tokens.lengths["policy prompt"].min

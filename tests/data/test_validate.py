@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import tiny
+from helpers import tiny
 from sdpo.conversations import DataError
 from sdpo.data.validate import VERY_LONG, validate, validate_command
 

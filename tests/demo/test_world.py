@@ -6,8 +6,8 @@ import random
 import pyarrow.parquet as pq
 import pytest
 
-from sdpo.data.formats import read_conversations
-from sdpo.data.prepare import PrepareConfig, prepare
+from sdpo.data.prepare.prepare import PrepareConfig, prepare
+from sdpo.data.read.formats import read_conversations
 from sdpo.demo import report as reports
 from sdpo.demo import world
 from sdpo.demo.main import _make_room, hindsight

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cases import FUNCTIONS, Problem, evaluate, oracle, problem, statistics
-from oracle import assert_as_good_as
-from sdpo_kernels import linear_logprob, linear_reverse_kl, tuning
+from helpers.cases import FUNCTIONS, Problem, evaluate, oracle, problem, statistics
+from helpers.oracle import assert_as_good_as
+from sdpo_kernels import linear_logprob, linear_reverse_kl
+from sdpo_kernels._impl import tuning
 
 pytestmark = pytest.mark.gpu
 

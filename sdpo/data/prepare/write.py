@@ -1,0 +1,246 @@
+"""The three files of a preparation, each written beside and then renamed: the interactions, the
+manifest that ties every one of them to its source row, and the report."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.json as pa_json
+import pyarrow.parquet as pq
+
+from ..arrow import pc
+from .merge import DECISIONS, Choice
+from .plan import FilePlan
+from .process import Shard, whole_table
+
+_TURN = pa.struct({"from": pa.string(), "value": pa.string()})
+INTERACTIONS = pa.schema(
+    {
+        "id": pa.string(),
+        "turn_id": pa.int64(),
+        "prompt": pa.list_(_TURN),
+        "completion": _TURN,
+        "user_response": _TURN,
+        "weight": pa.float64(),
+        "completion_token_ids": pa.list_(pa.int64()),
+        "completion_logprobs": pa.list_(pa.float64()),
+    }
+)
+MANIFEST = pa.schema(
+    {
+        "conversation_id": pa.string(),
+        "source_file": pa.dictionary(pa.int32(), pa.string()),
+        "row": pa.int64(),
+        "place": pa.int64(),
+        "user": pa.string(),
+        "language": pa.string(),
+        "model": pa.string(),
+        "messages": pa.int32(),
+        "characters": pa.int64(),
+        "decision": pa.dictionary(pa.int32(), pa.string()),
+        "duplicate_of": pa.string(),
+        "interaction_ids": pa.list_(pa.string()),
+    }
+)
+_COPIED = 1 << 25
+
+
+class _Summed(io.RawIOBase):
+    """A file that is only appended to, and its sha256."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.sum = file, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.sum.update(data)
+        return self._file.write(data)
+
+
+class _ParquetSink:
+    """Takes JSON lines, writes row groups."""
+
+    def __init__(self, sink: _Summed):
+        self._writer = pq.ParquetWriter(sink, INTERACTIONS, compression="zstd")
+        self._held = bytearray()
+
+    def write(self, data: bytes) -> None:
+        self._held += data
+        if len(self._held) >= _COPIED:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Of the lines that are whole by now."""
+        end = self._held.rfind(b"\n") + 1
+        if end:
+            options = pa_json.ReadOptions(block_size=end + 1)
+            parsing = pa_json.ParseOptions(explicit_schema=INTERACTIONS)
+            whole = io.BytesIO(self._held[:end])
+            table = pa_json.read_json(whole, read_options=options, parse_options=parsing)
+            self._writer.write_table(table.select(INTERACTIONS.names).cast(INTERACTIONS))
+        del self._held[:end]
+
+    def close(self) -> None:
+        self._flush()
+        self._writer.close()
+
+
+def write_rows(partial: Path, shards: list[Shard], choice: Choice) -> str:
+    """Writes the chosen interactions to `x.jsonl.partial` or `x.parquet.partial`; their sha256."""
+    with partial.open("wb") as file:
+        sink = _Summed(file)
+        if partial.name.endswith(".parquet.partial"):
+            parquet = _ParquetSink(sink)
+            for data in _chosen(shards, choice):
+                parquet.write(data)
+            parquet.close()
+        else:
+            for data in _chosen(shards, choice):
+                sink.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return sink.sum.hexdigest()
+
+
+def _chosen(shards: list[Shard], choice: Choice) -> Iterator[bytes]:
+    """The lines of the kept rows in order, neighbours in one piece."""
+    shard, start, end = _extents(shards)
+    rows = choice.kept[end[choice.kept] > start[choice.kept]]
+    if not len(rows):
+        return
+    renamed = {position for position, _ in choice.renamed}
+    is_renamed = np.isin(rows, list(renamed))
+    joins = np.zeros(len(rows), bool)
+    joins[1:] = (shard[rows[1:]] == shard[rows[:-1]]) & (start[rows[1:]] == end[rows[:-1]])
+    joins[1:] &= ~is_renamed[1:] & ~is_renamed[:-1]
+    firsts = np.flatnonzero(~joins)
+    lasts = np.append(firsts[1:], len(rows)) - 1
+    open_shard = lru_cache(maxsize=256)(lambda i: shards[i].lines.open("rb"))
+    for first, last in zip(rows[firsts].tolist(), rows[lasts].tolist(), strict=True):
+        file = open_shard(int(shard[first]))
+        pieces = _copied(file, int(start[first]), int(end[last]))
+        if first in renamed:
+            yield _with_new_ids(b"".join(pieces), first, choice)
+        else:
+            yield from pieces
+
+
+def _copied(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
+    for at in range(start, end, _COPIED):
+        piece = os.pread(file.fileno(), min(_COPIED, end - at), at)
+        if len(piece) != min(_COPIED, end - at):
+            raise ValueError(f"{file.name} was cut short: remove its folder, and run again")
+        yield piece
+
+
+def _extents(shards: list[Shard]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(R,) shard, first byte and byte after the last of every row's lines."""
+    shard, start, end = [], [], []
+    for i, part in enumerate(shards):
+        column = part.table["ends"]
+        count = np.cumsum(pc.fill_null(pc.list_value_length(column), 0).to_numpy())
+        bytes_at = np.concatenate([[0], pc.list_flatten(column).to_numpy()])[[0, *count]]
+        shard.append(np.full(len(count), i))
+        start.append(bytes_at[:-1])
+        end.append(bytes_at[1:])
+    none = np.empty(0, np.int64)
+    shard, start, end = (np.concatenate([none, *x]) for x in (shard, start, end))
+    return shard, start, end
+
+
+def _with_new_ids(lines: bytes, row: int, choice: Choice) -> bytes:
+    out = []
+    for i, line in enumerate(lines.splitlines(keepends=True)):
+        if n := choice.renamed.get((row, i)):
+            parsed = orjson.loads(line)
+            parsed["id"] = f"{parsed['id']}~{n}"
+            line = orjson.dumps(parsed, option=orjson.OPT_APPEND_NEWLINE)
+        out.append(line)
+    return b"".join(out)
+
+
+def write_manifest(
+    partial: Path, shards: list[Shard], plans: list[FilePlan], choice: Choice
+) -> None:
+    """Writes the decision on every examined row, in the order of the log."""
+    sources = _Sources(shards, plans)
+    starts = np.cumsum([0, *(shard.table.num_rows for shard in shards)])
+    of_unit: dict[int, list[int]] = {}
+    for i, shard in enumerate(shards):
+        of_unit.setdefault(shard.unit, []).append(i)
+    is_kept = np.zeros(len(choice.places), bool)
+    is_kept[choice.kept] = True
+    with pq.ParquetWriter(partial, MANIFEST, compression="zstd") as writer:
+        for unit in sorted(of_unit):
+            part = pa.concat_tables(
+                [shards[i].table.select(_COPIED_COLUMNS) for i in of_unit[unit]]
+            )
+            rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in of_unit[unit]])
+            order = np.argsort(part["index"].to_numpy(), kind="stable")
+            order = order[choice.examined[rows[order]]]
+            part, rows = part.take(pa.array(order)), rows[order]
+            columns = {name: part[name] for name in MANIFEST.names if name in part.column_names}
+            columns |= {
+                "source_file": pa.DictionaryArray.from_arrays(
+                    pa.array(sources.file[rows], pa.int32()), sources.names
+                ),
+                "row": part["number"],
+                "place": choice.places[rows],
+                "decision": pa.DictionaryArray.from_arrays(
+                    pa.array(choice.decisions[rows], pa.int32()), list(DECISIONS)
+                ),
+                "duplicate_of": [
+                    sources.of(i) if i >= 0 else None for i in choice.duplicate_of[rows].tolist()
+                ],
+                "interaction_ids": [
+                    _ids(row, ids, choice) if kept else []
+                    for row, ids, kept in zip(
+                        rows.tolist(),
+                        part["interaction_ids"].to_pylist(),
+                        is_kept[rows],
+                        strict=True,
+                    )
+                ],
+            }
+            writer.write_table(pa.table([columns[name] for name in MANIFEST.names], MANIFEST))
+
+
+_COPIED_COLUMNS = [
+    *("index", "number", "conversation_id", "user", "language", "model"),
+    *("messages", "characters", "interaction_ids"),
+]
+
+
+class _Sources:
+    """File and row number of every row of all shards."""
+
+    def __init__(self, shards: list[Shard], plans: list[FilePlan]):
+        table = whole_table(shards).select(["index", "number"])
+        ends = np.cumsum([plan.rows for plan in plans])
+        self.names = [str(plan.path) for plan in plans]
+        self.file = np.searchsorted(ends, table["index"].to_numpy(), side="right")
+        self._number = table["number"].to_numpy()
+
+    def of(self, row: int) -> str:
+        """ "path:row" """
+        return f"{self.names[self.file[row]]}:{self._number[row]}"
+
+
+def _ids(row: int, ids: list[str], choice: Choice) -> list[str]:
+    renamed = ((id, choice.renamed.get((row, i))) for i, id in enumerate(ids))
+    return [f"{id}~{n}" if n else id for id, n in renamed]
+
+
+def write_json(partial: Path, value: dict) -> None:
+    """Writes a report, readable and the same every time."""
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

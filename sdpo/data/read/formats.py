@@ -1,0 +1,630 @@
+"""Rows of any supported format as `Conversation`s, or as `Ready` interactions.
+
+A format is told by what a file's rows hold, and may sit in any container (`files.Container`):
+
+| format | a row |
+|---|---|
+| wildchat | `conversation`: [{role, content}], `conversation_id` or `conversation_hash` (1M) |
+| lmsys | the same, with `openai_moderation` and nothing of WildChat's own |
+| wildfeedback | `conversation` or `conversations`: [{from, value}], with more columns |
+| sharegpt | `conversations`: [{from, value}], `id` |
+| messages | OpenAI's: `messages`: [{role, content: text or text parts}], `id` |
+| triples | ready interactions: `prompt`, `completion`, `user_response` |
+
+Where a row has them, `language`, `model`, a user (`hashed_ip`, `user_id`, `user`), `toxic`,
+`redacted` (also of single messages) and `openai_moderation[].flagged` are read, too. Tools' and
+system messages stay in the conversation under their role; extraction has a rule for them.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ...conversations import (
+    Conversation,
+    DataError,
+    Message,
+    as_id,
+    as_list,
+    as_object,
+    as_text,
+    fault,
+    kind,
+    listed,
+    located,
+    shown,
+)
+from ...interactions import Interaction, from_row
+from ...io.containers import (
+    Paths,
+    container_of,
+    json_rows,
+    open_parquet,
+    parquet_batches,
+    resolve_paths,
+)
+from ..arrow import pc
+
+Format = Literal["wildchat", "lmsys", "wildfeedback", "sharegpt", "messages", "triples"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A ready triple, and what its row says of where it is from (as in `Conversation`)."""
+
+    interaction: Interaction
+    source: str
+    names: tuple[str, ...]
+    user: str | None
+
+
+Item = Conversation | Ready | DataError
+ROWS_AT_ONCE = 1024
+"""Rows that are in memory at a time."""
+
+_TRIPLE = ("prompt", "completion", "user_response")
+_LISTS: dict[str, tuple[str, ...]] = {
+    "wildchat": ("conversation",),
+    "lmsys": ("conversation",),
+    "wildfeedback": ("conversations", "conversation"),
+    "sharegpt": ("conversations",),
+    "messages": ("messages",),
+}
+_NAMES = ("conversation_id", "id")
+_HASH = "conversation_hash"
+_USERS = ("hashed_ip", "user_id", "user")
+_TEXTS = (*_NAMES, _HASH, *_USERS, "language", "model")
+_OF_WILDCHAT = {_HASH, "toxic", "hashed_ip", "detoxify_moderation"}
+# What an assistant message may hold instead of content in OpenAI's format.
+_INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "refusal", "audio")
+_LOOKED_AT = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogFile:
+    """One file of rows: how it is packed, what it holds, and which of the columns that guardrails
+    read ("language", "user", "flagged", "redacted") it has."""
+
+    path: Path
+    container: str
+    format: Format
+    knows: frozenset[str]
+
+
+def sniff(path: str | Path) -> Format:
+    """The format of a file; see `describe`."""
+    return describe(Path(path)).format
+
+
+def describe(path: Path, forced: Format | Literal["auto"] = "auto", *, lenient=False) -> LogFile:
+    """Recognises a file by its parquet schema, or by its first JSON rows.
+
+    Args:
+        forced: the format that it must have.
+        lenient: pass over rows that are no JSON objects, up to a hundred.
+
+    Raises:
+        DataError: the file is empty, broken, of none of the known formats or not of ``forced``.
+    """
+    container, schema = container_of(path), None
+    if container == "parquet":
+        with open_parquet(path) as file:
+            schema = file.schema_arrow
+        where, fields, inner = str(path), set(schema.names), _message_fields_of(schema)
+    else:
+        where, fields, inner = _first_row(path, forced, lenient)
+    found = _recognised(fields, inner, forced)
+    if found is None:
+        needed = f"the format {forced!r} that was asked for" if forced != "auto" else "known format"
+        raise DataError(
+            f"{where}: not of {needed}; its fields are {listed(sorted(fields))}. Rows need one of "
+            f"`conversation`, `conversations`, `messages`, or all of {listed(_TRIPLE)}; name the "
+            "right format, rename fields, or leave the file out."
+        )
+    if schema is not None and found != "triples":
+        with located(f"{path}, every row"):
+            _check_schema(schema, found)
+    return LogFile(path=path, container=container, format=found, knows=_known(fields))
+
+
+def _first_row(path: Path, forced: str, lenient: bool) -> tuple[str, set[str], set[str] | None]:
+    """Place and fields of the first row, and the fields of the first message of the first rows.
+
+    Of a file that may have bad rows, the first row of the format that most of the first rows have.
+    """
+    rows = list(_looked_at(path, lenient))
+    if not rows:
+        raise DataError(f"{path}: the file is empty. Write it again, or leave it out.")
+    if not lenient:
+        where, fields, _ = rows[0]
+        return where, fields, next((inner for _, _, inner in rows if inner), None)
+    formats = [_recognised(fields, inner, forced) for _, fields, inner in rows]
+    most = Counter(filter(None, formats)).most_common(1)
+    return rows[formats.index(most[0][0])] if most else rows[0]
+
+
+def _looked_at(path: Path, lenient: bool) -> Iterator[tuple[str, set[str], set[str] | None]]:
+    """Place, fields and fields of the first message: of the first rows, until a message is seen,
+    or if `lenient` of a hundred."""
+    for n, (_, where, row) in enumerate(islice(json_rows(path), _LOOKED_AT)):
+        if isinstance(row, dict):
+            inner = _message_fields(row)
+            yield where, set(row), inner
+            if not lenient and (inner or set(_TRIPLE) <= set(row)):
+                return
+        elif not lenient:
+            if n:
+                return
+            if isinstance(row, DataError):
+                raise row
+            raise DataError(f"{where}: no JSON object. Write one object per row.")
+
+
+def _recognised(fields: set[str], message: set[str] | None, forced: str) -> Format | None:
+    """The format; formats of one shape may stand in for each other where one is forced."""
+    if forced == "auto":
+        return _recognise(fields, message)
+    return cast(Format, forced) if _has_shape(fields, forced) else None
+
+
+def _message_fields(row: dict[str, Any]) -> set[str] | None:
+    for key in ("conversation", "conversations", "messages"):
+        messages = row.get(key)
+        if isinstance(messages, list) and messages and isinstance(messages[0], dict):
+            return set(messages[0])
+    return None
+
+
+def _message_fields_of(schema: pa.Schema) -> set[str] | None:
+    for key in ("conversation", "conversations", "messages"):
+        if key in schema.names and (struct := _struct(schema.field(key).type)) is not None:
+            return {field.name for field in struct}
+    return None
+
+
+def _recognise(fields: set[str], message: set[str] | None) -> Format | None:
+    if set(_TRIPLE) <= fields:
+        return "triples"
+    if "messages" in fields:
+        return "messages"
+    if not fields & {"conversation", "conversations"}:
+        return None
+    if message is not None and "from" in message:
+        plain = "conversations" in fields and _HASH not in fields
+        return "sharegpt" if plain else "wildfeedback"
+    if "conversation" not in fields:
+        return "sharegpt"
+    if "openai_moderation" in fields and not fields & _OF_WILDCHAT:
+        return "lmsys"
+    return "wildchat"
+
+
+def _has_shape(fields: set[str], format: str) -> bool:
+    if format == "triples":
+        return set(_TRIPLE) <= fields
+    return any(key in fields for key in _LISTS[format])
+
+
+def _known(fields: set[str]) -> frozenset[str]:
+    knows = {"language", "redacted"} & fields
+    if fields & {"toxic", "openai_moderation"}:
+        knows.add("flagged")
+    if fields & set(_USERS):
+        knows.add("user")
+    return frozenset(knows)
+
+
+def read_conversations(paths: Paths) -> Iterator[Conversation]:
+    """Streams the conversations of files, folders and globs, in the order of `resolve_paths`.
+
+    Raises DataError for the first thing that cannot be read, ready triples included.
+    """
+    for path in resolve_paths(paths):
+        file = describe(path)
+        if file.format == "triples":
+            raise DataError(
+                f"{path}: holds ready interactions (prompt, completion, user_response), not "
+                "conversations. Read it with sdpo.interactions.read_interactions."
+            )
+        for _, item in read_file(file):
+            if isinstance(item, DataError):
+                raise item
+            if isinstance(item, Conversation):
+                yield item
+
+
+def read_file(file: LogFile) -> Iterator[tuple[int, Item]]:
+    """Streams (row number, what the row holds or what is wrong with it) of one whole file."""
+    if file.container == "parquet":
+        with open_parquet(file.path) as parquet:
+            for numbers, items in read_row_groups(file, parquet):
+                yield from zip(numbers, items, strict=True)
+    else:
+        for number, where, row in json_rows(file.path):
+            yield number, item_of(row, file, number, where)
+
+
+# JSON rows
+
+
+def item_of(row: Any, file: LogFile, number: int, where: str) -> Item:
+    """What a parsed row holds, or the DataError that says what is wrong with it."""
+    if isinstance(row, DataError):
+        return row
+    try:
+        with located(where):
+            if file.format == "triples":
+                return _ready(as_object(row, "row"), file, number)
+            return _conversation(as_object(row, "row"), file, number)
+    except DataError as error:
+        return error
+
+
+def _ready(row: dict[str, Any], file: LogFile, number: int) -> Ready:
+    interaction = from_row(row, default_id=f"{file.path.stem}-{number}")
+    return Ready(interaction, f"{file.path}:{number}", _names(row), _name(row, _USERS))
+
+
+def _conversation(row: dict[str, Any], file: LogFile, number: int) -> Conversation:
+    keys = [key for key in _LISTS[file.format] if key in row]
+    key = next((key for key in keys if row[key] is not None), (keys or _LISTS[file.format])[0])
+    is_empty = bool(keys) and row[key] is None and file.format != "messages"
+    raw = [] if is_empty else as_list(row.get(key), key)
+    id, named = _id(row, f"{file.path.stem}-{number}")
+    language = row.get("language")
+    return Conversation(
+        id=id,
+        messages=tuple(_message(m, key, i, file.format) for i, m in enumerate(raw)),
+        source=f"{file.path}:{number}",
+        language=None if language is None else as_text(language, "language"),
+        has_language="language" in row or "language" in file.knows,
+        named=named,
+        user=_name(row, _USERS),
+        names=_names(row),
+        model=_name(row, ("model",)),
+        flagged=_marked(row, raw, "toxic") or _moderated(row.get("openai_moderation")),
+        redacted=_marked(row, raw, "redacted"),
+    )
+
+
+def _id(row: dict[str, Any], default: str) -> tuple[str, bool]:
+    """The id, and whether it is the log's own; an empty one is none."""
+    for key in (*_NAMES, _HASH):
+        if row.get(key) not in (None, ""):
+            return as_id(row[key], default, key), key != _HASH
+    return default, False
+
+
+def _name(row: dict[str, Any], keys: Iterable[str]) -> str | None:
+    for key in keys:
+        value = row.get(key)
+        if isinstance(value, str | int) and value != "":
+            return str(value)
+    return None
+
+
+def _names(row: dict[str, Any]) -> tuple[str, ...]:
+    """All that a row calls its conversation and its user."""
+    values = (row.get(key) for key in (*_NAMES, _HASH, *_USERS))
+    return tuple(str(v) for v in values if isinstance(v, str | int) and v != "")
+
+
+def _marked(row: dict[str, Any], messages: list[Any], mark: str) -> bool:
+    marked = [m[mark] for m in messages if isinstance(m, dict) and mark in m]
+    return any([_truth(value, mark) for value in (row.get(mark), *marked)])
+
+
+def _moderated(verdicts: object) -> bool:
+    verdicts = verdicts if isinstance(verdicts, list) else [verdicts]
+    said = [v["flagged"] for v in verdicts if isinstance(v, dict) and "flagged" in v]
+    return any([_truth(value, "openai_moderation.flagged") for value in said])
+
+
+def _truth(value: object, field: str) -> bool:
+    """A mark must not be passed over because of how it is written."""
+    if value is None or value in (True, False):  # and so 0 and 1
+        return bool(value)
+    raise fault(field, f"found {kind(value)} where true or false is needed", "Write a boolean")
+
+
+def _message(message: object, key: str, i: int, format: Format) -> Message:
+    if type(message) is dict:
+        role, content = message.get("role"), message.get("content")
+        if type(role) is str and type(content) is str:
+            return Message(role, content)
+        sender, value = message.get("from"), message.get("value")
+        if type(sender) is str and type(value) is str:
+            return Message(sender, value)
+    field = f"{key}[{i}]"
+    return _openai_message(message, field) if format == "messages" else _logged(message, field)
+
+
+def _logged(message: object, field: str) -> Message:
+    """A message whose role or content may be missing or null, as public logs have them."""
+    if message is None:
+        return Message("", "")
+    message = as_object(message, field)
+    names = ("from", "value") if "from" in message else ("role", "content")
+    role, content = (
+        "" if message.get(name) is None else as_text(message[name], f"{field}.{name}")
+        for name in names
+    )
+    return Message(role, content)
+
+
+def _openai_message(message: object, field: str) -> Message:
+    message = as_object(message, field)
+    role = as_text(message.get("role"), f"{field}.role")
+    content = message.get("content")
+    if content is None and (role == "tool" or any(message.get(k) for k in _INSTEAD_OF_CONTENT)):
+        return Message(role, "")
+    if isinstance(content, list):
+        parts = (_text_part(p, f"{field}.content[{i}]") for i, p in enumerate(content))
+        return Message(role, "".join(parts))
+    return Message(role, as_text(content, f"{field}.content"))
+
+
+def _text_part(part: object, field: str) -> str:
+    part = as_object(part, field)
+    if part.get("type") == "refusal":
+        return ""
+    if part.get("type") != "text":
+        problem = f"a content part of type {shown(part.get('type'))}; only text can be trained on"
+        raise fault(field, problem, "Remove the part or the conversation")
+    return as_text(part.get("text"), f"{field}.text")
+
+
+# Parquet
+
+
+def _struct(column: pa.DataType) -> pa.StructType | None:
+    """The struct that a list column holds, if it is one."""
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    if any(test(column) for test in tests) and pa.types.is_struct(column.value_type):
+        return column.value_type
+    return None
+
+
+def _pair(names: set[str]) -> tuple[str, str]:
+    """What a message's role and text are called."""
+    return ("from", "value") if "from" in names and "role" not in names else ("role", "content")
+
+
+def _key(schema: pa.Schema, format: Format) -> str | None:
+    return next((key for key in _LISTS[format] if key in schema.names), None)
+
+
+def _check_schema(schema: pa.Schema, format: Format) -> None:
+    key = _key(schema, format)
+    assert key is not None, "recognised by it"
+    column = schema.field(key).type
+    struct = _struct(column)
+    if struct is None:
+        if pa.types.is_null(getattr(column, "value_type", column)):
+            return
+        problem = f"the column is of type {column}, not a list of {{role, content}}"
+        raise fault(key, problem, "Convert the file to a list of messages")
+    names = {field.name for field in struct}
+    role, content = _pair(names)
+    for name in (role, content):
+        if name not in names:
+            problem = f"its messages have {listed(sorted(names))}, but no `{name}`"
+            raise fault(key, problem, "Rename or add the field")
+    _check_text(f"{key}.{role}", struct.field(role).type)
+    if format != "messages":
+        _check_text(f"{key}.{content}", struct.field(content).type)
+    if "language" in schema.names:
+        _check_text("language", schema.field("language").type)
+    for name in ("toxic", "redacted"):
+        if name in schema.names:
+            _check_truth(name, schema.field(name).type)
+        if name in names:
+            _check_truth(f"{key}.{name}", struct.field(name).type)
+    if (verdict := _verdict_type(schema)) is not None:
+        _check_truth("openai_moderation.flagged", verdict)
+    for name in {*_NAMES, _HASH} & set(schema.names):
+        if not pa.types.is_integer(schema.field(name).type):
+            _check_text(name, schema.field(name).type)
+
+
+def _is_text(column: pa.DataType) -> bool:
+    value = column.value_type if pa.types.is_dictionary(column) else column
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
+    return any(test(value) for test in (*tests, pa.types.is_string_view))
+
+
+def _verdict_type(schema: pa.Schema) -> pa.DataType | None:
+    """Type of `openai_moderation`'s `flagged`: of one verdict a message, or of one in all."""
+    if "openai_moderation" not in schema.names:
+        return None
+    column = schema.field("openai_moderation").type
+    struct = column if pa.types.is_struct(column) else _struct(column)
+    if struct is None or struct.get_field_index("flagged") < 0:
+        return None
+    return struct.field("flagged").type
+
+
+def _check_truth(field: str, column: pa.DataType) -> None:
+    tests = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_null)
+    if not any(test(column) for test in tests):
+        problem = f"the column is of type {column}, not boolean"
+        raise fault(field, problem, "Cast it to boolean")
+
+
+def _check_text(field: str, column: pa.DataType) -> None:
+    if not _is_text(column):
+        raise fault(field, f"the column is of type {column}, not text", "Cast it to string")
+
+
+def read_row_groups(
+    file: LogFile,
+    parquet: pq.ParquetFile,
+    *,
+    row_groups: list[int] | None = None,
+    first: int = 0,
+    wanted: np.ndarray | None = None,
+    languages: tuple[str, ...] | None = None,
+) -> Iterator[tuple[list[int], list[Item]]]:
+    """Streams (row numbers, items) of row groups of a parquet file, `ROWS_AT_ONCE` at a time.
+
+    Args:
+        first: the number of their first row.
+        wanted: which rows to read at all.
+        languages: of which messages are needed; conversations in others come without theirs.
+    """
+    key = None if file.format == "triples" else _key(parquet.schema_arrow, file.format)
+    columns = None if key is None else _needed_leaves(parquet.schema, key)
+    options = {"row_groups": row_groups, "columns": columns, "first": first, "size": ROWS_AT_ONCE}
+    for batch in parquet_batches(parquet, file.path, **options):
+        numbers = np.arange(first, first + batch.num_rows)
+        first += batch.num_rows
+        if wanted is not None:
+            keep, wanted = wanted[: batch.num_rows], wanted[batch.num_rows :]
+            batch, numbers = batch.filter(pa.array(keep)), numbers[keep]
+        yield numbers.tolist(), _items_of(batch, file, numbers.tolist(), key, languages)
+
+
+def _needed_leaves(schema: pq.ParquetSchema, key: str) -> list[str]:
+    """Paths of the needed leaf columns; what lies between list and field depends on the writer."""
+    inside = {"role", "content", "from", "value", "toxic", "redacted"}
+
+    def is_needed(path: str) -> bool:
+        top, *within = path.split(".")
+        field = within[-1] if within else ""
+        if top == key:
+            # messages of OpenAI's may hold parts and calls; of others two texts and marks do
+            return key == "messages" or not within or (field in inside and len(within) <= 3)
+        is_verdict = top == "openai_moderation" and field == "flagged"
+        return is_verdict or path in (*_TEXTS, "toxic", "redacted")
+
+    return list(filter(is_needed, (schema.column(i).path for i in range(len(schema)))))
+
+
+def _items_of(
+    batch: pa.RecordBatch,
+    file: LogFile,
+    numbers: list[int],
+    key: str | None,
+    languages: tuple[str, ...] | None,
+) -> list[Item]:
+    try:
+        if key is not None and _is_plain(batch.schema.field(key).type):
+            return list(_conversations(batch, file, numbers, key, languages))
+        rows = batch.to_pylist()
+    except UnicodeDecodeError as error:
+        if batch.num_rows > 1:
+            singly = ((batch.slice(i, 1), [n]) for i, n in enumerate(numbers))
+            return [item for b, n in singly for item in _items_of(b, file, n, key, languages)]
+        return [_undecodable(batch, file, numbers[0], error)]
+    return [item_of(r, file, n, _where(file, n)) for n, r in zip(numbers, rows, strict=True)]
+
+
+def _where(file: LogFile, number: int) -> str:
+    return f"{file.path}, row {number} (counted from 0)"
+
+
+def _undecodable(batch: pa.RecordBatch, file: LogFile, number: int, error: Exception) -> DataError:
+    def is_bad(name: str) -> bool:
+        try:
+            batch.column(name).to_pylist()
+        except UnicodeDecodeError:
+            return True
+        return False
+
+    name = next(filter(is_bad, batch.schema.names), "row")
+    problem = f"not valid UTF-8 ({getattr(error, 'reason', error)})"
+    return DataError(f"{_where(file, number)}, {fault(name, problem, 'Write it again as UTF-8')}")
+
+
+def _is_plain(column: pa.DataType) -> bool:
+    """Messages of two texts each, which are read column by column, much faster than row by row."""
+    struct = _struct(column)
+    if struct is None:
+        return False
+    _, content = _pair({field.name for field in struct})
+    return struct.get_field_index(content) >= 0 and _is_text(struct.field(content).type)
+
+
+def _conversations(
+    batch: pa.RecordBatch,
+    file: LogFile,
+    numbers: list[int],
+    key: str,
+    languages: tuple[str, ...] | None,
+) -> Iterator[Conversation]:
+    column = batch.column(key)
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    flat = column.flatten()
+    of_row = np.repeat(np.arange(batch.num_rows), lengths)
+    flagged = _marks(batch, flat, of_row, "toxic") | _moderation(batch)
+    redacted = _marks(batch, flat, of_row, "redacted")
+    texts = {n: batch.column(n).to_pylist() for n in _TEXTS if n in batch.schema.names}
+    has_language = "language" in texts
+    if has_language and languages is not None:
+        read = np.array([is_among(name, languages) for name in texts["language"]], dtype=bool)
+        lengths, flat = np.where(read, lengths, 0), flat.filter(pa.array(read[of_row]))
+    role, content = _pair({field.name for field in flat.type})
+    pairs = zip(_texts(flat, role), _texts(flat, content), strict=True)
+    for i, (number, length) in enumerate(zip(numbers, lengths.tolist(), strict=True)):
+        row = {name: values[i] for name, values in texts.items()}
+        id, named = _id(row, f"{file.path.stem}-{number}")
+        yield Conversation(
+            id=id,
+            messages=tuple([Message(r, c) for r, c in islice(pairs, length)]),
+            source=f"{file.path}:{number}",
+            language=row.get("language"),
+            has_language=has_language,
+            named=named,
+            user=_name(row, _USERS),
+            names=_names(row),
+            model=_name(row, ("model",)),
+            flagged=bool(flagged[i]),
+            redacted=bool(redacted[i]),
+        )
+
+
+def is_among(language: str | None, languages: tuple[str, ...]) -> bool:
+    """Whether a log's name of a language is one of `languages`, which are in lower case."""
+    return (language or "").strip().lower() in languages
+
+
+def _texts(flat: pa.StructArray, name: str) -> list[str]:
+    return [text or "" for text in pc.struct_field(flat, name).to_pylist()]
+
+
+def _marks(batch: pa.RecordBatch, flat: pa.Array, of_row: np.ndarray, mark: str) -> np.ndarray:
+    """(rows,) bool: the row's column of that name is true, or that of one of its messages."""
+    marked = np.zeros(batch.num_rows, bool)
+    if mark in batch.schema.names:
+        marked |= _bools(batch.column(mark))
+    if flat.type.get_field_index(mark) >= 0:
+        marked[of_row[_bools(pc.struct_field(flat, mark))]] = True
+    return marked
+
+
+def _moderation(batch: pa.RecordBatch) -> np.ndarray:
+    """(rows,) bool: OpenAI's moderation flagged one of the messages."""
+    flagged = np.zeros(batch.num_rows, bool)
+    if "openai_moderation" not in batch.schema.names:
+        return flagged
+    column = batch.column("openai_moderation")
+    if _verdict_type(batch.schema) is None:
+        return flagged
+    if pa.types.is_struct(column.type):
+        return _bools(pc.struct_field(column, "flagged"))
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+    of_row = np.repeat(np.arange(batch.num_rows), lengths)
+    flagged[of_row[_bools(pc.struct_field(column.flatten(), "flagged"))]] = True
+    return flagged
+
+
+def _bools(column: pa.Array) -> np.ndarray:
+    return pc.fill_null(pc.cast(column, pa.bool_()), False).to_numpy(zero_copy_only=False)

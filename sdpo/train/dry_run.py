@@ -1,0 +1,253 @@
+"""`sdpo train --dry-run`: what a run would be, before anything is loaded.
+
+The memory needs config.json alone: the data is looked at where weights and tokenizer are there too.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Literal, get_args
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sdpo_kernels._impl import tuning
+from sdpo_parallel.config import Frozen, ParallelConfig
+from sdpo_parallel.memory import USABLE, Load, ModelShape, estimate, host_bytes
+
+from ..batching import steps_in
+from ..hindsight import Encoded, encode, load_tokenizer
+from .config import TrainConfig, to_json
+from .trainer import load_data
+
+SAMPLE = 512
+"""Interactions tokenized to tell lengths and truncation."""
+GIB = 2**30
+DEGREES = (1, 2, 4, 8)
+"""Tensor and context degrees of the alternatives; their product stays within a node of 8."""
+Checkpoint = Literal["none", "selective", "full"]
+LABELS = {
+    "parameters": "parameters (float32)",
+    "gradients": "gradients (float32)",
+    "optimizer": "optimizer (AdamW state, float32)",
+}
+
+
+def parameter_count(folder: str) -> int:
+    """Of the model that config.json describes."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def load_of(config: TrainConfig, sample: Sequence[Encoded] = ()) -> Load:
+    """The fullest micro-batch: every slot used, of each as much response as in ``sample``, or
+    without one as the limits allow."""
+    h, b = config.hindsight, config.batch
+    prompt, response = h.max_hindsight_prompt_tokens, h.max_response_tokens
+    longest = config.max_tokens
+    if sample:
+        prompt = mean(len(e.hindsight) for e in sample)
+        response = mean(len(e.response) for e in sample)
+        longest = max(max(len(e.policy), len(e.hindsight)) + len(e.response) for e in sample)
+    tokens = max(b.micro_batch_tokens, longest)
+    return Load(
+        tokens=tokens,
+        response_tokens=round(tokens * response / (prompt + response)),
+        row_tokens=min(max(b.row_tokens, longest), tokens),
+        max_tokens=config.max_tokens,
+        chunk_bytes=config.objective.chunk_bytes or tuning.CHUNK_BYTES["cuda"],
+    )
+
+
+def memory_per_rank(
+    config: TrainConfig, ranks: int, load: Load, parallel: ParallelConfig | None = None
+) -> dict[str, int]:
+    """Bytes by part and in total, of a rank on an accelerator.
+
+    Args:
+        parallel: another layout than the config's.
+
+    Raises:
+        ValueError: the layout does not fit the number of ranks or the model.
+    """
+    parallel = parallel or config.parallel
+    model = ModelShape.from_config(config.model)
+    settings = (config.lora, config.teacher)
+    frozen = config.teacher.folder if isinstance(config.teacher, Frozen) else None
+    other = ModelShape.from_config(frozen) if frozen else None
+    if config.engine == "torchtitan":
+        return estimate(model, parallel, *settings, ranks=ranks, load=load, teacher_model=other)
+    if parallel.activation_checkpoint != "none":  # transformers knows one kind
+        parallel = replace(parallel, activation_checkpoint="full")
+    parts = estimate(model, parallel, *settings, ranks=1, load=load, teacher_model=other)
+    total = parts.pop("total")
+    copies = round(2 * model.parameters()) if parallel.resolve_dtype("cuda") != "float32" else 0
+    return parts | {"autocast's copies of the weights": copies, "total": total + copies}
+
+
+def layouts(config: TrainConfig, ranks: int) -> list[ParallelConfig]:
+    """The config's layout with other tensor and context degrees; what cannot run is left out."""
+    found = []
+    for tensor in DEGREES:
+        for context in DEGREES:
+            other = replace(config.parallel, tensor=tensor, context=context)
+            degrees = tensor * context
+            if degrees <= DEGREES[-1] and ranks % (degrees * other.replicate) == 0:
+                found.append(other)
+    return found if config.engine == "torchtitan" else [config.parallel]
+
+
+def alternatives(
+    config: TrainConfig, ranks: int, load: Load
+) -> dict[tuple[int, int], dict[Checkpoint, int]]:
+    """(tensor, context) -> activation_checkpoint -> bytes in total."""
+    totals: dict[tuple[int, int], dict[Checkpoint, int]] = {}
+    for layout in layouts(config, ranks):
+        row: dict[Checkpoint, int] = {}
+        for kind in get_args(Checkpoint):
+            other = replace(layout, activation_checkpoint=kind)
+            try:
+                row[kind] = memory_per_rank(config, ranks, load, other)["total"]
+            except ValueError:  # the degree does not divide the model's sizes
+                break
+        else:
+            totals[layout.tensor, layout.context] = row
+    return totals
+
+
+def refuse_what_does_not_fit(
+    config: TrainConfig,
+    parts: dict[str, int],
+    others: dict[tuple[int, int], dict[Checkpoint, int]],
+    gpu_memory_gib: float,
+) -> None:
+    """Raises:
+    ValueError: the total is more than ``USABLE`` of the memory; the parts and what to change.
+    """
+    usable = USABLE * gpu_memory_gib * GIB
+    if parts["total"] <= usable:
+        return
+    largest = sorted(((n, p) for p, n in parts.items() if p != "total" and n), reverse=True)
+    told = ", ".join(f"{part} {size / GIB:.1f}" for size, part in largest)
+    change = ["--ranks (more of them)", "parallel.tensor", "parallel.context"]
+    if config.parallel.activation_checkpoint != "full":
+        change.append("parallel.activation_checkpoint full")
+    change.append(f"batch.micro_batch_tokens below {config.batch.micro_batch_tokens}")
+    if not config.parallel.cpu_offload:
+        change.append("parallel.cpu_offload")
+    fitting = [
+        f"tensor={t} context={c} activation_checkpoint={kind} ({size / GIB:.1f} GiB)"
+        for (t, c), row in others.items()
+        for kind, size in row.items()
+        if size <= usable
+    ]
+    found = f"; of the layouts above, {fitting[0]} would fit" if fitting else ""
+    raise ValueError(
+        f"the run needs {parts['total'] / GIB:.1f} GiB on each rank, and {usable / GIB:.1f} of "
+        f"{gpu_memory_gib:g} GiB are taken as usable ({USABLE:.0%}): {told}. Change "
+        f"{', '.join(change[:-1])} or {change[-1]}{found}"
+    )
+
+
+def dry_run(config: TrainConfig, *, ranks: int, gpu_memory_gib: float | None = None) -> None:
+    """Print the resolved config, the data, the model and the memory estimate.
+
+    Raises:
+        ValueError: the estimate is more than fits ``gpu_memory_gib``; raised last.
+    """
+    console = Console()
+    console.print_json(json.dumps(to_json(config)))
+    ModelShape.from_config(config.model)  # names what is missing
+    sample: list[Encoded] = []
+    if any(Path(config.model).glob("*.safetensors")):
+        sample = _show_data(console, config)
+    else:
+        console.print(f"{config.model} has no weights: memory alone, from config.json")
+    console.print(f"parameters: {parameter_count(config.model):,}")
+    load = load_of(config, sample)
+    parts = memory_per_rank(config, ranks, load)
+    others = alternatives(config, ranks, load)
+    _show_parts(console, config, parts, ranks, load)
+    _show_alternatives(console, config, others, gpu_memory_gib)
+    if gpu_memory_gib is not None:
+        refuse_what_does_not_fit(config, parts, others, gpu_memory_gib)
+
+
+def _show_data(console: Console, config: TrainConfig) -> list[Encoded]:
+    """What is read from the interactions; returns those that were tokenized."""
+    interactions, selected = load_data(config)
+    if selected:
+        console.print(f"{config.data}: {selected}", markup=False, soft_wrap=True)
+    tokenizer = load_tokenizer(config.model)
+    sample = [encode(i, tokenizer, config.hindsight) for i in interactions[:SAMPLE]]
+    cut = Counter(
+        part
+        for e in sample
+        for part, lost in zip(("policy", "hindsight", "response"), e.truncated, strict=True)
+        if lost
+    )
+    table = Table("what", "value", title="dry run", title_justify="left")
+    table.columns[1].justify = "right"
+    table.add_row("interactions", f"{len(interactions):,}")
+    table.add_row("steps", f"{steps_in(len(interactions), config.batch):,}")
+    lengths = {
+        "policy prompt": [len(e.policy) for e in sample],
+        "hindsight prompt": [len(e.hindsight) for e in sample],
+        "response": [len(e.response) for e in sample],
+    }
+    for name, values in lengths.items():
+        table.add_row(f"{name}, tokens: mean, max", f"{mean(values):,.0f}, {max(values):,}")
+    for part in ("policy", "hindsight", "response"):
+        table.add_row(f"truncated, {part}", f"{cut[part]} of {len(sample)}")
+    console.print(table)
+    return sample
+
+
+def _show_parts(
+    console: Console, config: TrainConfig, parts: dict[str, int], ranks: int, load: Load
+) -> None:
+    title = f"estimated memory per rank, {ranks} ranks"
+    table = Table("part", "GiB", title=title, title_justify="left")
+    table.columns[1].justify = "right"
+    *_, last, _ = parts
+    for part, size in parts.items():
+        table.add_row(LABELS.get(part, part), f"{size / GIB:,.2f}", end_section=part == last)
+    console.print(table)
+    console.print(
+        f"at the peak of a step; micro-batches of {load.tokens:,} tokens, {load.response_tokens:,} "
+        "of them of responses"
+    )
+    model, parallel = ModelShape.from_config(config.model), config.parallel
+    host = host_bytes(model, parallel, config.lora, config.teacher, ranks=ranks, load=load)
+    if host:
+        console.print(f"in host memory, per rank: {host / GIB:,.1f} GiB")
+
+
+def _show_alternatives(
+    console: Console,
+    config: TrainConfig,
+    others: dict[tuple[int, int], dict[Checkpoint, int]],
+    gpu_memory_gib: float | None,
+) -> None:
+    kinds = get_args(Checkpoint)
+    title = "total in GiB by activation_checkpoint"
+    table = Table("tensor", "context", *kinds, title=title, title_justify="left")
+    for (tensor, context), row in others.items():
+        cells = []
+        for kind in kinds:
+            cell = f"{row[kind] / GIB:,.1f}"
+            if gpu_memory_gib is not None and row[kind] > USABLE * gpu_memory_gib * GIB:
+                cell += " too much"
+            p = config.parallel
+            here = (tensor, context, kind) == (p.tensor, p.context, p.activation_checkpoint)
+            cells.append(f"{cell} (this run)" if here else cell)
+        table.add_row(str(tensor), str(context), *cells)
+    console.print(table)
+    if gpu_memory_gib is not None:
+        console.print(f"too much: more than {USABLE:.0%} of {gpu_memory_gib:g} GiB")

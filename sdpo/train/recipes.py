@@ -1,0 +1,134 @@
+"""Runs by name: functions that return a whole config. Model and data are always the user's."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import tyro
+
+from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
+
+from ..batching import BatchConfig
+from ..hindsight import HindsightConfig
+from ..objective import JSD, ForwardKL, ReverseKL, SampledToken
+from .config import TrainConfig
+
+
+def reverse_kl(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/reverse-kl"
+) -> TrainConfig:
+    """Reverse KL on all of the vocabulary: the stable choice, also in continual runs."""
+    return TrainConfig(model=model, data=data, out=out, objective=ReverseKL())
+
+
+def forward_kl(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/forward-kl"
+) -> TrainConfig:
+    """Forward KL on all of the vocabulary: covers all that hindsight would say."""
+    return TrainConfig(model=model, data=data, out=out, objective=ForwardKL())
+
+
+def jsd(model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/jsd") -> TrainConfig:
+    """Jensen-Shannon divergence: between the two."""
+    return TrainConfig(model=model, data=data, out=out, objective=JSD())
+
+
+def paper_offline(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/paper-offline"
+) -> TrainConfig:
+    """The paper's runs on logs (WildChat, WildFeedback): sampled token, live teacher, 2 epochs."""
+    return TrainConfig(
+        model=model,
+        data=data,
+        out=out,
+        objective=SampledToken(ignore_first=2),
+        hindsight=HindsightConfig(template="paper-offline", max_hindsight_prompt_tokens=2048),
+        batch=BatchConfig(interactions_per_step=128, epochs=2),
+        optimizer=OptimizerConfig(lr=2e-6, schedule="cosine", warmup_fraction=0.05),
+    )
+
+
+def qwen3_4b(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/qwen3-4b"
+) -> TrainConfig:
+    """The paper's Qwen3-4B run on logs, laid out for one node of 8 x 80 GB."""
+    return paper_offline(model, data, out)
+
+
+def qwen3_8b(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/qwen3-8b"
+) -> TrainConfig:
+    """The paper's Qwen3-8B run on logs, laid out for one node of 8 x 80 GB."""
+    return paper_offline(model, data, out)
+
+
+def olmo3_7b(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/olmo-3-7b"
+) -> TrainConfig:
+    """The paper's Olmo-3-7B run on logs: the transformers engine, one device of 141 GB or more.
+
+    torchtitan has no Olmo 3 model yet, and so no layout of several ranks.
+    """
+    return replace(
+        paper_offline(model, data, out),
+        engine="transformers",
+        batch=BatchConfig(interactions_per_step=128, epochs=2, micro_batch_tokens=8192),
+        parallel=ParallelConfig(activation_checkpoint="full"),
+    )
+
+
+def paper_online(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/paper-online"
+) -> TrainConfig:
+    """The paper's objective for fresh rollouts: centred advantages, PPO clip, constant rate.
+
+    ``data`` holds one round of rollouts with the log-probabilities they were sampled with.
+    """
+    return TrainConfig(
+        model=model,
+        data=data,
+        out=out,
+        objective=SampledToken(centre=True, ppo_clip=0.2),
+        hindsight=HindsightConfig(template="paper-online", max_hindsight_prompt_tokens=2048),
+        batch=BatchConfig(interactions_per_step=128, epochs=1),
+        optimizer=OptimizerConfig(lr=5e-6, schedule="constant", warmup_fraction=0.0),
+    )
+
+
+def demo(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/demo/train"
+) -> TrainConfig:
+    """What ``sdpo demo`` trains with: reverse KL and a learning rate for a tiny model."""
+    return TrainConfig(
+        model=model,
+        data=data,
+        out=out,
+        objective=ReverseKL(),
+        hindsight=HindsightConfig(
+            max_prompt_tokens=160, max_hindsight_prompt_tokens=224, max_response_tokens=32
+        ),
+        batch=BatchConfig(interactions_per_step=16, row_tokens=256, micro_batch_tokens=8192),
+        optimizer=OptimizerConfig(lr=1e-4, schedule="constant"),
+        parallel=ParallelConfig(activation_checkpoint="none"),
+        checkpoint=CheckpointConfig(interval=1000),
+    )
+
+
+def demo_sampled_token(
+    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/demo/train"
+) -> TrainConfig:
+    """The demo with the paper's objective, whose live teacher may collapse there."""
+    return replace(demo(model, data, out), objective=SampledToken())
+
+
+RECIPES: dict[str, Callable[..., TrainConfig]] = {
+    "reverse-kl": reverse_kl,
+    "forward-kl": forward_kl,
+    "jsd": jsd,
+    "paper-offline": paper_offline,
+    "qwen3-4b": qwen3_4b,
+    "qwen3-8b": qwen3_8b,
+    "olmo-3-7b": olmo3_7b,
+    "paper-online": paper_online,
+    "demo": demo,
+    "demo-sampled-token": demo_sampled_token,
+}

@@ -1,0 +1,211 @@
+"""A run's folder: config.json, metrics.jsonl, tensorboard/, checkpoints/, export/.
+
+Files appear whole (written beside, then renamed); metrics.jsonl grows by whole lines and is cut
+back to the checkpoint that a resumed run goes on from.
+"""
+
+import json
+import math
+import uuid
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..io.files import write_text
+from .config import LogConfig, to_json
+
+
+def read_metrics(folder: str | Path) -> list[dict]:
+    """The rows of ``metrics.jsonl``, in order of their steps."""
+    path = Path(folder) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class RunFolder:
+    """Opens a new run's folder, or one to resume.
+
+    Raises:
+        ValueError: the folder already holds a run and ``resume`` is not set, or the run in it was
+            made with another config; the message names the fields.
+    """
+
+    def __init__(self, folder: str, config: Any, *, resume: bool):
+        self.path, self.config = Path(folder), json.loads(json.dumps(to_json(config)))
+        stored = self.path / "config.json"
+        if stored.is_file() and not resume:
+            raise ValueError(f"{folder} already holds a run: pass --resume, or another --out")
+        if not resume and list((self.path / "checkpoints").glob("step-*")):
+            raise ValueError(
+                f"{folder}/checkpoints holds a run's checkpoints, but {stored} is gone: pass "
+                "--resume to go on from them, or another --out"
+            )
+        if resume and stored.is_file():
+            _refuse_changes(stored, self.config, _defaults(config))
+
+    def open(self) -> None:
+        """Create the folder. Main rank only."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "config.json", json.dumps(self.config, indent=2))
+
+    @property
+    def stopped(self) -> Path:
+        """There while the run waits to be resumed after a signal stopped it."""
+        return self.path / "stopped"
+
+    def wandb_id(self) -> str:
+        """The run's id on W&B, the same when it is resumed."""
+        path = self.path / "wandb_id"
+        if not path.is_file():
+            write_text(path, uuid.uuid4().hex[:8])
+        return path.read_text(encoding="utf-8")
+
+    def last_step(self) -> int:
+        """Of the metrics written so far; 0: none."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return 0
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        return json.loads(whole[-1])["step"] if whole else 0
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop rows later than ``step``, and a last line that was not written whole."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+
+
+RESUMABLE = (
+    "checkpoint",
+    "log",
+    "out",
+    "data",  # its content is compared instead
+    "safeguard",
+    "parallel.replicate",
+    "parallel.tensor",
+    "parallel.sequence_parallel",
+    "parallel.context",
+    "parallel.activation_checkpoint",
+    "parallel.compile",
+    "parallel.cpu_offload",
+    "parallel.attention",
+    "parallel.liger",
+    "batch.row_tokens",
+    "batch.micro_batch_tokens",
+    "objective.chunk_bytes",
+)
+"""Settings, or groups of them, that do not change what a run computes: free on resumption."""
+
+
+RESUMABLE_PREFIXES = tuple(f"{name}." for name in RESUMABLE)
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """Of the config's groups of settings: what a run had before a group existed."""
+    made = {f.name: f.default_factory for f in fields(config) if f.default_factory is not MISSING}
+    return json.loads(json.dumps({name: to_json(make()) for name, make in made.items()}))
+
+
+def _refuse_changes(stored: Path, config: Mapping, defaults: Mapping) -> None:
+    then = {**defaults, **json.loads(stored.read_text(encoding="utf-8"))}
+    old, new = _flat(then), _flat(config)
+    changed = [
+        f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not f"{name}.".startswith(RESUMABLE_PREFIXES)
+    ]
+    if changed:
+        raise ValueError(
+            f"cannot resume {stored.parent}: the config differs from the run's "
+            f"({'; '.join(changed)}); use the same settings, or another --out"
+        )
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(config, Mapping):
+        return {prefix: config}
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        out |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return out
+
+
+class Logger:
+    """Metrics of each step to console, JSONL, TensorBoard and, where asked, W&B."""
+
+    def __init__(self, run: RunFolder, log: LogConfig, *, step: int, total: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.log_every, self.total = log.every, total
+        self._stack = ExitStack()
+        self._file = self._stack.enter_context(
+            (run.path / "metrics.jsonl").open("a", encoding="utf-8")
+        )
+        self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
+        self._stack.callback(self._board.close)
+        self._wandb = None
+        if log.wandb:
+            import wandb
+
+            self._wandb = self._stack.enter_context(
+                wandb.init(
+                    project=log.wandb,
+                    id=run.wandb_id(),
+                    config=run.config,
+                    dir=str(run.path),
+                    resume="allow",
+                )
+            )
+        self.console = Console()
+        self._progress = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._stack.enter_context(self._progress)
+        self._task = self._progress.add_task("", total=total, completed=step)
+
+    def __enter__(self) -> "Logger":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._stack.close()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One step's metrics, to everywhere."""
+        finite = {n: v if math.isfinite(v) else None for n, v in metrics.items()}  # JSON has no NaN
+        try:
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise ValueError(
+                f"{self._file.name} cannot be written ({error.strerror}): make room, then go on "
+                "with --resume"
+            ) from error
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(dict(metrics), step=step)
+        line = (
+            f"loss {metrics['loss']:.4f}  |A| {metrics['advantage/mean_abs']:.3f}  "
+            f"H {metrics['entropy/policy']:.2f}  grad {metrics['grad_norm']:.2f}  "
+            f"lr {metrics['lr']:.1e}  {metrics['response_tokens_per_second']:,.0f} tok/s  "
+            f"{metrics['peak_memory_gib']:.2f} GiB"
+        )
+        cut = sum(value for name, value in metrics.items() if name.startswith("truncated/"))
+        line += f"  [yellow]{cut:.0f} truncated[/]" if cut else ""
+        self._progress.update(self._task, completed=step, description=line)
+        if not self.console.is_terminal and (step % self.log_every == 0 or step == self.total):
+            self.console.print(f"step {step}/{self.total}  {line}", soft_wrap=True, highlight=False)

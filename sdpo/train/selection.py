@@ -1,0 +1,174 @@
+"""Which interactions a run trains on, and how much each counts, by what `sdpo data score` wrote."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..conversations import DataError, as_object, fault, kind, located
+from ..interactions import Interaction
+from ..io.containers import json_rows
+from ..io.files import sha256
+
+CAP = 4.0
+"""Largest factor of a weight. Mean |A| has a heavy tail: without a cap, the few interactions that
+a model finds most surprising, quirks of the text among them, would outweigh the rest of a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Selection by signal; as it stands, every interaction is trained on as its row says."""
+
+    scores: str | None = None
+    """The file that ``sdpo data score`` wrote for this run's data."""
+    min_signal: float = 0.0
+    """Nats: interactions of a smaller mean |advantage| are left out."""
+    min_relevance: float | None = None
+    """Nats: the same for mean |advantage| over that with another conversation's follow-up."""
+    drop_outliers: bool = False
+    """Leave out what is marked as an outlier, of either tail."""
+    weight: Literal["none", "signal"] = "none"
+    """signal: weights are multiplied by mean |advantage| over its mean, at most 4 times."""
+
+    def __post_init__(self):
+        if not (math.isfinite(self.min_signal) and self.min_signal >= 0):
+            raise ValueError(f"select.min_signal must be 0 or more nats, got {self.min_signal}")
+        if self.min_relevance is not None and not math.isfinite(self.min_relevance):
+            raise ValueError(f"select.min_relevance must be finite, got {self.min_relevance}")
+        if self.selects and self.scores is None:
+            raise ValueError(
+                "select.* needs select.scores: the file that `sdpo data score` writes for the data"
+            )
+        if self.scores is not None and not self.selects:
+            raise ValueError(
+                "select.scores alone selects nothing: set select.min-signal, select.min-relevance, "
+                "select.drop-outliers or select.weight signal, or leave it out"
+            )
+
+    @property
+    def selects(self) -> bool:
+        """Anything is asked for."""
+        asked = self.min_signal, self.min_relevance is not None, self.drop_outliers
+        return any(asked) or self.weight != "none"
+
+
+def selection_sha256(config: SelectConfig) -> str:
+    """In hex, of what decides which interactions are kept and how much they count: the settings
+    and the content of the file of scores.
+
+    Raises:
+        DataError: that file cannot be read.
+    """
+    assert config.scores is not None
+    try:
+        settings = {**asdict(config), "scores": sha256(config.scores)}
+    except OSError as error:
+        raise DataError(f"{config.scores}: cannot be read ({error.strerror})") from None
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is trained on, and how many were left out, by reason."""
+
+    interactions: list[Interaction]
+    dropped: Counter[str]
+
+    def __str__(self) -> str:
+        kept = len(self.interactions)
+        told = f"kept {kept:,} of {kept + self.dropped.total():,}"
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in self.dropped.most_common())
+        return f"{told}: {reasons}" if reasons else told
+
+
+class Judge:
+    """By an interaction's id: its mean |advantage| if it is kept, or why it is left out.
+
+    Raises:
+        DataError: the scores cannot be read, or there is none for an id.
+    """
+
+    def __init__(self, config: SelectConfig):
+        assert config.scores is not None
+        self.path, self._verdicts = config.scores, dict[str, float | str]()
+        for _, where, row in json_rows(Path(config.scores)):
+            if isinstance(row, DataError):
+                raise row
+            with located(where):
+                row = as_object(row, "row")
+                id, signal = row.get("id"), _number(row, "mean_abs_advantage")
+                if not isinstance(id, str):
+                    raise fault("id", f"found {kind(id)}, not text", _AGAIN)
+                self._verdicts[id] = _reason(row, config) or signal
+
+    def __call__(self, id: str) -> float | str:
+        if (verdict := self._verdicts.get(id)) is None:
+            raise DataError(
+                f"{self.path}: no score of interaction {id}; score the same file again with "
+                "`sdpo data score`"
+            )
+        return verdict
+
+
+_AGAIN = "Score the same file again with `sdpo data score`"
+
+
+def _number(row: dict[str, Any], name: str) -> float:
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise fault(name, f"found {kind(value)}, not a finite number", _AGAIN)
+    return float(value)
+
+
+def _reason(row: dict[str, Any], config: SelectConfig) -> str | None:
+    """Why an interaction is left out, if it is."""
+    if _number(row, "mean_abs_advantage") < config.min_signal:
+        return "below min_signal"
+    if config.min_relevance is not None and _number(row, "relevance") < config.min_relevance:
+        return "below min_relevance"
+    if config.drop_outliers and row.get("outlier") is not None:
+        return "outliers"
+    return None
+
+
+def choose(interactions: Iterable[Interaction], config: SelectConfig) -> Selection:
+    """The interactions to train on, in their order; those left out are not held in memory.
+
+    Raises:
+        DataError: an interaction has no score, nothing is left, or nothing has any signal.
+    """
+    if not config.selects:
+        return Selection(list(interactions), Counter())
+    judge, kept, signals, dropped = Judge(config), [], [], Counter[str]()
+    for i in interactions:
+        verdict = judge(i.id)
+        if isinstance(verdict, str):
+            dropped[verdict] += 1
+        else:
+            kept.append(i)
+            signals.append(verdict)
+    selection = Selection(kept, dropped)
+    if dropped and not kept:
+        raise DataError(f"{config.scores}: nothing is left to train on ({selection}); select less")
+    if config.weight == "signal":
+        selection = Selection(_weighted(kept, signals, judge.path), dropped)
+    return selection
+
+
+def _weighted(kept: list[Interaction], signals: list[float], path: str) -> list[Interaction]:
+    mean = sum(signals) / max(len(signals), 1)
+    if kept and not mean:
+        raise DataError(f"{path}: every mean_abs_advantage is 0; this model learns nothing here")
+    return [
+        replace(i, weight=i.weight * min(signal / mean, CAP))
+        for i, signal in zip(kept, signals, strict=True)
+    ]
+
+
+def select(interactions: Iterable[Interaction], config: SelectConfig) -> list[Interaction]:
+    """`choose` without its counts."""
+    return choose(interactions, config).interactions

@@ -1,0 +1,120 @@
+"""The pre-flight's rules, on models of random weights and on figures made up to each verdict."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from helpers import tiny
+from sdpo.analysis.check_hindsight import NOTES, _findings, check, main, sample
+from sdpo.analysis.signal import signals
+from sdpo.conversations import DataError
+from sdpo.hindsight import HindsightConfig, load_tokenizer
+from sdpo.interactions import read_interactions, write_interactions
+from sdpo_parallel.transformers.engine import load_model
+
+N = 40
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Twenty conversations of two interactions."""
+    path = tmp_path / "i.jsonl"
+    tiny.make_interactions(path, N)
+    rows = read_interactions(path)
+    write_interactions(path, [replace(i, id=f"c{n // 2}_{n % 2}") for n, i in enumerate(rows)])
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama-tied"])
+def test_random_weights_make_no_use_of_hindsight(kind, data, models, tmp_path, capsys):
+    out = tmp_path / "check.json"
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", models(kind), "--interactions", data, "--json", str(out)])
+    assert ended.value.code == 1
+    shown, found = capsys.readouterr().out, json.loads(out.read_text())
+    assert not found["uses_hindsight"] and "does not make use of hindsight" in shown
+    assert found["interactions"] == N // 2 and set(found["size"]) == set(NOTES)
+    for note in NOTES:
+        assert f"{found['size'][note]:.4f}" in shown and f"{found['advantage'][note]:+.4f}" in shown
+
+
+def test_figures_are_those_of_signal(data, models):
+    """Own and neutral by `signals`; revealed by hand."""
+    model, tokenizer = load_model(models("qwen3")), load_tokenizer(models("qwen3"))
+    drawn, config = sample(data, N, 0), HindsightConfig()
+    found = check(model, tokenizer, drawn, config)
+
+    def by_signal(followups):
+        from sdpo.hindsight import encode
+
+        told = [replace(i, followup=o) for i, o in zip(drawn, followups, strict=True)]
+        rows = signals(model, tokenizer, [encode(i, tokenizer, config) for i in told])
+        return [(np.array(r["advantage"]), np.array(r["logp_policy"])) for r in rows]
+
+    notes = {
+        "own": [i.followup for i in drawn],
+        "neutral": ["Okay."] * len(drawn),
+        "revealed": [f"You should have answered: {i.response}" for i in drawn],
+    }
+    for note, followups in notes.items():
+        rows = by_signal(followups)
+        size, mean = (np.mean([f(a).mean() for a, _ in rows]) for f in (np.abs, np.array))
+        assert (found.size[note], found.advantage[note]) == pytest.approx((size, mean), abs=1e-4)
+        assert found.surprisal == pytest.approx(-np.mean([p.mean() for _, p in rows]), abs=1e-4)
+    assert found.own_over_neutral.mean == pytest.approx(found.size["own"] - found.size["neutral"])
+
+
+def findings(surprisal=2.0, **size):
+    """Of 64 interactions whose means by note are given, with some noise that all share."""
+    rng = np.random.default_rng(0)
+    blank = dict.fromkeys(NOTES, 0.3)
+    means = {note: size.get(note, mean) for note, mean in blank.items()}
+    noise = rng.normal(0, 0.5, (64, 1)) + rng.normal(0, 0.02, (64, len(NOTES)))
+    values = np.array(list(means.values())) + noise
+    partner = np.arange(64) ^ 1
+    return _findings(values, values, surprisal, partner, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "uses", "reason"),
+    [
+        (dict(own=0.5, shuffled=0.4), True, "do move them more than other"),
+        (dict(own=0.5, shuffled=0.5, revealed=1.0, misled=0.2), True, "may say much the same"),
+        (dict(own=0.5, shuffled=0.5), False, "no more than the length"),
+        (dict(own=0.5, shuffled=0.49), False, "no more than the length"),
+        (dict(own=0.5, shuffled=0.5, revealed=0.4, misled=0.35), False, "no more than the length"),
+        (dict(own=0.3, shuffled=0.1, revealed=1.0), False, "do not move responses more"),
+    ],
+)
+def test_the_verdict_and_its_reason(size, uses, reason):
+    """One hundredth between own and shuffled is certain, but too little to tell a reader by."""
+    found = findings(**size)
+    assert found.uses_hindsight is uses
+    assert reason in " ".join(found.reasons())
+
+
+def test_swaps_are_drawn_together():
+    """A follow-up that moves whatever it meets adds nothing to the doubt."""
+    rng = np.random.default_rng(0)
+    partner = np.arange(64) ^ 1
+    loud = rng.normal(0, 1, 64)
+    values = np.zeros((64, len(NOTES)))
+    values[:, NOTES.index("own")] = 0.1 + loud
+    values[:, NOTES.index("shuffled")] = loud[partner]
+    found = _findings(values, values, 1.0, partner, 0).own_over_shuffled
+    assert (found.low, found.mean, found.high) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_a_sample_has_one_interaction_of_a_conversation(data):
+    drawn = sample(data, N, 0)
+    assert len(drawn) == N // 2 and len({i.id.partition("_")[0] for i in drawn}) == N // 2
+    assert len(sample(data, 17, 0)) == 16
+    assert [i.id for i in sample(data, N, 0)] == [i.id for i in drawn]
+    assert [i.id for i in sample(data, N, 1)] != [i.id for i in drawn]
+
+
+def test_too_few_conversations(tmp_path):
+    with pytest.raises(DataError, match="15 conversations are too few"):
+        sample(tiny.make_interactions(tmp_path / "few.jsonl", 15), 256, 0)

@@ -1,0 +1,230 @@
+"""Tracing against real runs: what the checkpoints themselves say they drew."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from helpers import tiny
+from sdpo.analysis.trace import find, trace_command
+from sdpo.batching import BatchConfig, Cursor
+from sdpo.conversations import DataError
+from sdpo.data.manifest import manifest_path
+from sdpo.hindsight import HindsightConfig
+from sdpo.interactions import read_interactions, write_interactions
+from sdpo.train.config import read_config
+from sdpo.train.recipes import reverse_kl
+from sdpo.train.safeguards import SafeguardConfig
+from sdpo.train.selection import SelectConfig
+from sdpo.train.trainer import load_data, train
+from sdpo_parallel.config import CheckpointConfig
+
+SCHEMA = pa.schema(
+    {
+        "conversation_id": pa.string(),
+        "source_file": pa.dictionary(pa.int32(), pa.string()),
+        "row": pa.int64(),
+        "place": pa.int64(),
+        "user": pa.string(),
+        "decision": pa.dictionary(pa.int32(), pa.string()),
+        "duplicate_of": pa.string(),
+        "interaction_ids": pa.list_(pa.string()),
+    }
+)
+N = 12
+
+
+def manifest(data: str, rows: list[dict]) -> None:
+    """The manifest beside a file, of rows that only say what matters here."""
+    blank = dict(source_file="logs/a.jsonl", user=None, decision="kept", duplicate_of=None)
+    whole = [
+        {**blank, "row": n, "place": n, "interaction_ids": [], **r} for n, r in enumerate(rows)
+    ]
+    pq.write_table(pa.Table.from_pylist(whole, SCHEMA), manifest_path(data), row_group_size=3)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """12 interactions of 11 conversations: c0 has two, c3 a duplicate that was dropped."""
+    path = str(tmp_path_factory.mktemp("data") / "i.jsonl")
+    tiny.make_interactions(manifest_path(path).with_name("i.jsonl"), N)
+    interactions = read_interactions(path)
+    interactions[1] = replace(interactions[1], id="c0_3")
+    write_interactions(path, interactions)
+    rows = [{"conversation_id": "c0", "user": "u1", "interaction_ids": ["c0", "c0_3"]}]
+    rows += [{"conversation_id": f"c{n}", "interaction_ids": [f"c{n}"]} for n in range(2, N)]
+    rows.append(
+        {
+            "conversation_id": "again",
+            "user": "u1",
+            "decision": "exact duplicate",
+            "duplicate_of": "logs/a.jsonl:2",
+        }
+    )
+    manifest(path, rows)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(data, models, tmp_path_factory):
+    """Three steps of four, twice over the data less what has too little signal: 8 of 12."""
+    folder = tmp_path_factory.mktemp("runs")
+    scores = folder / "scores.jsonl"
+    lost = {2, 5, 6, 9}
+    scores.write_text(
+        "".join(
+            json.dumps({"id": i.id, "mean_abs_advantage": 0.1 if n in lost else 0.5}) + "\n"
+            for n, i in enumerate(read_interactions(data))
+        )
+    )
+    config = replace(
+        reverse_kl(models("qwen3"), data, str(folder / "first")),
+        engine="transformers",
+        hindsight=HindsightConfig(
+            max_prompt_tokens=150, max_hindsight_prompt_tokens=250, max_response_tokens=60
+        ),
+        batch=BatchConfig(interactions_per_step=4, epochs=1.5, seed=7, row_tokens=256),
+        checkpoint=CheckpointConfig(interval=1, keep=0),
+        safeguard=SafeguardConfig(probe_interactions=2),
+        select=SelectConfig(scores=str(scores), min_signal=0.2),
+    )
+    train(config)
+    return folder / "first"
+
+
+@pytest.fixture
+def trace(tmp_path):
+    """Runs the command; what it writes with --json."""
+
+    def call(id: str, data: str, *runs: str) -> dict:
+        out = tmp_path / "trace.json"
+        trace_command(id, data=(data,), runs=runs, json_out=str(out))
+        return json.loads(out.read_text())
+
+    return call
+
+
+def drawn(run, data) -> list[str]:
+    """What the run's loop drew, in order, taken from the trainer's own parts."""
+    config = read_config(str(run))
+    interactions, _ = load_data(config)
+    cursor = Cursor(len(interactions), config.batch.seed)
+    return [interactions[i].id for i in cursor.take(4) + cursor.take(4) + cursor.take(4)]
+
+
+def test_every_interaction_is_read_by_the_checkpoints_that_drew_it(data, run, trace):
+    order = drawn(run, data)
+    assert len(set(order)) == 8
+    for i in read_interactions(data):
+        found = trace(i.id, data, str(run.parent))["runs"]
+        (one,) = found
+        assert one["trained_on_it"] and (i.id in one["left_out"]) == (i.id not in order)
+        told = {c["name"]: c["read"].get(i.id, 0) for c in one["checkpoints"]}
+        counts = {f"step-{s}": order[: 4 * s].count(i.id) for s in (1, 2, 3)}
+        assert told == {**counts, "export": order.count(i.id)}
+        clean = [name for name, n in counts.items() if not n]
+        assert one["newest_before"] == (clean[-1] if clean else None)
+
+
+def test_the_probe_reads_without_training(data, run, trace):
+    """Two of eight: the first and the fifth that are kept."""
+    kept = [i.id for n, i in enumerate(read_interactions(data)) if n not in {2, 5, 6, 9}]
+    for id in kept:
+        (one,) = trace(id, data, str(run))["runs"]
+        assert one["probe"] == ([id] if id in (kept[0], kept[4]) else [])
+
+
+@pytest.mark.parametrize(
+    ("id", "sources", "interactions"),
+    [
+        ("c0", {"logs/a.jsonl:0"}, {"c0", "c0_3"}),
+        ("c0_3", {"logs/a.jsonl:0"}, {"c0_3"}),
+        ("c5", {"logs/a.jsonl:4"}, {"c5"}),
+        ("logs/a.jsonl:4", {"logs/a.jsonl:4"}, {"c5"}),
+        ("./logs/../logs/a.jsonl:4", {"logs/a.jsonl:4"}, {"c5"}),
+        ("u1", {"logs/a.jsonl:0", "logs/a.jsonl:11", "logs/a.jsonl:2"}, {"c0", "c0_3", "c3"}),
+        ("again", {"logs/a.jsonl:11", "logs/a.jsonl:2"}, {"c3"}),
+        ("c3", {"logs/a.jsonl:2", "logs/a.jsonl:11"}, {"c3"}),
+        ("logs/b.jsonl:4", set(), set()),
+        ("c", set(), set()),
+    ],
+)
+def test_what_an_id_names(id, sources, interactions, data):
+    hits = find(data, id)
+    assert {hit.source for hit in hits} == sources
+    assert {i for hit in hits for i in hit.interactions} == interactions
+
+
+def test_a_duplicate_says_how_it_was_found(data):
+    via = {hit.conversation_id: hit.via for hit in find(data, "again")}
+    assert via == {"again": "asked for", "c3": "kept in place of"}
+    via = {hit.conversation_id: hit.via for hit in find(data, "c3")}
+    assert via == {"c3": "asked for", "again": "duplicate of"}
+
+
+def test_it_says_what_to_do(data, run, trace, capsys):
+    order = drawn(run, data)
+    late = next(id for id in order[4:8] if id not in order[:4])
+    trace(late, data, str(run))
+    shown = capsys.readouterr().out
+    assert f"sdpo export {run} --step 1" in shown and "opt-out list" in shown
+    trace(order[0], data, str(run))
+    assert "train again from the run's own model" in capsys.readouterr().out
+
+
+def test_a_checkpoint_set_aside_still_holds_what_it_read(data, run, trace, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "checkpoints" / "step-1").rename(copy / "checkpoints" / "step-1.damaged")
+    order = drawn(run, data)
+    late = next(id for id in order[4:8] if id not in order[:4])
+    (one,) = trace(late, data, str(copy))["runs"]
+    assert one["checkpoints"][0]["name"] == "step-1.damaged" and one["newest_before"] is None
+    (one,) = trace(order[0], data, str(copy))["runs"]
+    assert one["checkpoints"][0]["read"] == {order[0]: 1}
+
+
+def test_other_data_and_other_scores_are_told(data, run, trace, tmp_path):
+    other = tmp_path / "other.jsonl"
+    write_interactions(other, read_interactions(data)[:6])
+    shutil.copy(manifest_path(data), manifest_path(other))
+    (one,) = trace("c0", str(other), str(run))["runs"]
+    assert not one["trained_on_it"] and "other data" in one["note"] and not one["checkpoints"]
+
+    scores = run.parent / "scores.jsonl"
+    before = scores.read_text()
+    scores.write_text(before.replace("0.5", "0.1", 1))
+    try:
+        (one,) = trace("c0", data, str(run))["runs"]
+    finally:
+        scores.write_text(before)
+    assert one["trained_on_it"] and "have changed" in one["note"] and not one["checkpoints"]
+
+
+def test_a_run_from_a_tainted_export_is_named(data, run, trace, tmp_path, capsys):
+    """Of its own data nothing is traced, but it began where the first had read it."""
+    child = tmp_path / "child"
+    shutil.copytree(run, child)
+    shutil.rmtree(child / "checkpoints")
+    config = json.loads((child / "config.json").read_text())
+    config |= {"model": str(run / "export"), "data": "else.jsonl"}
+    (child / "config.json").write_text(json.dumps(config))
+    found = trace("c0", data, str(run), str(child))
+    assert found["inherited"] == {str(child): str(run / "export")}
+    assert "carries what that has read" in capsys.readouterr().out
+
+
+def test_what_cannot_be_traced(data, run, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        trace_command("nobody", data=(data,))
+    assert "nobody: in none of the manifests" in capsys.readouterr().out
+    with pytest.raises(DataError, match="no such manifest"):
+        find(str(tmp_path / "none.jsonl"), "c0")
+    (tmp_path / "x.manifest.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match="not a readable manifest"):
+        find(str(tmp_path / "x.jsonl"), "c0")
+    with pytest.raises(DataError, match="no run there"):
+        trace_command("c0", data=(data,), runs=(str(tmp_path),))

@@ -1,0 +1,119 @@
+"""Single rules of the extraction, with values worked out by hand; parity is test_paper_parity's."""
+
+from dataclasses import replace
+
+import pytest
+
+from sdpo.conversations import Conversation, Message
+from sdpo.data.prepare.rules import PRESETS, Drop, ExtractionRules, examine
+
+PAPER = PRESETS["paper-wildchat"]
+ALL_TURNS = PRESETS["all-turns"]
+
+
+def conversation(*messages: tuple[str, str], **known) -> Conversation:
+    known = {"id": "c", "source": "log:0", "language": "English", "has_language": True} | known
+    return Conversation(messages=tuple(Message(*m) for m in messages), **known)
+
+
+def alternating(n: int, **known) -> Conversation:
+    """u0, a1, u2, a3, ..."""
+    turns = [("user", f"u{i}") if i % 2 == 0 else ("assistant", f"a{i}") for i in range(n)]
+    return conversation(*turns, **known)
+
+
+def turns(logged: Conversation, rules: ExtractionRules) -> list[tuple[list[str], str, str, int]]:
+    """(history, answer, follow-up, turn id) of every turn."""
+    found = examine(logged, rules)
+    said = [message.content for message in found.messages]
+    return [
+        ([said[i] for i in turn.history], said[turn.answer], said[turn.answer + 1], turn.answer)
+        for turn in found.turns
+    ]
+
+
+def test_a_plain_conversation():
+    assert turns(alternating(8), PAPER) == [
+        (["u0"], "a1", "u2", 1),
+        (["u0", "a1", "u2"], "a3", "u4", 3),
+        (["u0", "a1", "u2", "a3", "u4"], "a5", "u6", 5),
+    ]
+
+
+def test_history_is_the_last_five_messages_from_a_user_message_on():
+    assert turns(alternating(11), PAPER)[-1][::3] == (["u4", "a5", "u6", "a7", "u8"], 9)
+    run = conversation(*[("user", f"u{i}") for i in range(6)], ("assistant", "a"), ("user", "o"))
+    ((history, *_),) = turns(run, PAPER)
+    assert history == ["u1"], "of a run within the last five, the first stays"
+
+
+def test_an_answer_that_follows_an_answer_has_no_history():
+    twice = conversation(("user", "u"), ("assistant", "a"), ("assistant", "b"), ("user", "o"))
+    found = examine(twice, PAPER)
+    assert (found.dropped, found.turns, found.without_history) == (None, [], 1)
+    opening = conversation(("assistant", "a"), ("user", "u"), ("assistant", "b"))
+    assert examine(opening, PAPER).without_history == 1
+
+
+def test_indices_count_cleaned_messages():
+    logged = conversation(
+        ("system", "s"),
+        ("user", " "),
+        ("User", " x "),
+        ("tool", "t"),
+        ("ASSISTANT ", "\ty\n"),
+        ("user", "o\u00a0"),
+    )
+    assert turns(logged, PAPER) == [(["x"], "y", "o", 1)]
+
+
+def test_roles_of_every_format_are_turns_unless_a_paper_counts_only_its_own():
+    logged = conversation(("human", "x"), ("GPT", "y"), ("human", "o"))
+    assert turns(logged, ALL_TURNS) == [(["x"], "y", "o", 1)]
+    assert examine(logged, PAPER).dropped is Drop.TOO_FEW_MESSAGES
+    assert turns(logged, PRESETS["paper-wildfeedback"]) == [], "GPT is not gpt there"
+
+
+def test_wildfeedback_counts_and_keeps_messages_as_they_are():
+    rules = PRESETS["paper-wildfeedback"]
+    logged = conversation(
+        ("human", " x "), ("gpt", ""), ("system", "s"), ("gpt", " y "), ("human", " o\n")
+    )
+    assert turns(logged, rules) == [([" x "], " y ", " o\n", 3)]
+    twice = conversation(("human", "x"), ("gpt", "a"), ("gpt", "b"), ("human", "o"))
+    assert turns(twice, rules) == [(["x", "a"], "b", "o", 2)], "it may end with an answer"
+    blank = conversation(("human", "x"), ("gpt", " "), ("human", "o"))
+    assert (examine(blank, rules).turns, examine(blank, rules).blank) == ([], 1)
+    assert examine(conversation(("human", "x"), ("gpt", "y")), rules).dropped is not None
+
+
+def test_each_drop_has_its_reason_and_its_limit_is_inclusive():
+    rules = replace(PAPER, max_conversation_chars=20, max_assistant_chars=8, max_user_chars=6)
+
+    def dropped(*lengths: int, **known) -> Drop | None:
+        said = [(r, "x" * n) for r, n in zip(["user", "assistant"] * 4, lengths, strict=False)]
+        return examine(conversation(*said, **known), rules).dropped
+
+    assert dropped(6, 8, 6) is None
+    assert dropped(6, 8) is Drop.TOO_FEW_MESSAGES
+    assert dropped(6, 9, 5) is Drop.ASSISTANT_TOO_LONG
+    assert dropped(7, 8, 5) is Drop.USER_TOO_LONG
+    assert dropped(6, 8, 6, 1) is Drop.TOO_LONG
+    assert dropped(6, 8, 6, language=None) is Drop.LANGUAGE
+    assert dropped(6, 8, 6, language="French") is Drop.LANGUAGE
+    assert dropped(6, 8, 6, language=" EN ") is None
+    assert dropped(6, 8, 6, language=None, has_language=False) is None
+
+
+def test_all_turns_drops_nothing():
+    long = conversation(("user", "x" * 9999), ("assistant", "y" * 99_999), ("user", "o"))
+    assert len(turns(replace(long, language="French"), ALL_TURNS)) == 1
+    assert examine(conversation(), ALL_TURNS).dropped is None
+
+
+@pytest.mark.parametrize(
+    "rule", [{"history_messages": 0}, {"max_conversations": 0}, {"languages": ("English",)}]
+)
+def test_rules_that_make_no_sense(rule):
+    with pytest.raises(ValueError, match=next(iter(rule))):
+        ExtractionRules(**rule)

@@ -1,0 +1,321 @@
+"""Small real logs: every published shape in every container, with the columns that nobody reads.
+
+A conversation is written down once, as (role, text) turns, and `row` gives it the shape of a
+format; `write` puts rows into the container that a path's suffixes name.
+"""
+
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from sdpo.data.filters.guardrails import GuardrailConfig
+from sdpo.data.prepare.prepare import PrepareConfig
+
+Row = dict[str, Any]
+Turn = tuple[str | None, str | None] | None
+Turns = Sequence[Turn] | None
+
+CONTAINERS = ("parquet", "jsonl", "jsonl.gz", "jsonl.zst", "json")
+WRITTEN = datetime(2023, 5, 1, 12, 30, tzinfo=UTC)
+CATEGORIES = ("harassment", "harassment/threatening", "self-harm", "sexual/minors")
+SCORES = ("identity_attack", "insult", "obscene", "toxicity")
+
+
+# Rows
+
+
+def wildchat(id: str | None, turns: Turns, language: str | None = "English") -> Row:
+    """A row of allenai/WildChat."""
+    return {
+        "conversation_id": id,
+        "model": "gpt-3.5-turbo",
+        "timestamp": WRITTEN,
+        "conversation": _each(turns, _wildchat_message),
+        "turn": len(turns or ()) // 2,
+        "language": language,
+        "openai_moderation": _each(turns, lambda role, content: _openai_flags()),
+        "detoxify_moderation": _each(turns, lambda role, content: dict.fromkeys(SCORES, 0.01)),
+        "toxic": False,
+        "redacted": False,
+    }
+
+
+def wildchat_1m(id: str | None, turns: Turns, language: str | None = "English") -> Row:
+    """A row of allenai/WildChat-1M: `conversation_hash`, and where the user sits."""
+    shared = wildchat(id, turns, language)
+    row = {"conversation_hash": shared.pop("conversation_id"), **shared}
+    row["conversation"] = _each(turns, _wildchat_1m_message)
+    return row | {
+        "state": None,
+        "country": "France",
+        "hashed_ip": "9c8a51ac",
+        "header": {"accept-language": "fr", "user-agent": "Mozilla"},
+    }
+
+
+def lmsys(id: str | None, turns: Turns, language: str | None = "English") -> Row:
+    """A row of lmsys/lmsys-chat-1m."""
+    return {
+        "conversation_id": id,
+        "model": "vicuna-13b",
+        "conversation": _each(turns, lambda role, content: {"content": content, "role": role}),
+        "turn": len(turns or ()) // 2,
+        "language": language,
+        "openai_moderation": _each(turns, lambda role, content: _openai_flags()),
+        "redacted": False,
+    }
+
+
+def wildfeedback(id: str | None, turns: Turns, language: str | None = None) -> Row:
+    """A row as WildFeedback is published: [{from, value}] and no id."""
+    return {"conversation": _each(turns, _from_value)}
+
+
+def sharegpt(id: str | None, turns: Turns, language: str | None = None) -> Row:
+    return {"id": id, "conversations": _each(turns, _from_value)}
+
+
+def messages(id: str | None, turns: Turns, language: str | None = None) -> Row:
+    """A row in the shape of OpenAI's API."""
+    return {
+        "id": id,
+        "messages": _each(turns, lambda role, content: {"role": role, "content": content}),
+    }
+
+
+def triples(id: str | None, turns: Turns, language: str | None = None) -> Row:
+    """A ready interaction: the last two turns are the answer and the follow-up."""
+    *prompt, answer, follow_up = _each(turns, _from_value) or [None, None]
+    return {
+        "id": id,
+        "turn_id": len(prompt),
+        "prompt": prompt,
+        "completion": answer,
+        "user_response": follow_up,
+    }
+
+
+def _each(turns: Turns, make: Callable[[str | None, str | None], Row]) -> list[Row | None] | None:
+    return None if turns is None else [t and make(*t) for t in turns]
+
+
+def _wildchat_message(role: str | None, content: str | None) -> Row:
+    flags = {"redacted": False, "toxic": False}
+    return {"content": content, "language": "English", "role": role} | flags
+
+
+def _wildchat_1m_message(role: str | None, content: str | None) -> Row:
+    asks = role == "user"
+    return _wildchat_message(role, content) | {
+        "country": "France" if asks else None,
+        "hashed_ip": "9c8a51ac" if asks else None,
+        "header": {"accept-language": "fr", "user-agent": "Mozilla"} if asks else None,
+        "state": None,
+        "timestamp": None if asks else WRITTEN,
+        "turn_identifier": 1234567,
+    }
+
+
+def _openai_flags() -> Row:
+    return {
+        "categories": dict.fromkeys(CATEGORIES, False),
+        "category_scores": dict.fromkeys(CATEGORIES, 1e-5),
+        "flagged": False,
+    }
+
+
+def _from_value(role: str | None, content: str | None) -> Row:
+    name = {"user": "human", "assistant": "gpt"}.get(role or "", role)
+    return {"from": name, "value": content}
+
+
+ROWS: dict[str, Callable[..., Row]] = {
+    "wildchat": wildchat,
+    "wildchat-1m": wildchat_1m,
+    "lmsys": lmsys,
+    "wildfeedback": wildfeedback,
+    "sharegpt": sharegpt,
+    "messages": messages,
+    "triples": triples,
+}
+# what `format=` and the report call them
+FORMAT = {shape: shape for shape in ROWS} | {"wildchat-1m": "wildchat"}
+
+
+# Parquet schemas: a row of nulls has its columns' types too
+
+
+def _texts(*names: str) -> list[pa.Field]:
+    return [pa.field(name, pa.string()) for name in names]
+
+
+_HEADER = pa.struct(_texts("accept-language", "user-agent"))
+_WHEN = pa.timestamp("us", tz="UTC")
+_MESSAGE = [
+    *_texts("content", "language"),
+    pa.field("redacted", pa.bool_()),
+    pa.field("role", pa.string()),
+    pa.field("toxic", pa.bool_()),
+]
+_MESSAGE_1M = [
+    *_MESSAGE,
+    *_texts("country", "hashed_ip"),
+    pa.field("header", _HEADER),
+    pa.field("state", pa.string()),
+    pa.field("timestamp", _WHEN),
+    pa.field("turn_identifier", pa.int64()),
+]
+_FLAGS = pa.struct(
+    [
+        pa.field("categories", pa.struct([pa.field(c, pa.bool_()) for c in CATEGORIES])),
+        pa.field("category_scores", pa.struct([pa.field(c, pa.float64()) for c in CATEGORIES])),
+        pa.field("flagged", pa.bool_()),
+    ]
+)
+_TURN = pa.struct(_texts("from", "value"))
+
+
+def _wildchat_schema(id_column: str, message: list[pa.Field]) -> list[pa.Field]:
+    return [
+        *_texts(id_column, "model"),
+        pa.field("timestamp", _WHEN),
+        pa.field("conversation", pa.list_(pa.struct(message))),
+        pa.field("turn", pa.int64()),
+        pa.field("language", pa.string()),
+        pa.field("openai_moderation", pa.list_(_FLAGS)),
+        pa.field(
+            "detoxify_moderation",
+            pa.list_(pa.struct([pa.field(name, pa.float64()) for name in SCORES])),
+        ),
+        pa.field("toxic", pa.bool_()),
+        pa.field("redacted", pa.bool_()),
+    ]
+
+
+SCHEMAS = {
+    "wildchat": pa.schema(_wildchat_schema("conversation_id", _MESSAGE)),
+    "wildchat-1m": pa.schema(
+        [
+            *_wildchat_schema("conversation_hash", _MESSAGE_1M),
+            *_texts("state", "country", "hashed_ip"),
+            pa.field("header", _HEADER),
+        ]
+    ),
+    "lmsys": pa.schema(
+        [
+            *_texts("conversation_id", "model"),
+            pa.field("conversation", pa.list_(pa.struct(_texts("content", "role")))),
+            pa.field("turn", pa.int64()),
+            pa.field("language", pa.string()),
+            pa.field("openai_moderation", pa.list_(_FLAGS)),
+            pa.field("redacted", pa.bool_()),
+        ]
+    ),
+    "wildfeedback": pa.schema([pa.field("conversation", pa.list_(_TURN))]),
+    "sharegpt": pa.schema([*_texts("id"), pa.field("conversations", pa.list_(_TURN))]),
+    "messages": pa.schema(
+        [*_texts("id"), pa.field("messages", pa.list_(pa.struct(_texts("role", "content"))))]
+    ),
+    "triples": pa.schema(
+        [
+            *_texts("id"),
+            pa.field("turn_id", pa.int64()),
+            pa.field("prompt", pa.list_(_TURN)),
+            pa.field("completion", _TURN),
+            pa.field("user_response", _TURN),
+        ]
+    ),
+}
+
+
+# Containers
+
+
+def row(shape: str, id: str | None, turns: Turns, language: str | None = "English") -> Row:
+    return ROWS[shape](id, turns, language)
+
+
+def json_line(row: object) -> bytes:
+    return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
+
+
+def json_lines(rows: Iterable[object]) -> bytes:
+    return b"".join(map(json_line, rows))
+
+
+def parquet(shape: str, rows: Iterable[Row], *, rows_per_group: int = 2) -> bytes:
+    file = io.BytesIO()
+    table = pa.Table.from_pylist(list(rows), schema=SCHEMAS[shape])
+    pq.write_table(table, file, row_group_size=rows_per_group, write_page_checksum=True)
+    return file.getvalue()
+
+
+def packed(shape: str, rows: Sequence[Row], container: str) -> bytes:
+    """The bytes of a file that holds `rows`; `container` is one of CONTAINERS."""
+    match container:
+        case "parquet":
+            return parquet(shape, rows)
+        case "jsonl":
+            return json_lines(rows)
+        case "jsonl.gz":
+            return gzip.compress(json_lines(rows), mtime=0)
+        case "jsonl.zst":
+            return zstandard.compress(json_lines(rows))
+        case "json":
+            return json.dumps(rows, ensure_ascii=False, default=str, indent=1).encode()
+    raise ValueError(f"no such container: {container}")
+
+
+def write(path: Path, shape: str, rows: Sequence[Row]) -> Path:
+    """Writes rows into the container that the name of `path` ends with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(packed(shape, rows, path.name.split(".", maxsplit=1)[1]))
+    return path
+
+
+# One log that every format can hold
+
+
+def exchange(name: str, answers: int = 1) -> list[tuple[str, str]]:
+    """Question and answer in turn, and a last word of the user's."""
+    turns = []
+    for i in range(answers):
+        turns += [("user", f"{name}: question {i}"), ("assistant", f"{name}: answer {i}")]
+    return [*turns, ("user", f"{name}: thanks")]
+
+
+def interaction(id: str, turns: Sequence[tuple[str, str]]) -> Row:
+    """What `prepare` writes for an answer: the turns are the history, it, and the follow-up."""
+    row = triples(id, turns)
+    row["turn_id"] = int(id.rsplit("_", 1)[1])
+    return row
+
+
+# Through `prepare`, with nothing filtered
+
+UNGUARDED = GuardrailConfig(
+    flagged=False, redacted=False, pii="off", duplicates="off", injections=False
+)
+
+
+def all_turns(*inputs: Path | str, out: Path, **settings: Any) -> PrepareConfig:
+    """Every answer with a follow-up, and no guardrails."""
+    return PrepareConfig(
+        inputs=tuple(map(str, inputs)),
+        out=str(out),
+        preset="all-turns",
+        guardrails=UNGUARDED,
+        **settings,
+    )
+
+
+def rows_of(out: Path) -> list[Row]:
+    return [json.loads(line) for line in out.read_text("utf-8").split("\n")[:-1]]

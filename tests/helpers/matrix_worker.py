@@ -1,0 +1,122 @@
+"""Run under torchrun: train the cases of a JSON file one after the other; compare each export.
+
+argv: cases, empty folder. Writes ``rows.json``: name -> rows of metrics.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from helpers import runs
+from sdpo.batching import BatchConfig
+from sdpo.hindsight import HindsightConfig
+from sdpo.objective import ReverseKL, SampledToken
+from sdpo.train.config import TrainConfig
+from sdpo.train.safeguards import SafeguardConfig
+from sdpo.train.trainer import train
+from sdpo_parallel.config import (
+    CheckpointConfig,
+    LoraConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    parse_teacher,
+)
+from sdpo_parallel.torchtitan.engine import TitanEngine, init_distributed, reshard
+
+OBJECTIVES = {"sampled-token": SampledToken(ignore_first=2), "reverse-kl": ReverseKL()}
+TOKENS = torch.randint(5, 400, (2, 256), generator=torch.Generator().manual_seed(1))
+TOLERANCE = 1e-4
+
+
+def config(case: dict, data: str, out: Path) -> TrainConfig:
+    return TrainConfig(
+        model=case["model"],
+        data=data,
+        out=str(out),
+        objective=OBJECTIVES[case["objective"]],
+        teacher=parse_teacher(case["teacher"]),
+        lora=LoraConfig(rank=case.get("lora", 0)),
+        hindsight=HindsightConfig(
+            max_prompt_tokens=150, max_hindsight_prompt_tokens=250, max_response_tokens=60
+        ),
+        batch=BatchConfig(
+            interactions_per_step=6,
+            row_tokens=256,
+            micro_batch_tokens=case.get("micro_batch_tokens", 768),
+        ),
+        optimizer=OptimizerConfig(lr=1e-3 if case.get("lora") else 3e-4, max_grad_norm=1.0),
+        parallel=ParallelConfig(
+            **case["parallel"], compute_dtype=case.get("compute_dtype", "float32")
+        ),
+        checkpoint=CheckpointConfig(interval=100),
+        safeguard=SafeguardConfig(probe_every=2, probe_interactions=5),
+    )
+
+
+@torch.no_grad()
+def logits(engine: TitanEngine) -> torch.Tensor:
+    """(B, T, V), whole on every rank."""
+    positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
+    index = torch.arange(TOKENS.numel())
+    with engine.context():
+        h = engine.policy.hidden_states(TOKENS, positions, index)
+        part = h @ engine.policy.lm_head().weight.T
+    reshard(engine.module)
+    if (group := engine.policy.tensor_group) is not None:
+        parts = [torch.empty_like(part) for _ in range(group.size())]
+        dist.all_gather(parts, part.contiguous(), group=group)
+        part = torch.cat(parts, dim=-1)
+    return part.view(*TOKENS.shape, -1)
+
+
+def compare_exports(engine: TitanEngine, folder: str, **options) -> None:
+    """``TitanEngine.export``, and the trained logits next to those of transformers."""
+    untouched = AutoModelForCausalLM.from_pretrained(engine.folder, dtype=torch.float32)
+    trained = logits(engine)
+    export(engine, folder, **options)
+    if engine.is_main:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            found, before = model(TOKENS).logits, untouched(TOKENS).logits
+        apart = (found - trained).abs().max()
+        limit = TOLERANCE if trained.dtype == torch.float32 else 0.1 * found.abs().max()
+        assert apart < limit, apart
+        assert (before - trained).abs().max() > 10 * TOLERANCE, "training moved nothing"
+    if engine.lora.rank:
+        export(engine, f"{folder}-peft", adapters=True)
+        if engine.is_main:
+            from peft import PeftModel
+
+            adapted = PeftModel.from_pretrained(untouched, f"{folder}-peft")
+            with torch.no_grad():
+                found = adapted(TOKENS).logits
+            assert (d := (found - trained).abs().max()) < TOLERANCE, ("PEFT", d)
+
+
+def main(cases: str, out: str) -> None:
+    init_distributed()
+    work = json.loads(Path(cases).read_text())
+    rows = {}
+    for case in work["cases"]:
+        print("case:", case["name"], file=sys.stderr)
+        folder = Path(out) / "run"
+        train(config(case, work["data"], folder))
+        if dist.get_rank() == 0:
+            rows[case["name"]] = runs.read_metrics(folder)
+            shutil.rmtree(folder)
+        dist.barrier()
+    if dist.get_rank() == 0:
+        (Path(out) / "rows.json").write_text(json.dumps(rows))
+    leave()
+
+
+if __name__ == "__main__":
+    export, TitanEngine.export = TitanEngine.export, compare_exports
+    # one process group for all cases
+    leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None
+    main(*sys.argv[1:])

@@ -1,0 +1,58 @@
+"""Training runs as users start them: `sdpo train` alone, or under torchrun with gloo."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from sdpo.train.run_folder import read_metrics
+
+PATHS = [Path(__file__).parents[2] / p for p in (".", "kernels", "parallel", "tests")]
+ENV = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
+}
+SMALL = {
+    "hindsight.max-prompt-tokens": 150,
+    "hindsight.max-hindsight-prompt-tokens": 250,
+    "hindsight.max-response-tokens": 60,
+    "batch.interactions-per-step": 6,
+    "batch.row-tokens": 256,
+    "batch.micro-batch-tokens": 768,
+    "optimizer.lr": 3e-4,
+    "optimizer.max-grad-norm": 1.0,
+}
+
+
+def cause(stderr: str) -> str:
+    """What went wrong, without what torchrun says of it."""
+    return stderr.partition("torch/distributed/elastic/multiprocessing/api.py")[0][-9000:]
+
+
+def command(recipe: str, model: str, data: str, out: Path, *options: str, ranks: int = 0) -> list:
+    """argv of a run; ``ranks`` = 0: no torchrun."""
+    launch = ["-m", "sdpo", "train"]
+    if ranks:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launch += ["-m", "sdpo.train"]
+    names = ["--model", model, "--data", data, "--out", str(out)]
+    small = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, *launch, recipe, *names, *small, *options]
+
+
+def train(recipe: str, model: str, data: str, out: Path, *options: str, ranks: int = 0) -> list:
+    """Run to the end; the rows of metrics.jsonl."""
+    argv = command(recipe, model, data, out, *options, ranks=ranks)
+    result = subprocess.run(argv, env=ENV, capture_output=True, text=True)
+    assert result.returncode == 0, cause(result.stderr)
+    return read_metrics(out)
+
+
+def assert_same_course(rows: list[dict], others: list[dict], tolerance: float = 1e-5) -> None:
+    """Losses and gradient norms of every step agree to ``tolerance``; above 1, relative."""
+    assert [r["step"] for r in rows] == [r["step"] for r in others]
+    for a, b in zip(rows, others, strict=True):
+        for name in ("loss", "grad_norm", "lr", "advantage/mean_abs", "response/tokens"):
+            assert abs(a[name] - b[name]) <= tolerance * max(abs(a[name]), 1.0), (name, a, b)

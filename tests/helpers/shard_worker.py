@@ -1,0 +1,120 @@
+"""One tensor-parallel rank: every function on its rows of the head against the whole head.
+
+torchrun --nproc_per_node=2 tests/helpers/shard_worker.py
+"""
+
+import torch
+import torch.distributed as dist
+from kernels.cases import FUNCTIONS, evaluate, problem, statistics
+
+from sdpo_kernels import VocabShard
+from sdpo_kernels import vocab_parallel as vocab
+from sdpo_kernels._impl import partials
+
+TOKENS, WORDS, ROWS_PER_CHUNK = 13, 101, 5
+CHUNKS = -(-TOKENS // ROWS_PER_CHUNK)
+OPTIONS = dict(temperature=0.8, softcap=6.0)
+K = 5
+FLOATS = {
+    "logprob": partials.SINGLE,
+    "reverse_kl": partials.PAIR + 1,  # and the values, once
+    "forward_kl": partials.PAIR + 1,
+    "jsd": partials.PAIR + 2,
+    "sampled_token": partials.PAIR,
+    "topk": partials.PAIR + K + 2 * K + partials.PAIR + 2 * K,  # ids are int64
+}
+"""float32 numbers per token that a rank sends where weights are known up front."""
+COLLECTIVES = {
+    "logprob": CHUNKS,
+    "reverse_kl": CHUNKS + 1,
+    "forward_kl": CHUNKS + 1,
+    "jsd": 2 * CHUNKS,
+    "sampled_token": CHUNKS,
+    "topk": 4 * CHUNKS,
+}
+sent: list[int] = []
+
+
+def count_bytes() -> None:
+    """Note the size of what every collective is given."""
+
+    def counted(collective, position):
+        def call(*args, **kwargs):
+            x = args[position]
+            sent.append(x.numel() * x.element_size())
+            return collective(*args, **kwargs)
+
+        return call
+
+    vocab.dist.all_gather_into_tensor = counted(dist.all_gather_into_tensor, 1)
+    vocab.dist.all_reduce = counted(dist.all_reduce, 0)
+
+
+def splits(ranks: int) -> dict[str, list[int]]:
+    """Borders of the ranks' shards."""
+    even = [min(r * -(-WORDS // ranks), WORDS) for r in range(ranks + 1)]
+    uneven = [0, *sorted([3, 90, 60][: ranks - 1]), WORDS]
+    return {"even": even, "uneven": uneven, "empty": [0, *[WORDS] * ranks]}
+
+
+def check(name: str, borders: list[int], path: str, known: bool, dtype=torch.float32) -> None:
+    """Values, statistics and gradients of the shards equal the whole's to 1e-5, in float32."""
+    rank, whole_reduce = dist.get_rank(), dist.all_reduce
+    torch.manual_seed(0)
+    p, bias = problem(TOKENS, WORDS, 16, 1.0, dtype), torch.randn(WORDS, dtype=dtype)
+    exact = dtype == torch.float32
+    chunk = ROWS_PER_CHUNK * WORDS * 4 * 2
+    whole = evaluate(name, p, known=known, path="torch", bias=bias, **OPTIONS)
+    rows = slice(borders[rank], borders[rank + 1])
+    shard = VocabShard(dist.group.WORLD, rows.start, WORDS)
+    mine = dict(shard=shard, path=path, chunk_bytes=chunk // dist.get_world_size())
+    local = p._replace(weight=p.weight[rows])
+    part = evaluate(name, local, known=known, bias=bias[rows], **mine, **OPTIONS)
+    whole_reduce(part["hidden"])  # partial
+    expected = {**whole, "weight": whole["weight"][rows], "bias": whole["bias"][rows]}
+    for k, t in part.items():
+        close = 1e-5 if exact or k == "value" else 5e-2
+        torch.testing.assert_close(t, expected[k], rtol=close, atol=close, msg=f"{name} {k}")
+    found = statistics(name, local, bias=bias[rows], **mine, **OPTIONS)
+    truth = statistics(name, p, bias=bias, **OPTIONS)
+    for k, t in found.items():
+        torch.testing.assert_close(t, truth[k], rtol=1e-5, atol=1e-5, msg=f"{name} {k}")
+
+
+def check_bytes(name: str) -> None:
+    p = problem(TOKENS, WORDS, 16, 1.0)
+    shard = VocabShard.of(dist.group.WORLD, WORDS)
+    local = p._replace(weight=p.weight[shard.rows])
+    streams = 1 if name == "logprob" else 2
+    sent.clear()
+    evaluate(
+        name,
+        local,
+        known=True,
+        shard=shard,
+        chunk_bytes=ROWS_PER_CHUNK * 4 * streams * -(-WORDS // dist.get_world_size()),
+    )
+    assert sum(sent) == 4 * FLOATS[name] * TOKENS, (name, sum(sent) / TOKENS)
+    assert len(sent) == COLLECTIVES[name], (name, len(sent))
+    if dist.get_rank() == 0:
+        print(f"{name}: {sum(sent) / TOKENS:.0f} bytes per token")
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    count_bytes()
+    for split, borders in splits(dist.get_world_size()).items():
+        for name in FUNCTIONS:
+            for known in (False, True):
+                check(name, borders, "torch", known)
+        for name in ("logprob", "jsd", "topk") if split == "uneven" else ():
+            check(name, borders, "triton", known=True)
+        for path in ("triton", "fused") if split == "empty" else ():
+            check("sampled_token", borders, path, known=True, dtype=torch.bfloat16)
+    for name in FLOATS:
+        check_bytes(name)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,538 @@
+"""Every function on every path against the float64 oracle, and its edges."""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from helpers.cases import FUNCTIONS, Problem, evaluate, oracle, problem, statistics
+from helpers.oracle import assert_as_good_as, rel_err
+from sdpo_kernels import (
+    linear_jsd,
+    linear_logprob,
+    linear_reverse_kl,
+    linear_sampled_token,
+    reference,
+)
+from sdpo_kernels._impl import tuning
+
+PATHS = ("torch", "triton", "fused", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NUMBERS = [(torch.float32, 0.1), (torch.float32, 3.0), (torch.bfloat16, 0.1), (torch.float16, 0.1)]
+"""Dtypes, and how far apart the streams are."""
+V = 151
+CHUNK = 2 * 9 * V * 4
+"""Nine tokens of two streams."""
+TRANSFORM = dict(temperature=0.8, softcap=6.0)
+WITHOUT_SOFTMAX_TERM = {
+    "logprob": lambda p, q, y: y,
+    "reverse_kl": lambda p, q, y: p * (p.log() - q.log()),
+    "forward_kl": lambda p, q, y: -q,
+    "jsd": lambda p, q, y: 0.5 * p * (p.log() - (0.5 * q + 0.5 * p).log()),
+    "jsd_0.9": lambda p, q, y: 0.1 * p * (p.log() - (0.9 * q + 0.1 * p).log()),
+}
+"""Gradients with respect to the logits that lack what the softmax's normaliser adds."""
+
+
+def tokens(name: str, path: str, dtype: torch.dtype) -> int:
+    """Errors even out over many tokens; but the interpreter is slow."""
+    rounded = dtype != torch.float32 or "sampled" in name
+    return 32 if rounded or path in ("torch", "reference") else 12
+
+
+def modes(path: str, dtype: torch.dtype, distance: float = 0.1) -> tuple[bool, ...]:
+    """Weights known up front, or not, which the interpreter is too slow to do for every case."""
+    interpreted = path in ("triton", "fused")
+    return (True,) if interpreted and (dtype, distance) != (torch.float32, 0.1) else (False, True)
+
+
+FUSED = [name for name in FUNCTIONS if name == "logprob" or "sampled_token" in name]
+ON_PATHS = [(n, path) for n in FUNCTIONS for path in PATHS if path != "fused" or n in FUSED]
+"""Where nothing is fused, that path is the triton path."""
+
+
+def mutants(name: str, p: Problem) -> dict[str, list[Tensor]]:
+    """Plausible wrong results: streams swapped, the softmax's term dropped."""
+    wrong: dict[str, list[Tensor]] = {"value": [], "hidden": [], "weight": []}
+    if name in ("reverse_kl", "forward_kl", "jsd_0.9", "topk", "topk, forward_kl"):
+        swapped = oracle(name, p._replace(hidden=p.hindsight, hindsight=p.hidden))
+        for k, t in wrong.items():
+            t.append(swapped[k])
+    if name in WITHOUT_SOFTMAX_TERM:
+        h, w, g, y, upstream, _ = p.to(torch.float64)
+        one_hot = torch.nn.functional.one_hot(y, w.shape[0]).double()
+        at = ((h @ w.T).softmax(-1), (g @ w.T).softmax(-1), one_hot)
+        grad_NV = upstream[:, None] * WITHOUT_SOFTMAX_TERM[name](*at)
+        wrong["hidden"].append(grad_NV @ w)
+        wrong["weight"].append(grad_NV.T @ h)
+    return wrong
+
+
+@pytest.mark.parametrize(("dtype", "distance"), NUMBERS, ids=str)
+@pytest.mark.parametrize(("name", "path"), ON_PATHS)
+def test_values_and_gradients_match_the_oracle(name, path, dtype, distance):
+    p = problem(tokens(name, path, dtype), V, 48, distance, dtype)
+    truth, baseline = oracle(name, p), oracle(name, p, torch.float32)
+    wrong = mutants(name, p)
+    for known in modes(path, dtype, distance):
+        got = evaluate(name, p, known=known, path=path, chunk_bytes=CHUNK)
+        for k, ours in got.items():
+            assert_as_good_as(ours, truth[k], baseline[k], mutants=wrong[k])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("name", "path"), ON_PATHS)
+def test_bias_softcap_and_temperature_are_part_of_the_definition(name, path, dtype):
+    p, bias = problem(tokens(name, path, dtype), V, 48, 0.1, dtype), torch.randn(V, dtype=dtype)
+    options = dict(bias=bias, **TRANSFORM)
+    truth, baseline = oracle(name, p, **options), oracle(name, p, torch.float32, **options)
+    without = oracle(name, p, bias=bias)
+    for known in modes(path, dtype):
+        got = evaluate(name, p, known=known, path=path, chunk_bytes=CHUNK, **options)
+        assert set(got) == {"value", "hidden", "weight", "bias"}
+        for k, ours in got.items():
+            # the softcap's tanh has roundings of its own
+            assert_as_good_as(ours, truth[k], baseline[k], k=2.5, mutants=[without[k]])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "name", ["logprob", "reverse_kl", "sampled_token", "sampled_token, centred"]
+)
+def test_statistics_are_those_of_both_streams(name, path):
+    p, bias = problem(9, V, 16, 1.0), torch.randn(V)
+    options = dict(bias=bias, **TRANSFORM)
+    got = statistics(name, p, path=path, chunk_bytes=CHUNK, **options)
+    truth, baseline = (
+        statistics(name, p.to(d), path="reference", **{**options, "bias": bias.to(d)})
+        for d in (torch.float64, torch.float32)
+    )
+    logp = reference.log_softmax(p.hidden.double(), p.weight.double(), bias.double(), **TRANSFORM)
+    assert (
+        rel_err(truth.get("entropy_policy", truth.get("entropy")), reference.entropy(logp)) < 1e-9
+    )
+    for k, ours in got.items():
+        assert not ours.requires_grad
+        assert_as_good_as(ours, truth[k], baseline[k])
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_a_divergence_of_nearly_equal_streams_keeps_its_digits_and_its_sign(path):
+    p = problem(64 if path == "torch" else 8, 301, 48, 1e-3)
+    for name in ("reverse_kl", "forward_kl", "jsd", "jsd_0.9", "topk"):
+        value = evaluate(name, p, known=False, path=path)["value"]
+        truth = oracle(name, p)["value"]
+        assert (value >= 0).all(), name
+        assert truth.max() < 1e-5 and rel_err(value, truth) < 5e-3, name
+        naive = oracle(name, p, torch.float32)["value"]
+        assert rel_err(naive, truth) > 5e-3, "the plain formula would do, so nothing was shown"
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_float16_gradients_of_a_mean_over_many_tokens_do_not_underflow(name, path):
+    p = problem(13, 301, 48, 1.0, torch.float16)
+    p = p._replace(upstream=p.upstream * 2.0**-24)
+    scaled = p._replace(upstream=p.upstream * 2.0**24)  # as a gradient scaler does, afterwards
+    truth, baseline = oracle(name, scaled), oracle(name, scaled, torch.float32)
+    hidden, weight = (t.clone().requires_grad_() for t in (p.hidden, p.weight))
+    at = p._replace(hidden=hidden, weight=weight)
+    out = FUNCTIONS[name](at, p.upstream, path=path)
+    (out.loss * 2.0**24).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert_as_good_as(hidden.grad, truth["hidden"], baseline["hidden"])
+    assert_as_good_as(weight.grad, truth["weight"], baseline["weight"])
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if "sampled_token" not in n])
+def test_gradcheck(name):
+    """Not the sampled token's: its advantage, a function of the inputs, is a constant of the
+    gradient. tests/test_objective.py has it with the advantage fixed."""
+    p = problem(4, 7, 3, 1.0, torch.float64)
+    # the hindsight stream is a constant: its head must not be the one that is perturbed
+    head = p.weight.detach().clone()
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    hidden, weight = (t.requires_grad_() for t in (p.hidden, p.weight))
+    own = {} if name == "logprob" else dict(hindsight_weight=head)
+    options = dict(chunk_bytes=2 * 2 * 7 * 8, **TRANSFORM, **own)
+
+    def value(h, w, b):
+        return FUNCTIONS[name](p._replace(hidden=h, weight=w), None, bias=b, **options)[0]
+
+    def loss(h, w, b):
+        return FUNCTIONS[name](p._replace(hidden=h, weight=w), p.upstream, bias=b, **options).loss
+
+    assert torch.autograd.gradcheck(value, (hidden, weight, bias))
+    assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+
+
+@settings(max_examples=60)
+@given(
+    n=st.integers(0, 9),
+    v=st.integers(1, 40),
+    d=st.integers(1, 9),
+    chunk=st.integers(1, 9),
+    temperature=st.floats(0.3, 3),
+    softcap=st.none() | st.floats(1, 30),
+    with_bias=st.booleans(),
+    masked=st.booleans(),
+    name=st.sampled_from(sorted(FUNCTIONS)),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_chunk_mask_and_temperature(
+    n, v, d, chunk, temperature, softcap, with_bias, masked, name, seed
+):
+    torch.manual_seed(seed)
+    if "topk" in name:
+        v = max(v, 5)
+    p = problem(n, v, d, 1.0, torch.float64)
+    options = dict(temperature=temperature, softcap=softcap)
+    if with_bias:
+        options["bias"] = torch.randn(v, dtype=torch.float64)
+    if masked:
+        options["mask"] = torch.rand(n) < 0.5
+    truth = oracle(name, p, **options)
+    for known in (False, True):
+        got = evaluate(name, p, known=known, chunk_bytes=chunk * v * 8, **options)
+        for k, ours in got.items():
+            torch.testing.assert_close(ours, truth[k], rtol=1e-7, atol=1e-11)
+
+
+@settings(max_examples=25)
+@given(
+    n=st.integers(0, 5),
+    v=st.integers(1, 300),
+    d=st.integers(1, 40),
+    name=st.sampled_from(sorted(FUNCTIONS)),
+    path=st.sampled_from(["triton", "fused"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    masked=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_in_the_kernels(n, v, d, name, path, dtype, masked, seed):
+    torch.manual_seed(seed)
+    if "topk" in name:
+        v = max(v, 5)
+    p = problem(n, v, d, 1.0, dtype)
+    options = dict(TRANSFORM)
+    if masked:
+        options["mask"] = torch.rand(n) < 0.5
+    truth, baseline = oracle(name, p, **options), oracle(name, p, torch.float32, **options)
+    got = evaluate(name, p, known=True, path=path, chunk_bytes=2 * 2 * v * 4, **options)
+    for k, ours in got.items():
+        # one token, or one word, may leave next to nothing to be relative to
+        scale = truth[k].norm() + p.upstream.sum() * (1e-3 if k == "value" else 1e-2) + 1e-9
+        error, allowed = (
+            (t.double() - truth[k]).norm() / scale for t in (ours, baseline[k].to(ours.dtype))
+        )
+        assert error <= 3 * allowed + (1e-5 if dtype == torch.float32 else 1e-2), (
+            k,
+            error,
+            allowed,
+        )
+
+
+@pytest.mark.parametrize(("name", "path"), ON_PATHS)
+def test_masking_a_row_is_deleting_it(name, path):
+    p = problem(12, 101, 16, 1.0)
+    mask = torch.tensor([True, False, True] * 4)
+    if "centred" in name:  # whose sequences are numbered by the row
+        mask = torch.arange(12) < 8
+    for t in (p.hidden, p.hindsight):
+        t[~mask] = torch.nan
+    kept = Problem(*(t if t is p.weight else t[mask] for t in p))
+    whole = evaluate(
+        name,
+        p._replace(upstream=torch.where(mask, p.upstream, torch.nan)),
+        known=False,
+        path=path,
+        mask=mask,
+    )
+    part = evaluate(name, kept, known=False, path=path)
+    assert not whole["value"][~mask].any() and not whole["hidden"][~mask].any()
+    for k in ("value", "hidden"):
+        torch.testing.assert_close(whole[k][mask], part[k], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole["weight"], part["weight"], rtol=1e-5, atol=1e-6)
+    found = statistics(name, p, path=path, mask=mask)
+    assert all(not t[~mask].any() and torch.isfinite(t).all() for t in found.values())
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+@pytest.mark.parametrize(("name", "path"), ON_PATHS)
+def test_no_rows_one_row_and_all_rows_masked(name, path, n):
+    p = problem(n, 33, 8, 1.0)
+    for known in (False, True):
+        got = evaluate(name, p, known=known, path=path, mask=torch.zeros(n, dtype=torch.bool))
+        assert all(not t.any() for t in got.values())
+        got = evaluate(name, p, known=known, path=path)
+        assert all(torch.isfinite(t).all() for t in got.values())
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if "topk" not in n])
+def test_a_vocabulary_of_one_word_leaves_nothing_to_learn(name, path):
+    p = problem(5, 1, 8, 1.0)
+    for k, t in evaluate(name, p, known=True, path=path).items():
+        assert t.abs().max() < 1e-5, k
+
+
+@pytest.mark.parametrize("path", ["torch", "triton", "reference"])
+def test_topk_of_the_whole_vocabulary_is_the_divergence(path):
+    p = problem(5, 5, 8, 1.0)
+    whole, topk = (evaluate(name, p, known=True, path=path) for name in ("reverse_kl", "topk"))
+    for k in whole:
+        torch.testing.assert_close(topk[k], whole[k], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    # ratios of 1e3 nats overflow in any dtype
+    ("name", "path"),
+    [at for at in ON_PATHS if at[0] != "sampled_token, PPO clip"],
+)
+def test_extreme_logits_stay_finite_and_right(name, path):
+    p = problem(4, 31, 8, 1.0)
+    p = p._replace(hidden=p.hidden * 3000, hindsight=p.hindsight * 3000)
+    assert (p.hidden @ p.weight.T).abs().max() > 1e4
+    truth, baseline = oracle(name, p), oracle(name, p, torch.float32)
+    for known in (False, True):
+        got = evaluate(name, p, known=known, path=path)
+        for k, ours in got.items():
+            assert torch.isfinite(ours).all(), k
+            error, allowed = ((t.double() - truth[k]).norm() for t in (ours, baseline[k]))
+            assert error <= 2 * allowed + 1e-6 * (1e4 + truth[k].norm()), k
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "jsd_0.9"])
+def test_words_that_only_hindsight_would_say(name, path):
+    """p is flushed to zero, as on many machines, where q = e^84 p is not."""
+    distance = torch.linspace(88, 96, 9)[:, None]
+    z = torch.cat([torch.zeros(9, 1), -distance, torch.randn(9, 3)], 1)
+    u = torch.cat([torch.zeros(9, 1), 84 - distance, torch.randn(9, 3)], 1)
+    p = Problem(z, torch.eye(5), u, torch.zeros(9, dtype=torch.long), torch.ones(9), z[:, 0])
+    truth = oracle(name, p)
+    torch.set_flush_denormal(True)
+    try:
+        got = evaluate(name, p, known=True, path=path)
+    finally:
+        torch.set_flush_denormal(False)
+    for k, ours in got.items():
+        torch.testing.assert_close(ours.double(), truth[k], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "path"), ON_PATHS)
+def test_one_hot_distributions(name, path):
+    hidden = torch.eye(6)[torch.tensor([0, 1, 2, 3])] * 100
+    hindsight = torch.eye(6)[torch.tensor([0, 1, 4, 5])] * 100
+    p = Problem(hidden, torch.eye(6), hindsight, torch.arange(4), torch.ones(4), -torch.ones(4))
+    truth = oracle(name, p)
+    for k, ours in evaluate(name, p, known=True, path=path).items():
+        assert torch.isfinite(ours).all()
+        torch.testing.assert_close(ours.double(), truth[k], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_a_word_that_is_missing_from_both_is_no_word(path):
+    """Missing vocabulary is -inf, never 0: a bias of -inf removes a row of the head."""
+    p = problem(6, 40, 8, 1.0)
+    bias = torch.zeros(40)
+    bias[::4] = -torch.inf
+    kept = p._replace(weight=p.weight[torch.isfinite(bias)])
+    for name in ("logprob", "reverse_kl", "forward_kl", "jsd"):
+        q, r = p, kept
+        if name == "logprob":
+            words = torch.isfinite(bias).nonzero()[:, 0]
+            r = kept._replace(targets=torch.arange(6))
+            q = p._replace(targets=words[:6])
+        whole = evaluate(name, q, known=True, path=path, bias=bias)
+        part = evaluate(name, r, known=True, path=path)
+        for k in ("value", "hidden"):
+            torch.testing.assert_close(whole[k], part[k], rtol=1e-4, atol=1e-5)
+        assert not whole["weight"][::4].any()
+
+
+def test_identical_streams_have_no_divergence_and_no_gradient():
+    p = problem(6, 50, 8, 0.0)
+    for name in ("reverse_kl", "forward_kl", "jsd", "jsd_0.9", "topk", "sampled_token"):
+        got = evaluate(name, p, known=False)
+        assert all(t.abs().max() < 1e-5 for t in got.values()), name
+
+
+def test_a_teacher_has_its_own_head_width_and_bias():
+    p = problem(7, 53, 16, 1.0)
+    wide, teacher, bias = torch.randn(7, 24), torch.randn(53, 24), torch.randn(53)
+    for path in ("torch", "triton"):
+        got = linear_reverse_kl(
+            p.hidden, p.weight, wide, teacher, hindsight_bias=bias, path=path
+        ).value
+        truth = reference.reverse_kl(
+            reference.log_softmax(p.hidden.double(), p.weight.double()),
+            reference.log_softmax(wide.double(), teacher.double(), bias.double()),
+        )
+        assert rel_err(got, truth) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_autocast_does_not_round_the_logits(path):
+    p = problem(13, 301, 48, 0.1)
+    plain = linear_reverse_kl(p.hidden, p.weight, p.hindsight, targets=p.targets, path=path)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = linear_reverse_kl(p.hidden, p.weight, p.hindsight, targets=p.targets, path=path)
+    assert torch.equal(plain.value, cast.value)
+    assert torch.equal(plain.stats.logp_policy, cast.stats.logp_policy)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_frozen_head_or_frozen_hidden_states_get_no_gradient(name, known):
+    p = problem(5, 20, 8, 1.0)
+    both = evaluate(name, p, known=known)
+    for trained, frozen in (("hidden", "weight"), ("weight", "hidden")):
+        leaf = getattr(p, trained).clone().requires_grad_()
+        out = FUNCTIONS[name](p._replace(**{trained: leaf}), p.upstream if known else None)
+        (out.loss if known else (out[0] * p.upstream).sum()).backward()
+        assert leaf.grad is not None and getattr(p, frozen).grad is None
+        torch.testing.assert_close(leaf.grad, both[trained])
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_second_backward_gives_the_same_gradient_and_double_use_adds_up(name, known):
+    p = problem(5, 20, 8, 1.0)
+    hidden = p.hidden.clone().requires_grad_()
+    at = p._replace(hidden=hidden)
+
+    def loss() -> Tensor:
+        out = FUNCTIONS[name](at, p.upstream if known else None)
+        return out.loss if known else (out[0] * p.upstream).sum()
+
+    once = loss()
+    (first,) = torch.autograd.grad(once, hidden, retain_graph=True)
+    (second,) = torch.autograd.grad(3 * once, hidden)
+    torch.testing.assert_close(second, 3 * first)
+    (twice,) = torch.autograd.grad(loss() + loss(), hidden)
+    torch.testing.assert_close(twice, 2 * first)
+
+
+def test_weights_without_a_gradient_still_give_the_loss():
+    p = problem(5, 20, 8, 1.0)
+    for context in (torch.no_grad(), contextlib.nullcontext()):
+        with context:
+            out = linear_reverse_kl(p.hidden, p.weight, p.hindsight, weights=p.upstream)
+        torch.testing.assert_close(out.loss, (out.value * p.upstream).sum())
+        assert out.loss is not None and not out.loss.requires_grad
+
+
+def test_noncontiguous_inputs():
+    p = problem(6, 31, 8, 1.0)
+    spread = [torch.stack([t, t], -1).flatten(1)[:, ::2] for t in p[:3]]
+    assert not any(t.is_contiguous() for t in spread)
+    for path in PATHS:
+        whole, strided = (
+            evaluate("sampled_token", q, known=True, path=path)
+            for q in (p, Problem(*spread, *p[3:]))
+        )
+        for k in whole:
+            torch.testing.assert_close(whole[k], strided[k])
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (dict(hidden=torch.randn(2, 3, 4)), "hidden"),
+        (dict(weight=torch.randn(5, 3)), "weight"),
+        (dict(weight=torch.randn(5, 4).half()), "weight"),
+        (dict(weight=torch.randn(0, 4)), "weight"),
+        (dict(hindsight_hidden=torch.randn(3, 4)), "hindsight_hidden"),
+        (dict(hindsight_weight=torch.randn(6, 4)), "hindsight_weight"),
+        (dict(hindsight_bias=torch.randn(5)), "hindsight_bias"),
+        (dict(targets=torch.zeros(3, dtype=torch.long)), "targets"),
+        (dict(targets=torch.zeros(2)), "targets"),
+        (dict(bias=torch.zeros(4)), "bias"),
+        (dict(weights=torch.zeros(3)), "weights"),
+        (dict(weights=torch.zeros(2, requires_grad=True)), "weights"),
+        (dict(mask=torch.zeros(2)), "mask"),
+        (dict(temperature=0.0), "temperature"),
+        (dict(softcap=-1.0), "softcap"),
+        (dict(softcap=0.0), "softcap"),
+        (dict(chunk_bytes=0), "chunk_bytes"),
+        (dict(path="cuda"), "path"),
+    ],
+)
+def test_a_mistake_is_named_before_any_work(change, names):
+    arguments = dict(
+        hidden=torch.randn(2, 4), weight=torch.randn(5, 4), hindsight_hidden=torch.randn(2, 4)
+    )
+    with pytest.raises(ValueError, match=names):
+        linear_reverse_kl(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, -0.5])
+def test_the_limits_of_jsd_are_other_functions(beta):
+    with pytest.raises(ValueError, match="linear_reverse_kl"):
+        linear_jsd(torch.randn(2, 4), torch.randn(5, 4), torch.randn(2, 4), beta=beta)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(TypeError, match="temprature"):
+        linear_logprob(
+            torch.randn(2, 4), torch.randn(5, 4), torch.zeros(2, dtype=torch.long), temprature=1.0
+        )
+
+
+def test_the_path_is_chosen_by_a_table():
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+
+    choose = tuning.choose_path
+    assert choose(cuda, torch.bfloat16, 4096, True) == "fused"
+    assert choose(cuda, torch.bfloat16, 8, True) == "triton"
+    assert choose(cuda, torch.float32, 4096, True) == "triton"
+    assert choose(cuda, torch.bfloat16, 4096, False) == "triton"
+    assert choose(cuda, torch.float64, 4096, True) == "torch"
+    assert choose(cpu, torch.bfloat16, 4096, True) == "torch"
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "topk"])
+def test_a_difference_of_level_between_the_streams_costs_no_digits(name, path):
+    """softmax(z + constant) is softmax(z), whatever the constant and in either stream."""
+    p = problem(16, 151, 48, 0.1)
+    head = torch.cat([p.weight, torch.ones(151, 1)], 1)
+    level = torch.cat([torch.full((8, 1), 128.0), torch.zeros(8, 1)])
+    shifted = p._replace(
+        hidden=torch.cat([p.hidden, level], 1),
+        hindsight=torch.cat([p.hindsight, level.flip(0)], 1),
+        weight=head,
+    )
+    truth, baseline = oracle(name, shifted), oracle(name, shifted, torch.float32)
+    got = evaluate(name, shifted, known=True, path=path)
+    for k in ("value", "hidden"):
+        assert_as_good_as(got[k], truth[k], baseline[k], k=3.0)
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "reference"])
+def test_a_weight_of_zero_silences_an_infinite_value(path):
+    p = problem(6, 31, 8, 1.0)
+    weights = torch.tensor([0.0, 1, 1, 0, 1, 1])
+    p = p._replace(upstream=weights)
+    old = torch.where(weights == 0, -1e4, p.old_logp)
+    got = evaluate("sampled_token, PPO clip", p._replace(old_logp=old), known=True, path=path)
+    assert all(torch.isfinite(got[k]).all() for k in ("hidden", "weight"))
+    kept = [t if t is p.weight else t[weights > 0] for t in p]
+    part = evaluate("sampled_token, PPO clip", Problem(*kept), known=True, path=path)
+    torch.testing.assert_close(got["weight"], part["weight"], rtol=1e-5, atol=1e-5)
+
+
+def test_masked_tokens_never_enter_a_sequence_mean():
+    p, sequence = problem(8, 31, 8, 1.0), torch.arange(8) // 4
+    mask = torch.tensor([True, True, False, True] * 2)
+    everywhere = torch.ones(8, dtype=torch.bool)
+    options = dict(targets=p.targets, centre=sequence, mask=mask)
+    implied, explicit = (
+        linear_sampled_token(p.hidden, p.weight, p.hindsight, counted=c, **options).value
+        for c in (None, everywhere)
+    )
+    torch.testing.assert_close(implied, explicit)

@@ -1,0 +1,67 @@
+"""Tensor parallelism: shards of the vocabulary on real process groups, and the merge itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers.runs import ENV
+from sdpo_kernels._impl import partials
+from sdpo_kernels._impl import rows_torch as torch_rows
+from sdpo_kernels._impl.options import IDENTITY
+
+HERE = Path(__file__).parents[1] / "helpers"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_shards_on_several_ranks_equal_the_whole_head(ranks):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    paths = [str(HERE.parent), *sys.path]
+    result = subprocess.run(
+        [sys.executable, *launch, str(HERE / "shard_worker.py")],
+        env={**ENV, "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "reverse_kl: 40 bytes per token" in result.stdout
+
+
+@given(
+    v=st.integers(1, 30),
+    cuts=st.lists(st.integers(0, 30), max_size=4),
+    regroup=st.booleans(),
+    scale=st.sampled_from([1.0, 100.0, 1e4]),
+    seed=st.integers(0, 2**31),
+)
+def test_a_vocabulary_split_anywhere_merges_to_the_whole(v, cuts, regroup, scale, seed):
+    torch.manual_seed(seed)
+    z, u = torch.randn(2, 3, v, dtype=torch.float64) * scale
+    z[0, : v // 2] = u[0, : v // 2] = -torch.inf
+    targets = torch.randint(v, (3,))
+
+    def of(columns: slice) -> torch.Tensor:
+        local = targets - columns.start
+        local = torch.where((local >= 0) & (targets < columns.stop), local, -1)
+        return torch_rows.stats(z[:, columns].clone(), u[:, columns].clone(), local, IDENTITY)
+
+    borders = sorted({0, v, *(c for c in cuts if c < v)})
+    parts = [of(slice(a, b)) for a, b in zip(borders, borders[1:], strict=False)]
+    parts.append(of(slice(v, v)))  # an empty shard
+    if regroup and len(parts) > 2:
+        parts = [parts[0], partials.merge(torch.stack(parts[1:]))]
+    merged = partials.finish(partials.merge(torch.stack(parts)))
+    whole = partials.finish(of(slice(0, v)))
+    for name, a, b in zip(merged._fields, merged, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
+    logp = z.log_softmax(-1)
+    p = logp.exp()
+    entropy = -(p * logp.masked_fill(p == 0, 0)).sum(-1)
+    torch.testing.assert_close(merged.entropy, entropy, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(merged.logp, logp.gather(1, targets[:, None])[:, 0])

@@ -1,0 +1,237 @@
+"""The memory estimate against counted allocations of real steps: torchtitan, FSDP2, gloo, float32.
+
+Sizes are chosen so that in turn layers' activations, weights and the head decide.
+"""
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, Qwen3Config
+
+from helpers import runs
+from sdpo_parallel import memory
+from sdpo_parallel.config import EMA, Frozen, Live, LoraConfig, ParallelConfig, TrustRegion
+from sdpo_parallel.memory import Load, ModelShape, estimate, host_bytes
+
+TOLERANCE = 0.15
+SIZES = dict(
+    vocab_size=4096,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    max_position_embeddings=2048,
+    tie_word_embeddings=False,
+)
+TASK = dict(lora_rank=0, rows=2, prompt=256, hindsight=512, response=512, chunk_bytes=2**23)
+
+
+class Case(NamedTuple):
+    """What a worker trains."""
+
+    ranks: int = 1
+    parallel: tuple = ()
+    sizes: tuple = ()
+    family: str = "qwen3"
+    task: tuple = ()
+
+
+def case(ranks: int = 1, checkpoint: str = "selective", *, family="qwen3", sizes=(), **layout):
+    """A hashable ``Case``; ``layout``: fields of ParallelConfig."""
+    parallel = tuple({"activation_checkpoint": checkpoint, **layout}.items())
+    return Case(ranks, parallel, tuple(dict(sizes).items()), family)
+
+
+HEAD = {"vocab_size": 16384, "num_hidden_layers": 2}
+WEIGHTS = Case(
+    sizes=(("num_hidden_layers", 8), ("vocab_size", 1024)),
+    task=(("rows", 1), ("prompt", 128), ("hindsight", 128), ("response", 128)),
+)
+CASES = {
+    "none": case(checkpoint="none"),
+    "selective": case(checkpoint="selective"),
+    "full": case(checkpoint="full"),
+    "2 shards": case(2, "selective"),
+    "2 shards, full": case(2, "full"),
+    "tensor": case(2, "none", tensor=2),
+    "context": case(2, "none", context=2),
+    "head": case(sizes=HEAD),
+    "tied": case(checkpoint="full", sizes={**HEAD, "tie_word_embeddings": True}),
+    "weights": WEIGHTS,
+    "adapters": case()._replace(task=(("lora_rank", 16),)),
+    "llama": case(checkpoint="none", family="llama"),
+}
+
+
+def some(names: Iterable[str], *quick: str) -> list:
+    """All of them; those that are not quick are for ``make test-all``."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.exhaustive) for n in names]
+
+
+@functools.cache
+def model_of(c: Case) -> str:
+    """A folder of config.json and of the mark of weights that the engine looks for."""
+    sizes = {**SIZES, **dict(c.sizes)}
+    config = Qwen3Config(**sizes, head_dim=32) if c.family == "qwen3" else LlamaConfig(**sizes)
+    folder = tempfile.mkdtemp()
+    config.save_pretrained(folder)
+    save_file({"none": torch.zeros(1)}, Path(folder) / "model.safetensors")
+    return folder
+
+
+@functools.cache
+def measured(c: Case) -> dict[str, int]:
+    """Bytes of rank 0 by part, and the peak, as the worker counts them."""
+    args = {**TASK, **dict(c.task), "parallel": dict(c.parallel), "folder": model_of(c)}
+    args["out"] = tempfile.mkdtemp()
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={c.ranks}"]
+    worker = str(Path(__file__).parents[1] / "helpers" / "memory_worker.py")
+    result = subprocess.run(
+        [sys.executable, *launch, worker, json.dumps(args)],
+        env=runs.ENV,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def estimated(c: Case) -> dict[str, int]:
+    task = {**TASK, **dict(c.task)}
+    width = task["prompt"] + task["response"]
+    load = Load(
+        tokens=task["rows"] * width,
+        response_tokens=task["rows"] * task["response"],
+        row_tokens=width,
+        max_tokens=task["hindsight"] + task["response"],
+        chunk_bytes=task["chunk_bytes"],
+    )
+    model, parallel = ModelShape.from_config(model_of(c)), ParallelConfig(**dict(c.parallel))
+    lora = LoraConfig(rank=task["lora_rank"])
+    return estimate(model, parallel, lora, Live(), ranks=c.ranks, load=load, device_type="cpu")
+
+
+def error(c: Case) -> float:
+    """Of the total, relative to the measured peak."""
+    return estimated(c)["total"] / measured(c)["total"] - 1
+
+
+@pytest.mark.parametrize("name", some(CASES, "selective", "2 shards", "tensor"))
+def test_the_estimate_is_what_is_measured(name):
+    c = CASES[name]
+    counted, reckoned = measured(c), estimated(c)
+    for part in ("parameters", "gradients", "optimizer"):
+        assert reckoned[part] == pytest.approx(counted[part], rel=0.01), part
+    assert reckoned["total"] == pytest.approx(counted["total"], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", some(["none", "full", "2 shards"], "none"))
+def test_twice_the_activations_are_noticed(name, monkeypatch):
+    once = memory._Rank.saved
+    monkeypatch.setattr(memory._Rank, "saved", lambda self: 2 * once(self))
+    assert error(CASES[name]) > TOLERANCE
+
+
+@pytest.mark.exhaustive
+def test_twice_the_vocabulary_is_noticed(monkeypatch):
+    once = ModelShape.head
+    monkeypatch.setattr(ModelShape, "head", lambda self, tensor=1: 2 * once(self, tensor))
+    assert error(CASES["head"]) > TOLERANCE
+
+
+QWEN3_8B = ModelShape(
+    hidden=4096,
+    layers=36,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    intermediate=12288,
+    vocabulary=151936,
+    tied=False,
+    qk_norm=True,
+)
+LOAD = Load(
+    tokens=16384,
+    response_tokens=4096,
+    row_tokens=8192,
+    max_tokens=8192,
+    chunk_bytes=2560 * 2**20,
+)
+
+
+def on_gpus(teacher=None, lora=None, ranks: int = 8, **layout) -> dict[str, int]:
+    parallel, lora = ParallelConfig(**layout), lora or LoraConfig()
+    return estimate(QWEN3_8B, parallel, lora, teacher or Live(), ranks=ranks, load=LOAD)
+
+
+def test_master_weights_gradients_and_moments_take_16_bytes_a_parameter():
+    parts = on_gpus()
+    each = sum(parts[name] for name in ("parameters", "gradients", "optimizer"))
+    assert QWEN3_8B.parameters() == 8_190_735_360
+    assert each == pytest.approx(16 * QWEN3_8B.parameters() / 8, rel=1e-6)
+    assert on_gpus(replicate=2)["optimizer"] == pytest.approx(2 * parts["optimizer"])
+
+
+def test_teachers_of_their_own_are_counted():
+    head = QWEN3_8B.head()
+    assert on_gpus()["teacher"] == 0
+    shards = QWEN3_8B.parameters() / 8
+    assert on_gpus(EMA())["teacher"] == pytest.approx(4 * shards + 2 * head)
+    assert on_gpus(Frozen())["teacher"] == pytest.approx(2 * shards + 2 * head)
+    mixed = on_gpus(TrustRegion())["teacher"]
+    assert mixed == pytest.approx(2 * shards + 6 * head + 2 * 4096 * 4096)
+    lora = LoraConfig(rank=16)
+    assert on_gpus(Frozen(), lora)["teacher"] == 0  # the adapters are switched off
+
+
+def test_adapters_need_few_gradients_and_no_gradient_of_the_head():
+    full, adapters = on_gpus(), on_gpus(lora=LoraConfig(rank=16))
+    assert adapters["gradients"] < full["gradients"] / 100
+    assert adapters["head chunk and head gradient"] <= LOAD.chunk_bytes * 1.1
+    assert adapters["optimizer"] == pytest.approx(2 * adapters["gradients"])
+    named = replace(LoraConfig(rank=16), targets=("wq", "wkv", "wo", "w1", "w2", "w3"))
+    one_by_one = replace(named, targets=("wq", "wk", "wv", "wo", "w1", "w2", "w3"))
+    assert on_gpus(lora=named) == on_gpus(lora=one_by_one)
+
+
+def test_each_remedy_needs_less():
+    total = on_gpus()["total"]
+    remedies = [
+        dict(ranks=16),
+        dict(tensor=2),
+        dict(context=2),
+        dict(activation_checkpoint="full"),
+        dict(cpu_offload=True),
+    ]
+    assert all(on_gpus(**remedy)["total"] < total for remedy in remedies)
+    split = on_gpus(tensor=2, activation_checkpoint="full")
+    whole = on_gpus(tensor=2, activation_checkpoint="full", sequence_parallel=False)
+    assert whole["total"] > split["total"]
+
+
+def test_offloaded_parts_are_in_host_memory():
+    parts = on_gpus(cpu_offload=True)
+    assert parts["parameters"] == parts["gradients"] == parts["optimizer"] == 0
+    host = host_bytes(
+        QWEN3_8B, ParallelConfig(cpu_offload=True), LoraConfig(), Live(), ranks=8, load=LOAD
+    )
+    assert host == pytest.approx(2 * QWEN3_8B.parameters())
+
+
+@pytest.mark.parametrize(
+    ("layout", "names"), [(dict(tensor=3), "does not divide"), (dict(tensor=16), "kv_heads=8")]
+)
+def test_layouts_that_cannot_run_are_refused(layout, names):
+    with pytest.raises(ValueError, match=names):
+        on_gpus(ranks=16, **layout)

@@ -1,0 +1,146 @@
+"""Broken runs resume on the same course; ranks that stall are named; what is asked of a layout."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers import kill, runs, tiny
+from sdpo.cli import main
+from sdpo.train.safeguards import PHASES, Watch
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return kill.prepare(tmp_path_factory.mktemp("kill"))
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "flip a bit", "full disk"])  # kill.py does them all
+def test_a_broken_run_goes_on_as_if_undisturbed(way, undisturbed, tmp_path, seed):
+    model, data, course = undisturbed
+    run = kill.Run(model, data, tmp_path / "run")
+    kill.check(run, course, [way], random.Random(seed))
+
+
+def test_a_stalled_rank_is_named(models, tmp_path):
+    """One of two ranks stops answering: the other says so, and the job ends."""
+    data = tiny.make_interactions(tmp_path / "i.jsonl", 200)
+    options = ["--safeguard.stall-seconds", "6", "--checkpoint.interval", "1000"]
+    argv = runs.command("reverse-kl", models("qwen3"), data, tmp_path / "run", *options, ranks=2)
+    process = subprocess.Popen(
+        argv,
+        env={**runs.ENV, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    ranks = {_rank(pid): pid for pid in kill.workers(process)}
+    os.kill(ranks["1"], signal.SIGSTOP)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode != 0
+    named = re.search(r"rank 0: no progress for 6 s in step \d+; ranks that .*: rank (\d) on", told)
+    assert named and named.group(1) == "1", told[:3000]
+
+
+def _rank(pid: int) -> str:
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(e.decode()[5:] for e in environment if e.startswith(b"RANK="))
+
+
+class Store:
+    """What ``Watch`` asks of torch's."""
+
+    def __init__(self):
+        self.kept: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self.kept[key] = value.encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(k in self.kept for k in keys)
+
+    def get(self, key: str) -> bytes:
+        return self.kept[key]
+
+
+def test_the_ranks_behind_are_those_that_others_wait_for(monkeypatch):
+    """Of 4 answering ranks, one still gathers data while three wait in their passes."""
+    store, watches = Store(), []
+    for rank in range(4):
+        watch = Watch(0, rank, 4)
+        watch.seconds, watch._store = 60.0, store
+        watch.beat(7, PHASES[0] if rank == 2 else PHASES[1])
+        watch._tell()
+        watches.append(watch)
+    answering = list(watches)
+    monkeypatch.setattr("time.sleep", lambda _: [w._tell() for w in answering])
+    told = watches[0].message()
+    assert re.search(
+        r"in step 8; ranks behind: rank 2 on .* \(step 8, data, 0 s before it\)$", told
+    )
+    watches[2].beat(7, PHASES[1])
+    assert "all ranks hang in its passes phase" in watches[0].message()
+    answering.remove(watches[3])
+    assert "no longer answer: rank 3 on" in watches[0].message()
+    del store.kept["sdpo/watch/3"]
+    assert "no longer answer: rank 3 (never heard of)" in watches[0].message()
+
+
+IMPOSSIBLE = [
+    (["--parallel.pipeline", "2"], "and SDPO needs two"),
+    (["--parallel.tensor", "2"], "does not divide 1 ranks"),
+    (["--engine", "transformers", "--parallel.tensor", "2"], "one device"),
+    (["--engine", "transformers", "--lora.rank", "2"], "lora"),
+    (["--lora.rank", "2", "--lora.targets", "q_proj"], "wkv"),
+    (["--teacher", "ema:1.5"], "decay"),
+    (["--teacher", "best"], "live"),
+    (["--teacher", "frozen:nowhere"], "nowhere"),
+]
+IMPOSSIBLE_ON_RANKS = [
+    (["--parallel.tensor", "4"], 4, "num_key_value_heads=2"),
+    (["--parallel.context", "2", "--parallel.attention", "varlen"], 2, "varlen"),
+    (["--engine", "transformers"], 2, "2 ranks"),
+]
+
+
+def broken_model(folder: Path) -> str:
+    """Everything but weights that can be read."""
+    tiny.make_model(folder, "qwen3")
+    (folder / "model.safetensors").write_bytes(b"loading this fails in another way")
+    return str(folder)
+
+
+@pytest.mark.parametrize(("options", "names"), IMPOSSIBLE)
+def test_impossible_combinations_are_refused_before_any_weights_load(
+    options, names, tmp_path, capsys
+):
+    model = broken_model(tmp_path / "model")
+    data = tiny.make_interactions(tmp_path / "i.jsonl", 6)
+    argv = runs.command("reverse-kl", model, data, tmp_path / "run", *options)
+    with pytest.raises(SystemExit) as stop:
+        main(argv[argv.index("train") :])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert names in " ".join((captured.out + captured.err).replace("\u2502", " ").split())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("options", "ranks", "names"), IMPOSSIBLE_ON_RANKS)
+def test_impossible_combinations_of_ranks(options, ranks, names, tmp_path):
+    model = broken_model(tmp_path / "model")
+    data = tiny.make_interactions(tmp_path / "i.jsonl", 6)
+    argv = runs.command("reverse-kl", model, data, tmp_path / "run", *options, ranks=ranks)
+    result = subprocess.run(argv, env=runs.ENV, capture_output=True, text=True)
+    assert result.returncode != 0 and "Traceback" not in runs.cause(result.stderr)
+    told = " ".join((result.stdout + result.stderr).split())
+    assert names in told, told[-3000:]
+    assert not (tmp_path / "run").exists()
