@@ -1,0 +1,47 @@
+"""What the user can mend. `SdpoError` is the base of all; `DataError` says where in which file."""
+
+from typing import Any
+
+from sdpo_parallel.errors import SdpoError
+
+__all__ = ["DataError", "SdpoError"]
+
+
+class DataError(SdpoError):
+    """Data that cannot be used.
+
+    Args:
+        problem: what is wrong.
+        hint: what to do about it.
+        field: the field of the row, as the file names it, e.g. ``prompt[0].value``.
+        row: "line 12" in JSONL, counted from 1 as editors do; "row 12 (counted from 0)" in parquet
+            files and JSON arrays, as data frames do.
+        file: the file's path.
+    """
+
+    def __init__(
+        self, problem: str, *, hint: str = "", field: str = "", row: str = "", file: str = ""
+    ):
+        super().__init__(problem)
+        self.problem, self.hint = problem, hint
+        self.field, self.row, self.file = field, row, file
+
+    def at(self, *, file: str = "", row: str = "") -> "DataError":
+        """The same error with the file and the row it did not know."""
+        place = {"file": self.file or file, "row": self.row or row}
+        return DataError(self.problem, hint=self.hint, field=self.field, **place)
+
+    def __str__(self) -> str:
+        place = ", ".join(
+            filter(None, (self.file, self.row, self.field and f"field `{self.field}`"))
+        )
+        told = f"{place}: {self.problem}" if place else self.problem
+        return f"{told}. {self.hint}." if self.hint else told
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors cross process borders whole."""
+        return _rebuilt, (self.problem, self.hint, self.field, self.row, self.file)
+
+
+def _rebuilt(problem: str, hint: str, field: str, row: str, file: str) -> DataError:
+    return DataError(problem, hint=hint, field=field, row=row, file=file)
