@@ -26,27 +26,26 @@ from sdpo.hindsight import Encoded
 from sdpo.objective import ReverseKL
 from sdpo.step import two_pass_loss
 from sdpo.train.trainer import RunState
-from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
-from sdpo_parallel.torchtitan.engine import TitanEngine
+from sdpo_parallel.config import ParallelConfig
+from sdpo_parallel.engine import EngineConfig
+from sdpo_parallel.torchtitan.engine import TorchtitanEngine
 
 GATHER_BYTES = tuple(2**k for k in range(12, 25, 2))
 """Sent by a rank in the timed all-gathers."""
 
 
-def engine_of(job: dict[str, Any], folder: Path) -> TitanEngine:
+def engine_of(job: dict[str, Any], folder: Path) -> TorchtitanEngine:
     """Weights as torchtitan initialises them: bytes do not depend on them."""
     Qwen3Config(**job["sizes"]).save_pretrained(folder)
     save_file({"none": torch.zeros(1)}, folder / "model.safetensors")  # what an engine looks for
-    return TitanEngine(
-        str(folder),
+    config = EngineConfig(
+        model=str(folder),
         run_folder=str(folder),
         total_steps=2,
         max_tokens=job["hindsight"] + job["response"],
-        state=RunState(Cursor(1, 0), ""),
-        optimizer=OptimizerConfig(),
         parallel=ParallelConfig(**job["parallel"]),
-        checkpoint=CheckpointConfig(),
     )
+    return TorchtitanEngine(config, RunState(Cursor(1, 0), ""))
 
 
 def batch_of(job: dict[str, Any], row_multiple: int) -> Batch:
@@ -65,7 +64,7 @@ def batch_of(job: dict[str, Any], row_multiple: int) -> Batch:
     return collate([(item, 1.0)] * job["interactions"], width, row_multiple)
 
 
-def step(engine: TitanEngine, job: dict[str, Any], batch: Batch) -> None:
+def step(engine: TorchtitanEngine, job: dict[str, Any], batch: Batch) -> None:
     for m in range(job["micro_batches"]):
         with engine.context():
             out = two_pass_loss(engine.policy, batch, ReverseKL(chunk_bytes=job["chunk_bytes"]))
@@ -74,12 +73,12 @@ def step(engine: TitanEngine, job: dict[str, Any], batch: Batch) -> None:
     engine.update(0)
 
 
-def axis_of(engine: TitanEngine, ranks: tuple[int, ...], dimensions: int, nested: bool) -> str:
+def axis_of(engine: TorchtitanEngine, ranks: tuple[int, ...], dimensions: int, nested: bool) -> str:
     """The mesh's axis that a collective belongs to. A group may serve two: FSDP2's buffers are
     flat, activations are not."""
 
     def is_group(name: str) -> bool:
-        mesh = engine.dims.get_optional_mesh(name)
+        mesh = engine.mesh.dims.get_optional_mesh(name)
         return mesh is not None and ranks == tuple(mesh.mesh.flatten().tolist())
 
     if nested:
@@ -91,7 +90,7 @@ def axis_of(engine: TitanEngine, ranks: tuple[int, ...], dimensions: int, nested
     return "context" if dimensions > 1 and is_group("cp") else "shards"
 
 
-def counted(engine: TitanEngine, seen: list[tuple]) -> list[list[Any]]:
+def counted(engine: TorchtitanEngine, seen: list[tuple]) -> list[list[Any]]:
     """[axis, operator, bytes that a rank sends, collectives]"""
     total: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
     for operator, ranks, size, dimensions, nested in seen:
@@ -129,7 +128,7 @@ def main(job: dict[str, Any]) -> None:
         step(engine, job, batch)
     collectives.restore()
     found = {"sent": counted(engine, collectives.seen), "gathers": gathers()}
-    if engine.is_main:
+    if engine.ranks.is_main:
         print(json.dumps(found))
     engine.close()
 

@@ -7,8 +7,8 @@ that an attention mask needs (each slot of padding at a row's end is a document 
 ``index`` names the B*T slots whose hidden state predicts a response token, in the same order in
 both passes.
 
-``deal`` hands a step's interactions to ranks and micro-batches so that all have as much to do;
-every rank reckons the same from the lengths of all, and nothing is communicated.
+``assign`` distributes a step's examples over ranks and micro-batches so that all have as much to
+do; every rank computes the same assignment from all lengths, and nothing is communicated.
 """
 
 import math
@@ -22,11 +22,10 @@ from binpacking.to_constant_bin_number import to_constant_bin_number
 from binpacking.to_constant_volume import to_constant_volume
 from torch import Tensor
 
-from .hindsight import Encoded
+from sdpo_parallel.engine import ROW_MULTIPLE
+from sdpo_parallel.errors import SdpoError
 
-ROW_MULTIPLE = 128
-"""Rows are as wide as their longest needs, rounded up: the block of flex attention's masks, and
-few enough shapes for compiled kernels. Layouts that split rows need a multiple of it."""
+from .hindsight import Encoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,22 +33,23 @@ class BatchConfig:
     """How much a step trains on and how it is cut to fit memory."""
 
     interactions_per_step: int = 128
-    """Over all ranks; independent of their number."""
+    """Interactions of one optimizer step, over all ranks."""
     row_tokens: int = 8192
     """Slots of one packed row; raised to the longest sequence where that is longer."""
     micro_batch_tokens: int = 16384
     """Slots of one pass, prompts and padding included, that one rank computes at a time; only a
     single longer sequence exceeds it."""
     epochs: float = 1.0
+    """How often every interaction is trained on; fractions are allowed."""
     seed: int = 0
-    """Of the order of the interactions."""
+    """Shuffle seed."""
 
     def __post_init__(self):
         for name in ("interactions_per_step", "row_tokens", "micro_batch_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise SdpoError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.epochs < math.inf:
-            raise ValueError(f"epochs must be positive and finite, got {self.epochs}")
+            raise SdpoError(f"epochs must be positive and finite, got {self.epochs}")
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class Batch:
     targets_N: Tensor
     """The response's token ids."""
     sequence_N: Tensor
-    """Which of the micro-batch's interactions a token belongs to."""
+    """Index of the interaction, in the micro-batch, that a token belongs to."""
     offset_N: Tensor
-    """Its place in the response, from 0."""
+    """A token's place in its response, from 0."""
     end_N: Tensor
     """True at the end-of-sequence token that closes a response."""
     old_logp_N: Tensor | None
@@ -84,7 +84,7 @@ class Batch:
     lengths: tuple[int, ...]
     """Tokens of each response, on the host."""
     slots: int
-    """Of both passes, padding included."""
+    """Slots of both passes, padding included."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """Every tensor moved, asynchronously where the host memory is pinned."""
@@ -97,10 +97,8 @@ class Batch:
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
     def only(self, responses: Sequence[int]) -> tuple["Batch", Tensor]:
-        """The loss side of some of its responses, and where their tokens were among the N.
-
-        The rows of both passes stay whole.
-        """
+        """This batch with the loss of some responses only, and the indices of their tokens among
+        the N. The rows of both passes stay whole."""
         keep_S = torch.tensor(responses, dtype=torch.long, device=self.weight_S.device)
         new_S = torch.full_like(self.weight_S, -1, dtype=torch.long)
         new_S[keep_S] = torch.arange(len(responses), device=keep_S.device)
@@ -154,11 +152,11 @@ class Cursor:
         """Continue where ``state`` was taken.
 
         Raises:
-            ValueError: the data's size or the seed is not that of the checkpoint.
+            SdpoError: the data's size or the seed is not that of the checkpoint.
         """
         for name in ("n", "seed"):
             if state[name] != getattr(self, name):
-                raise ValueError(
+                raise SdpoError(
                     f"cannot resume: the checkpoint was made with {name}={state[name]}, this run "
                     f"has {name}={getattr(self, name)}; resume with the same data and seed"
                 )
@@ -180,39 +178,40 @@ def total_interactions(n: int, config: BatchConfig) -> int:
     return max(1, round(n * config.epochs))
 
 
-Item = tuple[Encoded, float]
+Example = tuple[Encoded, float]
 """An encoded interaction and its weight, normalised over the whole step."""
 
 
-def micro_batches(items: Sequence[Item], config: BatchConfig) -> Iterator[Batch]:
-    """One process's items in order, cut so that neither pass exceeds ``micro_batch_tokens``."""
-    group: list[Item] = []
-    for item in items:
-        if group and _slots([*group, item], config.row_tokens) > config.micro_batch_tokens:
+def micro_batches(examples: Sequence[Example], config: BatchConfig) -> Iterator[Batch]:
+    """One process's examples in order, cut so that no pass exceeds ``micro_batch_tokens``."""
+    group: list[Example] = []
+    for example in examples:
+        if group and _slots([*group, example], config.row_tokens) > config.micro_batch_tokens:
             yield collate(group, config.row_tokens)
             group = []
-        group.append(item)
+        group.append(example)
     if group:
         yield collate(group, config.row_tokens)
 
 
 @dataclass(frozen=True)
-class Deal:
-    """Who computes what in a step: ``micro_batches[m][r]`` holds rank r's items of the m-th.
+class Assignment:
+    """Which rank computes what in a step: ``micro_batches[m][r]`` holds rank r's examples of
+    micro-batch m.
 
-    All ranks have as many micro-batches, some perhaps empty, as each runs the same collectives;
-    within one, ranks wait for the slowest.
+    All ranks have the same number of micro-batches, some perhaps empty, as each runs the same
+    collectives; within one, ranks wait for the slowest.
     """
 
-    micro_batches: list[list[list[Item]]]
+    micro_batches: list[list[list[Example]]]
 
-    def of(self, rank: int) -> list[list[Item]]:
+    def of(self, rank: int) -> list[list[Example]]:
         """A rank's micro-batches."""
         return [ranks[rank] for ranks in self.micro_batches]
 
     @property
     def idle(self) -> float:
-        """Share of the step that the average rank waits for the busiest, reckoned by ``cost``."""
+        """Share of the step that the average rank waits for the busiest, estimated by ``cost``."""
         costs = [[sum(cost(e) for e, _ in items) for items in m] for m in self.micro_batches]
         longest = sum(max(ranks) for ranks in costs)
         ranks = len(costs[0])
@@ -220,7 +219,7 @@ class Deal:
 
     @property
     def tokens(self) -> list[int]:
-        """Of both passes, padding not included, by rank."""
+        """Tokens of both passes by rank, padding not included."""
         lengths = [
             [sum(map(sum, (_lengths(e) for e, _ in items))) for items in m]
             for m in self.micro_batches
@@ -233,23 +232,23 @@ def _lengths(e: Encoded) -> tuple[int, int]:
 
 
 def cost(e: Encoded) -> int:
-    """Work of an interaction in forward passes of a token: the policy's backward counts two."""
+    """Work of an interaction, in forward passes of one token: the policy's backward counts two."""
     policy, hindsight = _lengths(e)
     return 3 * policy + hindsight
 
 
-def deal(
-    items: Sequence[Item], ranks: int, config: BatchConfig, row_multiple: int = ROW_MULTIPLE
-) -> Deal:
-    """As few micro-batches as fit, ranks x micro-batches bins of equal cost (longest processing
-    time first), like bins in the same micro-batch."""
-    costs = {i: cost(e) for i, (e, _) in enumerate(items)}
-    passes = zip(*(_lengths(e) for e, _ in items), strict=True)
+def assign(
+    examples: Sequence[Example], dp_degree: int, config: BatchConfig, row_multiple: int
+) -> Assignment:
+    """As few micro-batches as fit: ranks x micro-batches bins of equal cost (longest processing
+    time first), bins of similar cost in the same micro-batch."""
+    costs = {i: cost(e) for i, (e, _) in enumerate(examples)}
+    passes = zip(*(_lengths(e) for e, _ in examples), strict=True)
     most = max((sum(lengths) for lengths in passes), default=0)
-    rounds = max(1, -(-most // (ranks * config.micro_batch_tokens)))
+    rounds = max(1, -(-most // (dp_degree * config.micro_batch_tokens)))
     while True:
-        bins = [sorted(b) for b in to_constant_bin_number(costs, ranks * rounds)]
-        contents = [[items[i] for i in b] for b in bins]
+        bins = [sorted(b) for b in to_constant_bin_number(costs, dp_degree * rounds)]
+        contents = [[examples[i] for i in b] for b in bins]
         if all(
             len(c) <= 1 or _slots(c, config.row_tokens, row_multiple) <= config.micro_batch_tokens
             for c in contents
@@ -257,25 +256,27 @@ def deal(
             break
         rounds += 1
     contents.sort(key=lambda c: -sum(cost(e) for e, _ in c))
-    groups = [contents[m * ranks : (m + 1) * ranks] for m in range(rounds)]
-    # there and back, so that no rank gets the longest of every group
-    return Deal([g if m % 2 == 0 else g[::-1] for m, g in enumerate(groups)])
+    groups = [contents[m * dp_degree : (m + 1) * dp_degree] for m in range(rounds)]
+    # alternate the direction, so that no rank gets the longest bin of every group
+    return Assignment([g if m % 2 == 0 else g[::-1] for m, g in enumerate(groups)])
 
 
-def _slots(items: Sequence[Item], row_tokens: int, row_multiple: int = ROW_MULTIPLE) -> int:
+def _slots(examples: Sequence[Example], row_tokens: int, row_multiple: int = ROW_MULTIPLE) -> int:
     """Slots of the larger pass of a micro-batch."""
-    both = zip(*(_lengths(e) for e, _ in items), strict=True)
+    both = zip(*(_lengths(e) for e, _ in examples), strict=True)
     rows = [(_fit(lengths, row_tokens), lengths) for lengths in both]
     return max(len(r) * _width(r, lengths, row_multiple) for r, lengths in rows)
 
 
-def collate(items: Sequence[Item], row_tokens: int, row_multiple: int = ROW_MULTIPLE) -> Batch:
-    """Items -> one micro-batch. No items give a batch of no tokens."""
-    encoded = [e for e, _ in items]
+def collate(
+    examples: Sequence[Example], row_tokens: int, row_multiple: int = ROW_MULTIPLE
+) -> Batch:
+    """Examples -> one micro-batch. No examples give a batch of no tokens."""
+    encoded = [e for e, _ in examples]
     lengths = torch.tensor([len(e.response) for e in encoded], dtype=torch.long)
     ends = [i == len(e.response) - 1 and e.ends for e in encoded for i in range(len(e.response))]
     old = [p for e in encoded for p in e.old_logprobs or ()]
-    known = all(e.old_logprobs is not None for e in encoded)  # of no interactions, too
+    known = all(e.old_logprobs is not None for e in encoded)
     policy, hindsight = (
         pack(sequences, row_tokens, row_multiple)
         for sequences in (
@@ -291,7 +292,7 @@ def collate(items: Sequence[Item], row_tokens: int, row_multiple: int = ROW_MULT
         offset_N=torch.tensor([i for e in encoded for i in range(len(e.response))]).long(),
         end_N=torch.tensor(ends, dtype=torch.bool),
         old_logp_N=torch.tensor(old, dtype=torch.float32) if known else None,
-        weight_S=torch.tensor([w for _, w in items], dtype=torch.float32),
+        weight_S=torch.tensor([w for _, w in examples], dtype=torch.float32),
         truncated_S3=torch.tensor([e.truncated for e in encoded], dtype=torch.bool).view(-1, 3),
         lengths=tuple(len(e.response) for e in encoded),
         slots=policy.tokens_BT.numel() + hindsight.tokens_BT.numel(),

@@ -4,25 +4,23 @@
     out = two_pass_loss(model, batch, ReverseKL())
     out.loss.backward()
 
-``model`` is anything with ``hidden_states`` and ``lm_head``: ``TransformersModel`` wraps any
-causal LM of transformers, ``TitanModel`` a sharded torchtitan model.
+``model`` is a `CausalModel`: ``TransformersModel`` wraps any causal LM of transformers,
+``TorchtitanModel`` a sharded torchtitan model.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sdpo_kernels import TokenStats
-from sdpo_parallel.torchtitan.lm_head import LMHead
+from sdpo_parallel.engine import CausalModel
 
 from .batching import Batch
 from .objective import Layout, Objective, SampledToken, Streams, total_loss
 
 NEAR_ZERO = 0.01
-"""Nats. Below it a token's advantage counts as nothing learned."""
+"""Nats; a token with a smaller advantage counts as teaching nothing."""
 
 SUMS = (
     "loss",
@@ -42,25 +40,6 @@ SUMS = (
     "clipped",
 )
 """What ``StepOutput.sums`` holds, in order. They add over micro-batches and ranks."""
-
-
-class CausalModel(Protocol):
-    """The seam between the method and an engine."""
-
-    def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
-        """(N, D): what the head reads at the flat slots ``index_N``. Documents begin wherever
-        ``positions_BT`` restarts at 0 and do not see each other."""
-        ...
-
-    def lm_head(self) -> LMHead:
-        """(V, D): the head's whole weight, or its rows on this rank; its gradient finds its way
-        back to the parameter."""
-        ...
-
-    def own_responses(self, lengths: Sequence[int]) -> list[int] | None:
-        """Where several processes read the same micro-batch: the responses, of these lengths,
-        whose loss is this one's. None: all."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -93,7 +72,9 @@ def two_pass_loss(
         hindsight_VD = teacher.lm_head().weight if teacher is not policy else None
     rows = batch.policy
     hidden_ND = policy.hidden_states(rows.tokens_BT, rows.positions_BT, rows.index_N)
-    batch, hidden_ND, hindsight_ND = _own(policy, batch, hidden_ND, hindsight_ND)
+    if (kept := own_share(policy, batch)) is not None:
+        batch, kept_N = kept
+        hidden_ND, hindsight_ND = hidden_ND[kept_N], hindsight_ND[kept_N]
     head = policy.lm_head()
     streams = Streams(
         hidden_ND, head.weight, hindsight_ND, hindsight_VD, batch.targets_N, head.shard
@@ -103,15 +84,11 @@ def two_pass_loss(
     return StepOutput(loss, _sums(objective, loss, stats, batch), stats)
 
 
-def _own(
-    policy: CausalModel, batch: Batch, hidden_ND: Tensor, hindsight_ND: Tensor
-) -> tuple[Batch, Tensor, Tensor]:
-    """Where several ranks read the same micro-batch: the responses whose loss is this one's."""
+def own_share(policy: CausalModel, batch: Batch) -> tuple[Batch, Tensor] | None:
+    """The part of a micro-batch whose loss this rank computes, where several ranks read the same
+    one, and the indices of its tokens among the N; None: all of it."""
     mine = policy.own_responses(batch.lengths)
-    if mine is None:
-        return batch, hidden_ND, hindsight_ND
-    batch, kept_N = batch.only(mine)
-    return batch, hidden_ND[kept_N], hindsight_ND[kept_N]
+    return None if mine is None else batch.only(mine)
 
 
 @torch.no_grad()

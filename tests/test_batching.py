@@ -12,13 +12,14 @@ from sdpo.batching import (
     BatchConfig,
     Cursor,
     Rows,
+    assign,
     collate,
     cost,
-    deal,
     micro_batches,
     steps_in,
 )
 from sdpo.hindsight import Encoded
+from sdpo_parallel.engine import ROW_MULTIPLE
 
 ids = st.lists(st.integers(1, 99), min_size=1, max_size=12).map(tuple)
 
@@ -85,8 +86,8 @@ def test_micro_batches_respect_the_budget_and_lose_nothing(items, budget):
 )
 def test_a_deal_hands_out_everything_once_within_the_budget(items, ranks, budget, multiple):
     config = BatchConfig(row_tokens=16, micro_batch_tokens=budget)
-    dealt = deal([(e, float(i)) for i, e in enumerate(items)], ranks, config, multiple)
-    mine = [dealt.of(r) for r in range(ranks)]
+    assigned = assign([(e, float(i)) for i, e in enumerate(items)], ranks, config, multiple)
+    mine = [assigned.of(r) for r in range(ranks)]
     assert len({len(m) for m in mine}) == 1, "every rank has as many micro-batches"
     flat = [w for m in mine for b in m for _, w in b]
     assert sorted(flat) == [float(i) for i in range(len(items))]
@@ -96,7 +97,7 @@ def test_a_deal_hands_out_everything_once_within_the_budget(items, ranks, budget
             slots = max(r.tokens_BT.numel() for r in (batch.policy, batch.hindsight))
             assert slots <= budget or len(b) <= 1
             assert batch.policy.tokens_BT.shape[1] % multiple == 0
-    assert 0 <= dealt.idle < 1 and sum(dealt.tokens) == sum(
+    assert 0 <= assigned.idle < 1 and sum(assigned.tokens) == sum(
         len(e.policy) + len(e.hindsight) + 2 * len(e.response) for e in items
     )
 
@@ -122,8 +123,8 @@ def test_a_deal_of_wildly_different_lengths_is_balanced():
     ]
     naive = [sum(cost(e) for e, _ in items[r::8]) for r in range(8)]
     waiting = 1 - sum(naive) / (8 * max(naive))
-    dealt = deal(items, 8, BatchConfig())
-    assert waiting > 0.2 and dealt.idle < 0.02, (waiting, dealt.idle)
+    assigned = assign(items, 8, BatchConfig(), ROW_MULTIPLE)
+    assert waiting > 0.2 and assigned.idle < 0.02, (waiting, assigned.idle)
 
 
 @given(st.lists(encoded(), min_size=1, max_size=12), st.data())

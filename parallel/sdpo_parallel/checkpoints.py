@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -26,17 +27,18 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.checkpoint.stateful import Stateful
 
 from .config import CheckpointConfig
+from .errors import SdpoError
 
 MANIFEST = "manifest.json"
 PATIENCE = timedelta(hours=4)
-"""For the slowest rank's writing, or summing, of its part."""
+"""How long ranks wait for the slowest to write, or verify, its part."""
 BLOCK = 1 << 24
 """Bytes read at a time while summing."""
 FAILURES = (Exception, CheckpointException)
 """What a save may raise; DCP's own is no ``Exception``."""
 
 
-class CheckpointError(ValueError):
+class CheckpointError(SdpoError):
     """A checkpoint could not be written; the newest one before it is untouched."""
 
 
@@ -89,23 +91,24 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: holds ``step-N`` folders.
+        run_folder: the checkpoints are ``run_folder/checkpoints/step-N``.
         state: what a checkpoint holds, by name; DCP asks each for its state, and gives it back.
         distributed: every rank of the default process group takes part; False: there is no group.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        run_folder: str | Path,
         config: CheckpointConfig,
-        state: Mapping[str, Stateful],
+        state: Mapping[str, Stateful | torch.nn.Module],
         *,
         distributed: bool,
     ):
-        self.folder, self.config, self.state = Path(folder), config, dict(state)
+        self.folder, self.config = Path(run_folder) / "checkpoints", config
+        self.state = dict(state)
         self.distributed = distributed
         self.rank = dist.get_rank() if distributed else 0
-        self.ranks = dist.get_world_size() if distributed else 1
+        self.world_size = dist.get_world_size() if distributed else 1
         # of its own: a background save must not mix its messages with training's
         self.group: Any = None
         if distributed:
@@ -113,7 +116,7 @@ class Checkpoints:
         self._saving: tuple[int, Future] | None = None
 
     def steps(self) -> list[int]:
-        """Of the finished checkpoints, ascending."""
+        """Steps of the finished checkpoints, ascending."""
         names = [f.name.removeprefix("step-") for f in self.folder.glob("step-*")]
         return sorted(int(n) for n in names if n.isdigit())
 
@@ -142,21 +145,28 @@ class Checkpoints:
             self._barrier()
         return None
 
-    def check(self, step: int) -> None:
-        """Refuse a checkpoint that is not there or damaged.
+    def undamaged(self, step: int | None) -> int:
+        """``step`` itself, verified; None: the newest undamaged checkpoint's. Renames nothing.
 
         Raises:
-            ValueError: names it, its files and what is wrong with them.
+            SdpoError: names the checkpoint, its files and what is wrong with them.
         """
+        if step is None:
+            step = self.newest(set_aside=False)
+            if step is None:
+                raise SdpoError(f"{self.folder}: no undamaged checkpoint")
+            return step
         if step not in self.steps():
             there = ", ".join(map(str, self.steps())) or "none"
-            raise ValueError(f"{self.folder}: no checkpoint of step {step}; there are: {there}")
+            raise SdpoError(f"{self.folder}: no checkpoint of step {step}; there are: {there}")
         if problems := self._verify(step):
-            raise ValueError(f"{self.folder}/step-{step} is damaged ({'; '.join(problems)})")
+            raise SdpoError(f"{self.folder}/step-{step} is damaged ({'; '.join(problems)})")
+        return step
 
-    def load(self, step: int, *parts: str) -> None:
-        """Bring the state, or only ``parts`` of it, to where a verified checkpoint has it."""
-        state: dict[str, Any] = {name: self.state[name] for name in parts or self.state}
+    def load(self, step: int) -> None:
+        """Bring the state to where a verified checkpoint has it; what the checkpoint holds beside
+        ``state`` is not read."""
+        state: dict[str, Any] = dict(self.state)
         reader = FileSystemReader(self.folder / f"step-{step}")
         load(state, storage_reader=reader, process_group=self.group, **self._mode())
 
@@ -213,7 +223,8 @@ class Checkpoints:
         partial = self.folder / f"step-{step}.partial"
         there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
         free = shutil.disk_usage(there).free / 2**20  # torch.save hides a full disk
-        # by every rank: all have ended writing, and the first to say so ends the others
+        # every rank deletes: writing has stopped everywhere, and the first rank to raise stops the
+        # rest
         shutil.rmtree(partial, ignore_errors=True)
         done = self.steps()
         newest = f"step-{done[-1]} is the newest" if done else "there is none before it"
@@ -236,7 +247,7 @@ class Checkpoints:
         except (OSError, ValueError, KeyError) as error:
             problems.append(f"{MANIFEST}: {error}")
         files = self._agree(files)
-        for name in sorted(files)[self.rank :: self.ranks]:
+        for name in sorted(files)[self.rank :: self.world_size]:
             try:
                 found = summed(folder / name)
             except OSError as error:
@@ -247,12 +258,12 @@ class Checkpoints:
                     problems.append(f"{name}: {what} {found[what]}, was {then}")
         if not self.distributed:
             return problems
-        every: list[Any] = [None] * self.ranks
+        every: list[Any] = [None] * self.world_size
         dist.all_gather_object(every, problems, group=self.group)
         return [p for ps in every for p in ps]
 
     def _agree(self, value: Any) -> Any:
-        """The first rank's."""
+        """The first rank's value, on every rank."""
         if not self.distributed:
             return value
         box = [value]

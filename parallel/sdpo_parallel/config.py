@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from .errors import SdpoError
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -14,26 +16,28 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_fraction: float = 0.05
-    """Of all steps; the learning rate rises linearly from 0."""
+    """Share of all steps over which the learning rate rises linearly from 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     max_grad_norm: float = 10.0
 
     def __post_init__(self):
         for name in ("lr", "eps", "max_grad_norm"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise SdpoError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.warmup_fraction <= 1:
-            raise ValueError(f"warmup_fraction must lie in [0, 1], got {self.warmup_fraction}")
+            raise SdpoError(f"warmup_fraction must lie in [0, 1], got {self.warmup_fraction}")
 
-    def factor(self, step: int, total: int) -> float:
-        """Learning rate of step ``step`` (from 0) over ``lr``."""
+    def lr_at(self, step: int, total: int) -> float:
+        """The learning rate of step ``step`` (from 0) of ``total``."""
         warmup = round(self.warmup_fraction * total)
         if step < warmup:
-            return (step + 1) / (warmup + 1)
+            return self.lr * ((step + 1) / (warmup + 1))
         if self.schedule == "constant":
-            return 1.0
+            return self.lr
         progress = (step - warmup) / max(1, total - warmup)
-        return 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        if self.schedule == "linear":
+            return self.lr * (1 - progress)
+        return self.lr * ((1 + math.cos(math.pi * progress)) / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,7 @@ class ParallelConfig:
     replicate: int = 1
     """Copies of the sharded model (HSDP); the other ranks shard it (FSDP2)."""
     tensor: int = 1
-    """Ranks that split every matrix, the head by rows of the vocabulary (TP)."""
+    """Ranks that split every matrix, the lm_head by rows of the vocabulary (TP)."""
     sequence_parallel: bool = True
     """With ``tensor``: norms and residuals are split over its ranks by position, too."""
     context: int = 1
@@ -54,8 +58,9 @@ class ParallelConfig:
     pipeline: int = 1
     """Only 1: a pipeline schedule runs one pass of a step, and there are two."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of parameters and activations in the passes; master weights, gradients reduced across ranks
-    and optimizer state are float32. ``auto``: bfloat16 on an accelerator, float32 on a CPU."""
+    """Dtype of parameters and activations in the passes; master weights, gradients reduced across
+    ranks and optimizer state are float32. ``auto``: bfloat16 on an accelerator, float32 on a
+    CPU."""
     activation_checkpoint: Literal["none", "selective", "full"] = "selective"
     compile: Literal["none", "inductor", "aot_eager"] = "none"
     """torch.compile of every transformer block, by this backend; all rows are then padded to
@@ -63,16 +68,16 @@ class ParallelConfig:
     cpu_offload: bool = False
     """Parameters, gradients and optimizer state live in host memory between their uses."""
     attention: Literal["auto", "flex", "flex_flash", "varlen", "dense"] = "auto"
-    """Of the torchtitan engine; ``auto``: by device and what is installed, see attention.py."""
+    """Attention of the torchtitan engine; ``auto``: chosen by device and what is installed."""
     liger: bool = False
     """RMSNorm, SwiGLU and rotary embeddings by Liger's Triton kernels; needs the liger extra."""
 
     def __post_init__(self):
         for name in ("replicate", "tensor", "context", "pipeline"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise SdpoError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.pipeline > 1:
-            raise ValueError(
+            raise SdpoError(
                 f"pipeline={self.pipeline}: pipeline parallelism is not supported: its schedules "
                 "run one pass per micro-batch and SDPO needs two (the hindsight pass feeds the "
                 "policy's loss); use FSDP2 with tensor or context parallelism instead"
@@ -82,11 +87,11 @@ class ParallelConfig:
         """FSDP2's data-parallel shards (context ranks not counted) on ``ranks`` ranks.
 
         Raises:
-            ValueError: the degrees do not divide ``ranks``.
+            SdpoError: the degrees do not divide ``ranks``.
         """
         degrees = self.replicate * self.tensor * self.context
         if ranks % degrees:
-            raise ValueError(
+            raise SdpoError(
                 f"replicate={self.replicate} x tensor={self.tensor} x context={self.context} = "
                 f"{degrees} does not divide {ranks} ranks"
             )
@@ -111,9 +116,9 @@ class LoraConfig:
 
     def __post_init__(self):
         if self.rank < 0:
-            raise ValueError(f"lora rank must not be negative, got {self.rank}")
+            raise SdpoError(f"lora rank must not be negative, got {self.rank}")
         if self.rank and not self.targets:
-            raise ValueError("lora targets is empty: name at least one linear layer")
+            raise SdpoError("lora targets is empty: name at least one linear layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +135,7 @@ class EMA:
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
+            raise SdpoError(f"decay must lie in [0, 1), got {self.decay}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +155,7 @@ class TrustRegion:
 
     def __post_init__(self):
         if not 0 < self.mix < 1:
-            raise ValueError(
+            raise SdpoError(
                 f"mix must lie strictly between 0 and 1, got {self.mix}: its limits are the "
                 "teachers live (0) and frozen (1)"
             )
@@ -166,7 +171,7 @@ def parse_teacher(text: str) -> Teacher:
     """A teacher as ``TEACHERS`` writes them.
 
     Raises:
-        ValueError: it is none of them.
+        SdpoError: it is none of them.
     """
     kind, _, value = text.partition(":")
     try:
@@ -180,8 +185,8 @@ def parse_teacher(text: str) -> Teacher:
             case "trust-region", _:
                 return TrustRegion(mix=float(value)) if value else TrustRegion()
     except ValueError as error:
-        raise ValueError(f"teacher {text!r}: {error}") from error
-    raise ValueError(f"teacher {text!r} is none of {TEACHERS}")
+        raise SdpoError(f"teacher {text!r}: {error}") from error
+    raise SdpoError(f"teacher {text!r} is none of {TEACHERS}")
 
 
 def write_teacher(teacher: Teacher) -> str:
@@ -198,7 +203,7 @@ def write_teacher(teacher: Teacher) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What a run leaves on disk to go on from."""
+    """What a run leaves on disk to resume from."""
 
     interval: int = 100
     """Steps between checkpoints; the last step always leaves one."""
@@ -207,13 +212,13 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Write in the background while training goes on; the weights are copied first."""
     export_dtype: Literal["source", "float32", "bfloat16"] = "source"
-    """Of the exported weights; ``source``: that of the folder the run started from."""
+    """Dtype of the exported weights; ``source``: that of the folder the run started from."""
 
     def __post_init__(self):
         if self.interval < 1:
-            raise ValueError(f"checkpoint interval must be at least 1, got {self.interval}")
+            raise SdpoError(f"checkpoint interval must be at least 1, got {self.interval}")
         if self.keep == 1 or self.keep < 0:
-            raise ValueError(
+            raise SdpoError(
                 "keep must be 0 (all) or at least 2, as the newest may turn out damaged; "
                 f"got {self.keep}"
             )

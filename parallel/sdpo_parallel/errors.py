@@ -4,6 +4,6 @@
 class SdpoError(ValueError):
     """Something that the user can mend: the message says what is wrong and what to do.
 
-    Base of every error that ``sdpo`` and ``sdpo_parallel`` raise on purpose. ``sdpo_kernels`` stands
-    alone and raises plain ``ValueError`` for bad arguments.
+    The base of every error that ``sdpo`` and ``sdpo_parallel`` raise on purpose. ``sdpo_kernels``
+    stands alone and raises plain ``ValueError`` for bad arguments.
     """

@@ -59,6 +59,7 @@ from .config import (
     Teacher,
     TrustRegion,
 )
+from .errors import SdpoError
 
 MASTER = 4
 """Bytes of a float32: master weights, gradients reduced across ranks, each of AdamW's moments."""
@@ -90,12 +91,12 @@ class ModelShape:
         """From a Hugging Face folder's config.json; no weights are needed.
 
         Raises:
-            ValueError: no config.json, or none that transformers reads, or not a decoder's.
+            SdpoError: no config.json, or none that transformers reads, or not a decoder's.
         """
         try:
             c: Any = AutoConfig.from_pretrained(folder)
         except (KeyError, ValueError, OSError) as error:
-            raise ValueError(f"{folder}: transformers cannot read config.json ({error})") from error
+            raise SdpoError(f"{folder}: transformers cannot read config.json ({error})") from error
         try:
             hidden, heads = c.hidden_size, c.num_attention_heads
             return cls(
@@ -110,7 +111,7 @@ class ModelShape:
                 qk_norm=c.model_type == "qwen3",
             )
         except AttributeError as error:
-            raise ValueError(f"{folder}/config.json: not a decoder's ({error})") from error
+            raise SdpoError(f"{folder}/config.json: not a decoder's ({error})") from error
 
     @property
     def q(self) -> int:
@@ -376,7 +377,7 @@ def _rank(
     shards = parallel.shards(ranks) * parallel.context
     for name in ("heads", "kv_heads", "intermediate", "vocabulary"):
         if (size := getattr(model, name)) % parallel.tensor:
-            raise ValueError(
+            raise SdpoError(
                 f"tensor={parallel.tensor} does not divide the model's {name}={size}: choose a "
                 "degree that does"
             )
@@ -402,7 +403,7 @@ def estimate(
         teacher_model: of ``Frozen(folder)``, where it is not ``model``.
 
     Raises:
-        ValueError: the degrees do not divide ``ranks``, or ``tensor`` the model's sizes.
+        SdpoError: the degrees do not divide ``ranks``, or ``tensor`` the model's sizes.
     """
     rank = _rank(model, parallel, lora, teacher, ranks, load, device_type, teacher_model)
     resident = rank.resident()

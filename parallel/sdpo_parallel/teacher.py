@@ -1,16 +1,16 @@
-"""Who reads the hindsight prompt: the policy as it is, its average, its beginning, a mixture.
+"""Who reads the hindsight prompt: the policy as it is, its average, its beginning, or a mixture.
 
-A teacher is a model of its own (or the policy, or the policy with its adapters off): no gradient,
-not in the optimizer, in the checkpoint where it changes or cannot be had again. It is sharded as
-the policy is, and an average is formed shard by shard: nothing is gathered for it.
+A teacher is a model of its own, or the policy, or the policy with its adapters off. It gets no
+gradient, is not in the optimizer, and is in the checkpoint where it changes or cannot be had again.
+It is sharded as the policy is, and an average is formed shard by shard: nothing is gathered for it.
 
-TrustRegion needs no kernel of its own: (1 - m) u + m v, u = W g and v = W' g', is one product
-[W W'] [(1 - m) g; m g'], the logits of a head of twice the width.
+TrustRegion needs no kernel of its own: (1 - m) u + m v, with logits u = W g and v = W' g', is the
+one matmul [W W'] [(1 - m) g; m g'], the logits of an lm_head of twice the width.
 """
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .config import EMA, Frozen, Live, Teacher, TrustRegion
-from .torchtitan.lm_head import LMHead
+from .engine import CausalModel, LMHead
+
+
+class ModuleModel(CausalModel, Protocol):
+    """A model of the two passes that is one torch module."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """Holds all of its parameters."""
+        ...
 
 
 def reshard(module: torch.nn.Module) -> None:
@@ -55,11 +64,15 @@ class AdaptersOff:
         switch: a context in which the adapters add nothing.
     """
 
-    def __init__(self, policy: Any, switch: Callable[[], contextlib.AbstractContextManager]):
+    def __init__(
+        self,
+        policy: CausalModel,
+        switch: Callable[[], contextlib.AbstractContextManager[object]],
+    ):
         self.policy, self.switch = policy, switch
 
     def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
-        """As the model's own."""
+        """(N, D), as the policy's own."""
         with self.switch():
             return self.policy.hidden_states(tokens_BT, positions_BT, index_N)
 
@@ -67,11 +80,15 @@ class AdaptersOff:
         """The policy's: adapters sit on the layers only."""
         return self.policy.lm_head()
 
+    def own_responses(self, lengths: Sequence[int]) -> list[int] | None:
+        """The policy's."""
+        return self.policy.own_responses(lengths)
+
 
 class Mixture:
     """log q = (1 - mix) log live + mix log frozen, renormalised."""
 
-    def __init__(self, live: Any, frozen: Any, mix: float):
+    def __init__(self, live: CausalModel, frozen: CausalModel, mix: float):
         self.live, self.frozen, self.mix = live, frozen, mix
 
     def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
@@ -86,64 +103,68 @@ class Mixture:
         weight = torch.cat([live.weight.detach(), frozen.weight.detach()], dim=1)
         return LMHead(weight, live.shard)
 
+    def own_responses(self, lengths: Sequence[int]) -> list[int] | None:
+        """The live model's."""
+        return self.live.own_responses(lengths)
 
-class Teaching:
-    """A run's teacher: the model that ``two_pass_loss`` takes, its update, its state.
+
+class TeacherState:
+    """A run's teacher: the model that ``two_pass_loss`` takes, its update, its checkpoint state.
 
     Args:
-        config: which.
-        policy: a model of the two passes.
-        module: its torch module.
-        copy: builds a second model and its module, weights not yet set; for Frozen(folder), of
-            that folder.
-        adapters_off: as of ``AdaptersOff``; None: the policy has no adapters.
+        copy: builds a second model, weights not yet set; for ``Frozen(folder)``, of that folder.
+        adapters_off: a context in which the policy's adapters add nothing; None: it has none.
+
+    Attributes:
+        model: reads the hindsight prompt; None: the policy does.
+        copy: the second model, where the teacher is one.
     """
 
     def __init__(
         self,
         config: Teacher,
-        policy: Any,
-        module: torch.nn.Module,
-        copy: Callable[[], tuple[Any, torch.nn.Module]],
-        adapters_off: Callable[[], contextlib.AbstractContextManager] | None = None,
+        policy: ModuleModel,
+        copy: Callable[[], ModuleModel],
+        adapters_off: Callable[[], contextlib.AbstractContextManager[object]] | None = None,
     ):
-        self.config, self.policy_module = config, module
-        self.module: torch.nn.Module | None = None
-        other = None
-        from_the_start = config == Frozen() or isinstance(config, TrustRegion)
-        if adapters_off is not None and from_the_start:
+        self.config, self.policy = config, policy
+        self.copy: ModuleModel | None = None
+        self.model: CausalModel | None = None
+        if isinstance(config, Live):
+            return
+        starts_as_policy = config == Frozen() or isinstance(config, TrustRegion)
+        if adapters_off is not None and starts_as_policy:
             other = AdaptersOff(policy, adapters_off)
-        elif not isinstance(config, Live):
-            other, self.module = copy()
-            self.module.requires_grad_(False).eval()
-        self.model: Any = other
-        if isinstance(config, TrustRegion):
-            self.model = Mixture(policy, other, config.mix)
+        else:
+            other = self.copy = copy()
+            self.copy.module.requires_grad_(False).eval()
+        mixes = isinstance(config, TrustRegion)
+        self.model = Mixture(policy, other, config.mix) if mixes else other
 
     def start(self) -> None:
         """Called with the policy's first weights in place, before any checkpoint is read."""
         outside = isinstance(self.config, Frozen) and self.config.folder is not None
-        if self.module is not None and not outside:
-            lerp(self.module, self.policy_module, 1.0)
+        if self.copy is not None and not outside:
+            lerp(self.copy.module, self.policy.module, 1.0)
 
     def update(self) -> None:
-        """After an optimizer step."""
+        """Called after an optimizer step."""
         if isinstance(self.config, EMA):
-            assert self.module is not None
-            lerp(self.module, self.policy_module, 1 - self.config.decay)
+            assert self.copy is not None
+            lerp(self.copy.module, self.policy.module, 1 - self.config.decay)
         self.release()
 
     def release(self) -> None:
-        """Free what its passes left gathered."""
-        if self.module is not None:
-            reshard(self.module)
+        """Free what the teacher's passes left gathered."""
+        if self.copy is not None:
+            reshard(self.copy.module)
 
-    def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint: empty where the teacher is the policy."""
+    def state_dict(self) -> dict[str, object]:
+        """For the checkpoint; empty where the teacher is the policy."""
         self.release()
-        return {} if self.module is None else self.module.state_dict()
+        return {} if self.copy is None else self.copy.module.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From a checkpoint."""
-        if self.module is not None:
-            self.module.load_state_dict(state_dict)
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Restore the teacher's weights from a checkpoint."""
+        if self.copy is not None:
+            self.copy.module.load_state_dict(state_dict)

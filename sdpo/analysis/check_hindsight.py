@@ -173,7 +173,7 @@ def check(
         tuple(encode(replace(i, followup=o), tokenizer, config).hindsight for o in _notes(i, j))
         for i, j in zip(interactions, others, strict=True)
     ]
-    device = str(model.model.device)
+    device = str(model.module.device)
     passes = read(model, encoded, prompts, device=device, batch_tokens=batch_tokens)
     rows = [[logp.double() for logp in row] for row in passes]
     advantage = np.array([[float((q - p).mean()) for q in qs] for p, *qs in rows])

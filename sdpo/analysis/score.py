@@ -166,7 +166,7 @@ def score(
     """Rows of `FIGURES` for interactions, each with another conversation's follow-up."""
     from .signal import read
 
-    pairs, device = iter(pairs), str(model.model.device)
+    pairs, device = iter(pairs), str(model.module.device)
     while chunk := list(islice(pairs, CHUNK)):
         encoded = [encode(i, tokenizer, config) for i, _ in chunk]
         swapped = [replace(i, followup=other) for i, other in chunk]

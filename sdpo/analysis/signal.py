@@ -150,7 +150,7 @@ def command(
     data = read_interactions(interactions)
     tokenizer = load_tokenizer(model)
     policy = load_model(model, dtype=dtype)
-    device = str(policy.model.device)
+    device = str(policy.module.device)
     encoded = [encode(i, tokenizer, config) for i in data]
     rows = signals(policy, tokenizer, encoded, device=device, batch_tokens=batch_tokens)
     rows = track(rows, description="reading twice", total=len(data))

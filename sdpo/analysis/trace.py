@@ -29,6 +29,7 @@ from ..data.arrow import pc
 from ..data.manifest import manifest_path
 from ..interactions import iter_interactions
 from ..io.files import sha256, write_text
+from ..train.drift import drift_places
 from ..train.selection import Judge, SelectConfig, selection_sha256
 
 COLUMNS = (
@@ -295,9 +296,7 @@ def _kept(data: str, manifest: dict[str, Any]) -> list[str]:
 
 
 def _probed(n: int, config: dict[str, Any], traced: dict[int, str]) -> tuple[str, ...]:
-    from ..train.trainer import probe_places
-
-    places = probe_places(n, config["safeguard"]["probe_interactions"])
+    places = drift_places(n, config["safeguard"]["probe_interactions"])
     return tuple(traced[i] for i in places if i in traced)
 
 

@@ -23,7 +23,7 @@ from sdpo_parallel.memory import USABLE, Load, ModelShape, estimate, host_bytes
 from ..batching import steps_in
 from ..hindsight import Encoded, encode, load_tokenizer
 from .config import TrainConfig, to_json
-from .trainer import load_data
+from .loader import load_interactions
 
 SAMPLE = 512
 """Interactions tokenized to tell lengths and truncation."""
@@ -181,9 +181,10 @@ def dry_run(config: TrainConfig, *, ranks: int, gpu_memory_gib: float | None = N
 
 def _show_data(console: Console, config: TrainConfig) -> list[Encoded]:
     """What is read from the interactions; returns those that were tokenized."""
-    interactions, selected = load_data(config)
-    if selected:
-        console.print(f"{config.data}: {selected}", markup=False, soft_wrap=True)
+    selection = load_interactions(config)
+    interactions = selection.interactions
+    if config.select.selects:
+        console.print(f"{config.data}: {selection}", markup=False, soft_wrap=True)
     tokenizer = load_tokenizer(config.model)
     sample = [encode(i, tokenizer, config.hindsight) for i in interactions[:SAMPLE]]
     cut = Counter(

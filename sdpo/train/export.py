@@ -9,11 +9,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sdpo_parallel.config import Live, ParallelConfig
+from sdpo_parallel.build import export_checkpoint
+from sdpo_parallel.config import ParallelConfig
 
-from ..batching import Cursor
+from ..errors import SdpoError
 from .config import read_config
-from .trainer import RunState, build_engine
+from .trainer import engine_config
 
 
 @dataclass(frozen=True)
@@ -25,24 +26,24 @@ class ExportCommand:
     out: str
     """Folder to write; replaced only when the new one is complete."""
     step: int | None = None
-    """Of the checkpoint; None: the newest undamaged one."""
+    """Step of the checkpoint; None: the newest undamaged one."""
     adapters: bool = False
-    """A PEFT folder of the adapters alone, of a run with ``lora.rank``."""
+    """Write a PEFT folder of the adapters alone; for runs with ``lora.rank``."""
     model: str | None = None
     """The folder that the run started from, where it has moved."""
     dtype: Literal["source", "float32", "bfloat16"] | None = None
-    """Of the weights; None: as the run's config says."""
+    """Dtype of the weights; None: as the run's config says."""
 
 
 def export(command: ExportCommand) -> None:
-    """Load and write.
+    """Load the weights and write them.
 
     Raises:
-        ValueError: no run, no undamaged checkpoint, or no adapters where they were asked for.
+        SdpoError: no run, no undamaged checkpoint, or no adapters where they were asked for.
     """
     stored = read_config(command.run)
     if command.adapters and not stored.lora.rank:
-        raise ValueError(f"{command.run}: its lora.rank is 0, there are no adapters to export")
+        raise SdpoError(f"{command.run}: its lora.rank is 0, there are no adapters to export")
     checkpoint = stored.checkpoint
     if command.dtype is not None:
         checkpoint = replace(checkpoint, export_dtype=command.dtype)
@@ -52,17 +53,14 @@ def export(command: ExportCommand) -> None:
         out=command.run,
         checkpoint=checkpoint,
         parallel=ParallelConfig(compute_dtype=stored.parallel.compute_dtype),
-        teacher=Live(),  # of no use here
     )
-    engine = build_engine(config, 1, RunState(Cursor(1, 0), ""))
-    step = command.step
-    if step is not None:
-        engine.checkpoints.check(step)
-    elif (step := engine.checkpoints.newest(set_aside=False)) is None:
-        raise ValueError(f"{command.run}: no undamaged checkpoint")
-    engine.checkpoints.load(step, "model")
-    engine.export(command.out, adapters=command.adapters)
-    engine.close()
+    export_checkpoint(
+        config.engine,
+        engine_config(config, total_steps=1),
+        command.step,
+        command.out,
+        adapters=command.adapters,
+    )
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -6,6 +6,8 @@ back to the checkpoint that a resumed run goes on from.
 
 import json
 import math
+import os
+import sys
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -13,11 +15,14 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
 
+from ..errors import SdpoError
 from ..io.files import write_text
-from .config import LogConfig, to_json
+from .config import LogConfig, TrainConfig, to_json
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
@@ -27,35 +32,73 @@ def read_metrics(folder: str | Path) -> list[dict]:
 
 
 class RunFolder:
-    """Opens a new run's folder, or one to resume.
+    """A new run's folder, or one to resume; as a context, closed to other jobs until it ends.
 
     Raises:
-        ValueError: the folder already holds a run and ``resume`` is not set, or the run in it was
-            made with another config; the message names the fields.
+        SdpoError: the folder already holds a run and ``resume`` is not set, the run in it was made
+            with another config (the message names the fields), or another job is training in it.
     """
 
-    def __init__(self, folder: str, config: Any, *, resume: bool):
+    def __init__(self, folder: str, config: TrainConfig, *, resume: bool):
         self.path, self.config = Path(folder), json.loads(json.dumps(to_json(config)))
         stored = self.path / "config.json"
         if stored.is_file() and not resume:
-            raise ValueError(f"{folder} already holds a run: pass --resume, or another --out")
+            raise SdpoError(f"{folder} already holds a run: pass --resume, or another --out")
         if not resume and list((self.path / "checkpoints").glob("step-*")):
-            raise ValueError(
+            raise SdpoError(
                 f"{folder}/checkpoints holds a run's checkpoints, but {stored} is gone: pass "
                 "--resume to go on from them, or another --out"
             )
         if resume and stored.is_file():
             _refuse_changes(stored, self.config, _defaults(config))
+        self._lock = FileLock(self.path / "lock", blocking=False)
 
-    def open(self) -> None:
-        """Create the folder. Main rank only."""
+    def __enter__(self) -> "RunFolder":
+        if os.environ.get("RANK", "0") != "0":  # the main rank's lock is the job's
+            return self
         self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise SdpoError(
+                f"{self.path}: another job is training in this folder; wait for it, stop it, or "
+                "use another --out"
+            ) from None
+        except NotImplementedError:  # a file system without locks
+            print(f"sdpo: {self.path} cannot be locked: keep other jobs out of it", file=sys.stderr)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if not self._lock.is_locked:
+            return
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+        if not any(self.path.iterdir()):  # the run ended before it began
+            self.path.rmdir()
+
+    def open(self, step: int) -> None:
+        """Write the config and go back to where a checkpoint of ``step`` is (0: the start). Main
+        rank only."""
+        self._tell_loss(step)
         write_text(self.path / "config.json", json.dumps(self.config, indent=2))
+        self.stopped.unlink(missing_ok=True)
+        rows = [line for line in self._metrics() if json.loads(line)["step"] <= step]
+        if rows or (self.path / "metrics.jsonl").is_file():
+            write_text(self.path / "metrics.jsonl", "".join(rows))
 
     @property
     def stopped(self) -> Path:
-        """There while the run waits to be resumed after a signal stopped it."""
+        """A file that is there while the run waits to be resumed after a signal stopped it."""
         return self.path / "stopped"
+
+    def note_stop(self, step: int, total: int) -> None:
+        """Leave ``stopped``, and say so."""
+        self.stopped.touch()
+        print(
+            f"sdpo: asked to stop; step {step} of {total} is saved in {self.path}, go on with "
+            "--resume",
+            file=sys.stderr,
+        )
 
     def wandb_id(self) -> str:
         """The run's id on W&B, the same when it is resumed."""
@@ -64,23 +107,23 @@ class RunFolder:
             write_text(path, uuid.uuid4().hex[:8])
         return path.read_text(encoding="utf-8")
 
-    def last_step(self) -> int:
-        """Of the metrics written so far; 0: none."""
+    def _metrics(self) -> list[str]:
+        """The whole lines of metrics.jsonl: a killed run may leave half of one at the end."""
         path = self.path / "metrics.jsonl"
         if not path.is_file():
-            return 0
+            return []
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        return json.loads(whole[-1])["step"] if whole else 0
+        return [line for line in lines if line.endswith("\n")]
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop rows later than ``step``, and a last line that was not written whole."""
-        path = self.path / "metrics.jsonl"
-        if not path.is_file():
+    def _tell_loss(self, step: int) -> None:
+        """Say where the run goes on, and which steps of it are done again."""
+        rows = self._metrics()
+        if not step and not rows:
             return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        write_text(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+        seen = json.loads(rows[-1])["step"] if rows else 0
+        lost = f"; steps {step + 1} to {seen} are done again" if seen > step else ""
+        where = f"checkpoint step-{step}" if step else "the start (no checkpoint)"
+        print(f"sdpo: resumed {self.path} from {where}{lost}", file=sys.stderr)
 
 
 RESUMABLE = (
@@ -108,8 +151,8 @@ RESUMABLE = (
 RESUMABLE_PREFIXES = tuple(f"{name}." for name in RESUMABLE)
 
 
-def _defaults(config: Any) -> dict[str, Any]:
-    """Of the config's groups of settings: what a run had before a group existed."""
+def _defaults(config: TrainConfig) -> dict[str, Any]:
+    """The defaults of the config's groups of settings: what a run had before a group existed."""
     made = {f.name: f.default_factory for f in fields(config) if f.default_factory is not MISSING}
     return json.loads(json.dumps({name: to_json(make()) for name, make in made.items()}))
 
@@ -123,7 +166,7 @@ def _refuse_changes(stored: Path, config: Mapping, defaults: Mapping) -> None:
         if old.get(name) != new.get(name) and not f"{name}.".startswith(RESUMABLE_PREFIXES)
     ]
     if changed:
-        raise ValueError(
+        raise SdpoError(
             f"cannot resume {stored.parent}: the config differs from the run's "
             f"({'; '.join(changed)}); use the same settings, or another --out"
         )
@@ -142,8 +185,6 @@ class Logger:
     """Metrics of each step to console, JSONL, TensorBoard and, where asked, W&B."""
 
     def __init__(self, run: RunFolder, log: LogConfig, *, step: int, total: int):
-        from torch.utils.tensorboard import SummaryWriter
-
         self.log_every, self.total = log.every, total
         self._stack = ExitStack()
         self._file = self._stack.enter_context(
@@ -153,7 +194,7 @@ class Logger:
         self._stack.callback(self._board.close)
         self._wandb = None
         if log.wandb:
-            import wandb
+            import wandb  # the optional extra
 
             self._wandb = self._stack.enter_context(
                 wandb.init(
@@ -190,7 +231,7 @@ class Logger:
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
         except OSError as error:
-            raise ValueError(
+            raise SdpoError(
                 f"{self._file.name} cannot be written ({error.strerror}): make room, then go on "
                 "with --resume"
             ) from error

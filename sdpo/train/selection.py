@@ -167,8 +167,3 @@ def _weighted(kept: list[Interaction], signals: list[float], path: str) -> list[
         replace(i, weight=i.weight * min(signal / mean, CAP))
         for i, signal in zip(kept, signals, strict=True)
     ]
-
-
-def select(interactions: Iterable[Interaction], config: SelectConfig) -> list[Interaction]:
-    """`choose` without its counts."""
-    return choose(interactions, config).interactions

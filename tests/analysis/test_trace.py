@@ -16,10 +16,11 @@ from sdpo.data.manifest import manifest_path
 from sdpo.hindsight import HindsightConfig
 from sdpo.interactions import read_interactions, write_interactions
 from sdpo.train.config import read_config
+from sdpo.train.loader import load_interactions
 from sdpo.train.recipes import reverse_kl
 from sdpo.train.safeguards import SafeguardConfig
 from sdpo.train.selection import SelectConfig
-from sdpo.train.trainer import load_data, train
+from sdpo.train.trainer import train
 from sdpo_parallel.config import CheckpointConfig
 
 SCHEMA = pa.schema(
@@ -110,7 +111,7 @@ def trace(tmp_path):
 def drawn(run, data) -> list[str]:
     """What the run's loop drew, in order, taken from the trainer's own parts."""
     config = read_config(str(run))
-    interactions, _ = load_data(config)
+    interactions = load_interactions(config).interactions
     cursor = Cursor(len(interactions), config.batch.seed)
     return [interactions[i].id for i in cursor.take(4) + cursor.take(4) + cursor.take(4)]
 

@@ -107,12 +107,12 @@ def test_each_target_can_be_missed(name, value):
 
 def test_the_page_stands_alone_and_shows_a_collapse(tmp_path):
     row = dict(tokens=["<ok>", "no"], advantage=[1.0, -3.0])
-    course = [
+    trajectory = [
         {"step": s, "loss": 1.0, "advantage/mean_abs": 1.0, "entropy/policy": 1.0} for s in (1, 2)
     ]
     for collapsed in (False, True):
         report = a_report(collapsed=collapsed)
-        reports.write(tmp_path, report, {"likes terse": course}, {"relevant": [("o!", row)]})  # pyright: ignore
+        reports.write(tmp_path, report, {"likes terse": trajectory}, {"relevant": [("o!", row)]})  # pyright: ignore
         page = (tmp_path / "report.html").read_text()
         assert ("collapsed" in page) == collapsed
         assert "<svg" in page and "o!" in page and "&lt;ok&gt;" in page and "&lt;b&gt;?" in page

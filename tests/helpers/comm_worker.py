@@ -17,24 +17,23 @@ from sdpo.interactions import read_interactions
 from sdpo.objective import ReverseKL
 from sdpo.step import two_pass_loss
 from sdpo.train.trainer import RunState
-from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
-from sdpo_parallel.torchtitan.engine import TitanEngine
+from sdpo_parallel.config import ParallelConfig
+from sdpo_parallel.engine import EngineConfig
+from sdpo_parallel.torchtitan.engine import TorchtitanEngine
 
 model, data, tensor = sys.argv[1:]
-engine = TitanEngine(
-    model,
+config = EngineConfig(
+    model=model,
     run_folder=tempfile.mkdtemp(),
     total_steps=3,
     max_tokens=512,
-    state=RunState(Cursor(1, 0), ""),
-    optimizer=OptimizerConfig(),
     parallel=ParallelConfig(tensor=int(tensor)),
-    checkpoint=CheckpointConfig(),
 )
+engine = TorchtitanEngine(config, RunState(Cursor(1, 0), ""))
 engine.load()
 tokenizer = load_tokenizer(model)
-items = [(encode(i, tokenizer, HindsightConfig()), 0.1) for i in read_interactions(data)]
-batches = list(micro_batches(items, BatchConfig(row_tokens=512, micro_batch_tokens=1024)))
+examples = [(encode(i, tokenizer, HindsightConfig()), 0.1) for i in read_interactions(data)]
+batches = list(micro_batches(examples, BatchConfig(row_tokens=512, micro_batch_tokens=1024)))
 assert len(batches) > 2
 
 
@@ -49,12 +48,12 @@ def step():
 
 engine.check_agreement("data", "the same")
 with pytest.raises(ValueError, match="data differs between ranks: rank 1 has '1', rank 0 '0'"):
-    engine.check_agreement("data", str(engine.world_rank))
+    engine.check_agreement("data", str(engine.ranks.rank))
 step()  # the first sets up what later ones reuse
 collectives = Collectives()
 with collectives:
     step()
 collectives.restore()
-if engine.is_main:
+if engine.ranks.is_main:
     print(json.dumps({"micro_batches": len(batches), "seen": collectives.seen}))
 engine.close()

@@ -170,7 +170,7 @@ def check(run: Run, undisturbed: list[dict], disturbances: list[str], rng: rando
         lost += again
     if not run.done:
         run.finish()
-    runs.assert_same_course(undisturbed, run.metrics)
+    runs.assert_same_trajectory(undisturbed, run.metrics)
     for mine, theirs in zip(run.metrics, undisturbed, strict=True):
         assert mine["response/tokens"] == theirs["response/tokens"]
     newest = run.out / "checkpoints" / f"step-{STEPS}" / "manifest.json"

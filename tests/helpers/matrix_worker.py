@@ -26,7 +26,9 @@ from sdpo_parallel.config import (
     ParallelConfig,
     parse_teacher,
 )
-from sdpo_parallel.torchtitan.engine import TitanEngine, init_distributed, reshard
+from sdpo_parallel.teacher import reshard
+from sdpo_parallel.torchtitan.engine import TorchtitanEngine
+from sdpo_parallel.torchtitan.mesh import init_distributed
 
 OBJECTIVES = {"sampled-token": SampledToken(ignore_first=2), "reverse-kl": ReverseKL()}
 TOKENS = torch.randint(5, 400, (2, 256), generator=torch.Generator().manual_seed(1))
@@ -59,7 +61,7 @@ def config(case: dict, data: str, out: Path) -> TrainConfig:
 
 
 @torch.no_grad()
-def logits(engine: TitanEngine) -> torch.Tensor:
+def logits(engine: TorchtitanEngine) -> torch.Tensor:
     """(B, T, V), whole on every rank."""
     positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
     index = torch.arange(TOKENS.numel())
@@ -74,12 +76,12 @@ def logits(engine: TitanEngine) -> torch.Tensor:
     return part.view(*TOKENS.shape, -1)
 
 
-def compare_exports(engine: TitanEngine, folder: str, **options) -> None:
-    """``TitanEngine.export``, and the trained logits next to those of transformers."""
-    untouched = AutoModelForCausalLM.from_pretrained(engine.folder, dtype=torch.float32)
+def compare_exports(engine: TorchtitanEngine, folder: str, **options) -> None:
+    """``TorchtitanEngine.export``, and the trained logits next to those of transformers."""
+    untouched = AutoModelForCausalLM.from_pretrained(engine.config.model, dtype=torch.float32)
     trained = logits(engine)
     export(engine, folder, **options)
-    if engine.is_main:
+    if engine.ranks.is_main:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         with torch.no_grad():
             found, before = model(TOKENS).logits, untouched(TOKENS).logits
@@ -87,9 +89,9 @@ def compare_exports(engine: TitanEngine, folder: str, **options) -> None:
         limit = TOLERANCE if trained.dtype == torch.float32 else 0.1 * found.abs().max()
         assert apart < limit, apart
         assert (before - trained).abs().max() > 10 * TOLERANCE, "training moved nothing"
-    if engine.lora.rank:
+    if engine.config.lora.rank:
         export(engine, f"{folder}-peft", adapters=True)
-        if engine.is_main:
+        if engine.ranks.is_main:
             from peft import PeftModel
 
             adapted = PeftModel.from_pretrained(untouched, f"{folder}-peft")
@@ -116,7 +118,7 @@ def main(cases: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    export, TitanEngine.export = TitanEngine.export, compare_exports
+    export, TorchtitanEngine.export = TorchtitanEngine.export, compare_exports
     # one process group for all cases
     leave, dist.destroy_process_group = dist.destroy_process_group, lambda: None
     main(*sys.argv[1:])

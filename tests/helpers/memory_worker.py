@@ -19,13 +19,9 @@ from sdpo.batching import Cursor
 from sdpo.objective import ReverseKL
 from sdpo.step import two_pass_loss
 from sdpo.train.trainer import RunState
-from sdpo_parallel.config import (
-    CheckpointConfig,
-    LoraConfig,
-    OptimizerConfig,
-    ParallelConfig,
-)
-from sdpo_parallel.torchtitan.engine import TitanEngine
+from sdpo_parallel.config import LoraConfig, ParallelConfig
+from sdpo_parallel.engine import EngineConfig
+from sdpo_parallel.torchtitan.engine import TorchtitanEngine
 
 
 def local_bytes(tensors) -> int:
@@ -40,17 +36,15 @@ def local_bytes(tensors) -> int:
 
 def train(a: dict) -> dict[str, int]:
     """The last step is the measured one: gradients and optimizer state are there."""
-    engine = TitanEngine(
-        a["folder"],
+    config = EngineConfig(
+        model=a["folder"],
         run_folder=a["out"],
         total_steps=2,
         max_tokens=a["hindsight"] + a["response"],
-        state=RunState(Cursor(1, 0), ""),
-        optimizer=OptimizerConfig(),
         parallel=ParallelConfig(**a["parallel"]),
-        checkpoint=CheckpointConfig(),
         lora=LoraConfig(rank=a["lora_rank"]),
     )
+    engine = TorchtitanEngine(config, RunState(Cursor(1, 0), ""))
     batch = batch_of(a | {"interactions": a["rows"]}, engine.row_multiple)
     weights, sizes = list(engine.policy.module.parameters()), {}
     for step in range(2):

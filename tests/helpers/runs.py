@@ -1,10 +1,13 @@
 """Training runs as users start them: `sdpo train` alone, or under torchrun with gloo."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+from sdpo.cli import main
 from sdpo.train.run_folder import read_metrics
 
 PATHS = [Path(__file__).parents[2] / p for p in (".", "kernels", "parallel", "tests")]
@@ -43,14 +46,29 @@ def command(recipe: str, model: str, data: str, out: Path, *options: str, ranks:
 
 
 def train(recipe: str, model: str, data: str, out: Path, *options: str, ranks: int = 0) -> list:
-    """Run to the end; the rows of metrics.jsonl."""
+    """Run to the end; the rows of metrics.jsonl. ``ranks`` = 0: in this process."""
     argv = command(recipe, model, data, out, *options, ranks=ranks)
-    result = subprocess.run(argv, env=ENV, capture_output=True, text=True)
-    assert result.returncode == 0, cause(result.stderr)
+    if ranks:
+        result = subprocess.run(argv, env=ENV, capture_output=True, text=True)
+        assert result.returncode == 0, cause(result.stderr)
+    else:
+        with as_alone():
+            main(argv[argv.index("train") :])
     return read_metrics(out)
 
 
-def assert_same_course(rows: list[dict], others: list[dict], tolerance: float = 1e-5) -> None:
+@contextlib.contextmanager
+def as_alone() -> Iterator[None]:
+    """A process that torchrun did not start, before and after."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+def assert_same_trajectory(rows: list[dict], others: list[dict], tolerance: float = 1e-5) -> None:
     """Losses and gradient norms of every step agree to ``tolerance``; above 1, relative."""
     assert [r["step"] for r in rows] == [r["step"] for r in others]
     for a, b in zip(rows, others, strict=True):

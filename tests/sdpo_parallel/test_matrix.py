@@ -48,7 +48,7 @@ def check(ranks: int, cases: list[dict], models, data: str, out: Path) -> None:
     wrong = []
     for c in cases:
         try:
-            runs.assert_same_course(
+            runs.assert_same_trajectory(
                 expected[matrix.reference(c)], found[c["name"]], matrix.tolerance(c)
             )
         except AssertionError as error:

@@ -1,4 +1,4 @@
-"""Broken runs resume on the same course; ranks that stall are named; what is asked of a layout."""
+"""Broken runs resume on the same trajectory; ranks that stall are named."""
 
 import os
 import random
@@ -12,7 +12,7 @@ import pytest
 
 from helpers import kill, runs, tiny
 from sdpo.cli import main
-from sdpo.train.safeguards import PHASES, Watch
+from sdpo.train.watchdog import PHASES, Watchdog
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,9 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize("way", ["SIGTERM", "flip a bit", "full disk"])  # kill.py does them all
 def test_a_broken_run_goes_on_as_if_undisturbed(way, undisturbed, tmp_path, seed):
-    model, data, course = undisturbed
+    model, data, trajectory = undisturbed
     run = kill.Run(model, data, tmp_path / "run")
-    kill.check(run, course, [way], random.Random(seed))
+    kill.check(run, trajectory, [way], random.Random(seed))
 
 
 def test_a_stalled_rank_is_named(models, tmp_path):
@@ -57,7 +57,7 @@ def _rank(pid: int) -> str:
 
 
 class Store:
-    """What ``Watch`` asks of torch's."""
+    """What ``Watchdog`` asks of torch's."""
 
     def __init__(self):
         self.kept: dict[str, bytes] = {}
@@ -76,7 +76,7 @@ def test_the_ranks_behind_are_those_that_others_wait_for(monkeypatch):
     """Of 4 answering ranks, one still gathers data while three wait in their passes."""
     store, watches = Store(), []
     for rank in range(4):
-        watch = Watch(0, rank, 4)
+        watch = Watchdog(0, rank, 4)
         watch.seconds, watch._store = 60.0, store
         watch.beat(7, PHASES[0] if rank == 2 else PHASES[1])
         watch._tell()

@@ -15,9 +15,10 @@ from sdpo.interactions import read_interactions
 from sdpo.io.files import sha256
 from sdpo.train.config import read_config
 from sdpo.train.dry_run import dry_run
+from sdpo.train.loader import fingerprint, load_interactions
 from sdpo.train.recipes import reverse_kl
 from sdpo.train.selection import SelectConfig, choose, select
-from sdpo.train.trainer import fingerprint, load_data, train
+from sdpo.train.trainer import train
 from sdpo_parallel.config import CheckpointConfig
 
 SIGNALS = (0.0, 0.1, 0.2, 0.3, 0.4, 9.0)
@@ -153,8 +154,9 @@ def test_a_run_trains_on_what_is_selected_and_resumes_only_with_it(
 ):
     chosen = SelectConfig(scores=scores, min_signal=0.2)
     config = small(models("qwen3"), data, tmp_path / "run", select=chosen)
-    interactions, told = load_data(config)
-    assert len(interactions) == 4 and told == "kept 4 of 6: 2 below min_signal"
+    selection = load_interactions(config)
+    told = str(selection)
+    assert len(selection.interactions) == 4 and told == "kept 4 of 6: 2 below min_signal"
     dry_run(config, ranks=1)
     assert f"{data}: {told}" in capsys.readouterr().out
     train(config)
@@ -183,4 +185,4 @@ def test_a_run_from_before_selection_resumes(data, models, tmp_path):
     del stored["select"]
     path.write_text(json.dumps(stored))
     train(config, resume=True)
-    runs.assert_same_course(whole, runs.read_metrics(tmp_path / "run"))
+    runs.assert_same_trajectory(whole, runs.read_metrics(tmp_path / "run"))

@@ -33,7 +33,7 @@ def data(tmp_path_factory):
         ("llama-tied", "forward-kl"),
     ],
 )
-def test_one_process_two_ranks_and_transformers_take_the_same_course(
+def test_one_process_two_ranks_and_transformers_follow_the_same_trajectory(
     kind, recipe, data, models, tmp_path
 ):
     model = models(kind)
@@ -42,8 +42,8 @@ def test_one_process_two_ranks_and_transformers_take_the_same_course(
     transformers = runs.train(recipe, model, data, tmp_path / "t", "--engine", "transformers")
     epochs = 2 if recipe == "paper-offline" else 1
     assert len(alone) == -(-N * epochs // 6)
-    runs.assert_same_course(alone, sharded)
-    runs.assert_same_course(alone, transformers, tolerance=1e-4)
+    runs.assert_same_trajectory(alone, sharded)
+    runs.assert_same_trajectory(alone, transformers, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("teacher", ["frozen:another", "trust-region:0.3", "ema:0.5"])
@@ -61,13 +61,13 @@ def test_teachers_are_the_same_in_both_engines(teacher, data, models, tmp_path):
     titan = runs.train("reverse-kl", model, data, tmp_path / "a", *options, ranks=2)
     options += ["--engine", "transformers"]
     transformers = runs.train("reverse-kl", model, data, tmp_path / "b", *options)
-    runs.assert_same_course(titan, transformers, tolerance=1e-4)
+    runs.assert_same_trajectory(titan, transformers, tolerance=1e-4)
     live = runs.train("reverse-kl", model, data, tmp_path / "c", "--engine", "transformers")
     assert abs(live[3]["loss"] - titan[3]["loss"]) > 1e-3, "the teacher changes nothing"
 
 
 @pytest.mark.parametrize(("engine", "ranks"), [("torchtitan", 2), ("transformers", 0)])
-def test_a_killed_run_resumes_on_the_same_course(engine, ranks, data, models, tmp_path):
+def test_a_killed_run_resumes_on_the_same_trajectory(engine, ranks, data, models, tmp_path):
     options = ["--engine", engine, "--checkpoint.interval", "2", "--batch.epochs", "3"]
     model = models("qwen3")
     undisturbed = runs.train("reverse-kl", model, data, tmp_path / "a", *options, ranks=ranks)
@@ -90,7 +90,7 @@ def test_a_killed_run_resumes_on_the_same_course(engine, ranks, data, models, tm
     assert not (out / "export").exists()
 
     resumed = runs.train("reverse-kl", model, data, out, *options, "--resume", ranks=ranks)
-    runs.assert_same_course(undisturbed, resumed)
+    runs.assert_same_trajectory(undisturbed, resumed)
     assert (out / "export" / "config.json").is_file()
 
 
@@ -102,7 +102,7 @@ def test_a_run_resumes_on_another_number_of_ranks(data, models, tmp_path):
     out = tmp_path / "a"
     shutil.rmtree(out / "checkpoints" / "step-6")
     resumed = runs.train("reverse-kl", model, data, out, *options, "--resume", ranks=2)
-    runs.assert_same_course(whole, resumed)
+    runs.assert_same_trajectory(whole, resumed)
 
 
 def test_a_run_goes_on_in_other_layouts(data, models, tmp_path):
@@ -124,7 +124,7 @@ def test_a_run_goes_on_in_other_layouts(data, models, tmp_path):
             for step in range(2 * i + 3, len(whole) + 1):
                 shutil.rmtree(out / "checkpoints" / f"step-{step}")
     rows = runs.read_metrics(out)
-    runs.assert_same_course(whole, rows, tolerance=1e-4)
+    runs.assert_same_trajectory(whole, rows, tolerance=1e-4)
     for a, b in zip(whole, rows, strict=True):
         assert a.get("drift/kl", 0) == pytest.approx(b.get("drift/kl", 0), abs=1e-5)
     assert [("drift/kl" in r) for r in rows] == [False, True] * 4
@@ -161,9 +161,9 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_end_the_run(
         return subprocess.run(argv, env=runs.ENV, capture_output=True, text=True)
 
     assert run("one", {2}).returncode == 0
-    course = runs.read_metrics(tmp_path / "one")
-    assert [r["skipped"] for r in course][-1] == 1
-    assert sum(r["grad_norm"] is None for r in course) == 1
+    trajectory = runs.read_metrics(tmp_path / "one")
+    assert [r["skipped"] for r in trajectory][-1] == 1
+    assert sum(r["grad_norm"] is None for r in trajectory) == 1
     assert (tmp_path / "one" / "export").is_dir()
 
     ended = run("all", {0, 1, 2, 3, 4, 5})
@@ -323,7 +323,7 @@ def test_online_rollouts_with_their_logprobs_train_the_papers_online_objective(
         other = runs.train(
             "paper-online", folder, str(path), tmp_path / name, *options, *layout, ranks=2
         )
-        runs.assert_same_course(alone, other)
+        runs.assert_same_trajectory(alone, other)
         for a, b in zip(alone, other, strict=True):
             assert a["advantage/clipped"] == pytest.approx(b["advantage/clipped"], abs=1e-6)
     assert torch.isfinite(torch.tensor(row["grad_norm"]))

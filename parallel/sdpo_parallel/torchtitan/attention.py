@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import SdpoError
+
 Setting = Literal["auto", "flex", "flex_flash", "varlen", "dense"]
 Backend = Literal["flex", "flex_flash", "varlen", "dense"]
 FASTEST_FIRST: tuple[Backend, ...] = ("varlen", "flex_flash", "flex", "dense")
@@ -116,14 +118,14 @@ def choose_attention(
         compute_dtype: of q, k and v; the flash kernels know no float32.
 
     Raises:
-        ValueError: ``setting`` was asked for and cannot work; the message says what can.
+        SdpoError: ``setting`` was asked for and cannot work; the message says what can.
     """
     here = _Machine(device_type, capability, context, installed, compute_dtype)
     if setting != "auto":
         if (obstacle := here.obstacle(setting)) is None:
             return Choice(setting, f"asked for: {here.describe(setting)}")
         works = ", ".join(b for b in FASTEST_FIRST if here.obstacle(b) is None)
-        raise ValueError(
+        raise SdpoError(
             f"attention={setting}: {obstacle}; what works here: {works}, or auto, which chooses"
         )
     passed_over = []

@@ -2,10 +2,10 @@
 
 A response's slots differ between the passes, so its hidden states may lie on one rank in the
 policy's rows and on another in the hindsight's. ``gather_rows`` brings the few rows that the head
-reads to all ranks of the group; the head's work is then dealt out by whole responses
-(``TitanModel.own_responses``). Nothing has to be aligned, and nothing is padded for it.
+reads to all ranks of the group; the lm_head's work is then assigned by whole responses
+(``TorchtitanModel.own_responses``). Nothing has to be aligned, and nothing is padded for it.
 
-Slots are dealt head and tail: rank r of R takes slices r and 2R-1-r of 2R.
+Slots are assigned head and tail: rank r of R takes slices r and 2R-1-r of 2R.
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ class Share(NamedTuple):
 
 
 def share(width: int, mesh: DeviceMesh, device: torch.device) -> Share:
-    """Head and tail: as torch's load balancer deals them."""
+    """Head and tail: as torch's load balancer assigns them."""
     ranks = mesh.size()
     slices = torch.arange(width, device=device).view(2 * ranks, -1)
     pairs = [torch.cat([slices[r], slices[2 * ranks - 1 - r]]) for r in range(ranks)]

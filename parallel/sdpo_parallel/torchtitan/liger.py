@@ -19,10 +19,12 @@ from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.models.common.rope import ComplexRoPE, CosSinRoPE
 
+from ..errors import SdpoError
+
 try:
     from liger_kernel.ops import LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction
 except ImportError as error:
-    raise ValueError(
+    raise SdpoError(
         f"liger=True needs liger-kernel ({error}): pip install 'sdpo[liger]', or set liger=False"
     ) from error
 
@@ -125,7 +127,7 @@ class LigerComplexRoPE(ComplexRoPE):
 
 def _swap(config, target):
     if not torch.accelerator.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("liger=True: Liger's kernels are Triton's and need a GPU; set liger=False")
+        raise SdpoError("liger=True: Liger's kernels are Triton's and need a GPU; set liger=False")
     return derive(config, target)
 
 

@@ -1,4 +1,4 @@
-"""The head that the objectives read: whole, or this rank's rows of it.
+"""The lm_head that the objectives read: whole, or this rank's rows of it.
 
   FSDP2   [norm, lm_head] is one group of the sharded module (with the embeddings, where tied). Its
           gathered weight is a leaf: the gradient is reduce-scattered by FSDP2 itself.
@@ -9,8 +9,6 @@
 per step, not one per micro-batch or pass.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -19,16 +17,11 @@ from torch.distributed.tensor import DTensor
 
 from sdpo_kernels import VocabShard
 
-
-class LMHead(NamedTuple):
-    """``weight``: (V, D), or with a ``shard`` this rank's rows of it."""
-
-    weight: Tensor
-    shard: VocabShard | None = None
+from ..engine import LMHead
 
 
 def gathered(lm_head: torch.nn.Module, vocabulary: int, group: ProcessGroup | None) -> LMHead:
-    """The head of a sharded model; ``group``: its tensor-parallel ranks."""
+    """The lm_head of a sharded model; ``group``: its tensor-parallel ranks."""
     if isinstance(lm_head, FSDPModule):
         lm_head.unshard()  # nothing is sent where the group is gathered already
     weight: Tensor = lm_head.weight  # pyright: ignore[reportAssignmentType]

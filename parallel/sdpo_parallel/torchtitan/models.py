@@ -1,30 +1,21 @@
-"""A Hugging Face folder as a torchtitan 0.3.0 model: its config, its weights, and the way back.
+"""The torchtitan 0.3.0 model that a Hugging Face folder's config.json describes.
 
-torchtitan never reads config.json and writes weights only; adapters (LoRA) it trains, but neither
-merges nor exports.
+torchtitan itself never reads config.json. To add an architecture: docs/adding-a-model.md.
 """
 
-import math
-import re
-import zlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
 from ..config import LoraConfig
+from ..errors import SdpoError
 from ..huggingface import read_config
 from . import cpu
 
 cpu.prepare()  # before torchtitan binds the device
 import torchtitan.models.llama3 as llama3  # noqa: E402
 import torchtitan.models.qwen3 as qwen3  # noqa: E402
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # noqa: E402
 from torchtitan.components.lora import LoRAConverter  # noqa: E402
 from torchtitan.models.common import ComplexRoPE, CosSinRoPE, Embedding, Linear  # noqa: E402
 from torchtitan.models.common.nn_modules import RMSNorm  # noqa: E402
@@ -41,17 +32,17 @@ def spec_from_hf(
         lora: adapters beside frozen weights, where its rank is not 0.
 
     Raises:
-        ValueError: the architecture, or one of its options, is not one that torchtitan computes
+        SdpoError: the architecture, or one of its options, is not one that torchtitan computes
             exactly as transformers does; the message names the field.
     """
     read_config(folder)
     try:  # for what config.json leaves to defaults
         c = AutoConfig.from_pretrained(folder).to_dict()
     except (KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{folder}/config.json: transformers cannot read it ({error})") from error
+        raise SdpoError(f"{folder}/config.json: transformers cannot read it ({error})") from error
     build = {"qwen3": _qwen3, "llama": _llama}.get(c.get("model_type", ""))
     if build is None:
-        raise ValueError(
+        raise SdpoError(
             f"{folder}/config.json: model_type {c.get('model_type')!r} has no torchtitan model "
             "here (qwen3 and llama have); use --engine transformers"
         )
@@ -70,7 +61,7 @@ def spec_from_hf(
         )
         known = set(LoraConfig.targets)
         if unknown := set(lora.targets) - known:
-            raise ValueError(
+            raise SdpoError(
                 f"lora targets {', '.join(sorted(unknown))}: no such linear layers; there are "
                 f"{', '.join(sorted(known))}"
             )
@@ -80,7 +71,7 @@ def spec_from_hf(
 
 def _refuse(folder: str, config: dict, field: str, allowed: tuple) -> None:
     if config.get(field) not in allowed:
-        raise ValueError(
+        raise SdpoError(
             f"{folder}/config.json: {field}={config[field]!r} is not supported by the torchtitan "
             "engine; use --engine transformers"
         )
@@ -102,7 +93,7 @@ def _rope(folder: str, c: dict) -> dict:
         names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         scaling = {name: r[name] for name in names}
         return {"theta": theta, "scaling": "llama", "scaling_factor": r["factor"], **scaling}
-    raise ValueError(
+    raise SdpoError(
         f"{folder}/config.json: rope_type {kind!r} is not supported by the torchtitan engine; "
         "use --engine transformers"
     )
@@ -151,7 +142,7 @@ def _llama(folder: str, c: dict, layer_options: dict) -> ModelSpec:
     heads = c["num_attention_heads"]
     head_dim = c.get("head_dim") or c["hidden_size"] // heads
     if head_dim * heads != c["hidden_size"]:
-        raise ValueError(
+        raise SdpoError(
             f"{folder}/config.json: head_dim {head_dim} x {heads} heads is not hidden_size "
             f"{c['hidden_size']}; the torchtitan engine needs it; use --engine transformers"
         )
@@ -170,101 +161,3 @@ def _llama(folder: str, c: dict, layer_options: dict) -> ModelSpec:
     spec = llama3.model_registry("debugmodel")
     spec.model = llama3.Llama3Model.Config(**_decoder(c, llama3, layers))
     return spec
-
-
-# ---- weights -------------------------------------------------------------------------------------
-ADAPTER = re.compile(r"\.lora_[ab]\.weight$")
-"""Ends the names of adapters' weights in a torchtitan state dict."""
-
-
-def load_weights(module: torch.nn.Module, adapter: Any, folder: str) -> None:
-    """Read a Hugging Face folder's weights into a (sharded) module; adapters stay as they are."""
-    plain = {name: w for name, w in module.state_dict().items() if not ADAPTER.search(name)}
-    hf = adapter.to_hf(plain)
-    dcp_load(hf, storage_reader=adapter.get_hf_storage_reader(folder))
-    module.load_state_dict(adapter.from_hf(hf), strict=False)
-
-
-@torch.no_grad()
-def start_adapters(module: torch.nn.Module, seed: int = 0) -> None:
-    """A ~ kaiming uniform, B = 0 (arXiv:2106.09685), the same whatever the layout."""
-    for name, p in module.state_dict().items():
-        if name.endswith(".lora_a.weight"):
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
-            whole = torch.empty(p.shape, dtype=p.dtype)
-            torch.nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
-            p.copy_(_like(whole, p))
-        elif name.endswith(".lora_b.weight"):
-            p.zero_()
-
-
-def merged_weights(module: torch.nn.Module, lora: LoraConfig) -> dict[str, Any]:
-    """The module's state dict with W + alpha / rank B A in place of adapted W, and no adapters."""
-    state = module.state_dict()
-    out = {name: w for name, w in state.items() if not ADAPTER.search(name)}
-    for name in state:
-        if not name.endswith(".lora_a.weight"):
-            continue
-        stem = name.removesuffix(".lora_a.weight")
-        a, b = _whole(state[name]), _whole(state[f"{stem}.lora_b.weight"])
-        weight = out[f"{stem}.weight"]
-        delta = (lora.alpha / lora.rank) * (b.float() @ a.float())
-        out[f"{stem}.weight"] = weight + _like(delta, weight).to(weight.dtype)
-    return out
-
-
-def peft_weights(module: torch.nn.Module, adapter: Any) -> dict[str, Tensor]:
-    """Whole adapter weights under PEFT's names, on the CPU."""
-    names = {ours: theirs for theirs, ours in adapter.from_hf_map.items() if ours}
-    attention = adapter.model_config.layers[0].attention
-    heads = {"wq": attention.n_heads, "wk": attention.n_kv_heads or attention.n_heads}
-    out = {}
-    for name, value in module.state_dict().items():
-        if not ADAPTER.search(name):
-            continue
-        stem, which = ADAPTER.sub("", name), name[-len("a.weight")]
-        layer = re.search(r"\d+", stem)
-        assert layer is not None
-        hf = names[re.sub(r"\d+", "{}", stem, count=1) + ".weight"].format(layer.group())
-        whole = _whole(value).cpu()
-        projection = stem.rpartition(".")[2]
-        if which == "b" and projection in heads and hasattr(adapter, "_permute"):
-            whole = adapter._permute(whole, heads[projection], *whole.shape)
-        key = hf.removesuffix(".weight") + f".lora_{which.upper()}.weight"
-        out[f"base_model.model.{key}"] = whole.contiguous()
-    return out
-
-
-def peft_config(weights: Mapping[str, Tensor], lora: LoraConfig, base: str) -> dict[str, Any]:
-    """adapter_config.json as PEFT reads it, for ``peft_weights``."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted({name.rsplit(".", 3)[1] for name in weights}),
-    }
-
-
-def _whole(w: Tensor) -> Tensor:
-    return w.full_tensor() if isinstance(w, DTensor) else w
-
-
-def _like(whole: Tensor, pattern: Tensor) -> Tensor:
-    """This rank's part of ``whole``, laid out as ``pattern`` is."""
-    if not isinstance(pattern, DTensor):
-        return whole.to(pattern.device)
-    mesh, placements = pattern.device_mesh, pattern.placements
-    shape, offset = compute_local_shape_and_global_offset(pattern.shape, mesh, placements)
-    part = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
-    return DTensor.from_local(
-        part.to(pattern.device),
-        mesh,
-        placements,
-        run_check=False,
-        shape=pattern.shape,
-        stride=pattern.stride(),
-    )

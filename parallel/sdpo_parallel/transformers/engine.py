@@ -12,7 +12,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,18 +25,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
-from sdpo.batching import ROW_MULTIPLE
-from sdpo_parallel.checkpoints import Checkpoints
-from sdpo_parallel.config import (
-    CheckpointConfig,
-    Frozen,
-    Live,
-    LoraConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    Teacher,
-)
-from sdpo_parallel.huggingface import (
+from ..checkpoints import Checkpoints
+from ..config import Frozen, LoraConfig, ParallelConfig
+from ..engine import ROW_MULTIPLE, EngineConfig, LMHead, Ranks
+from ..errors import SdpoError
+from ..huggingface import (
     check_finite,
     check_length,
     check_teacher,
@@ -46,9 +38,7 @@ from sdpo_parallel.huggingface import (
     read_config,
     replace_folder,
 )
-from sdpo_parallel.teacher import Teaching
-from sdpo_parallel.torchtitan.lm_head import LMHead
-
+from ..teacher import TeacherState
 from .liger import apply_liger
 
 # one process is what this engine is for
@@ -56,16 +46,18 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class TransformersModel:
-    """A causal LM of transformers as ``hidden_states`` and ``lm_head``.
+    """A causal LM of transformers as a `CausalModel`.
+
+    Args:
+        compute_dtype: dtype of the passes, where it is not that of the weights.
 
     Raises:
-        ValueError: its logits are more than a product with the head's weight (a bias, a softcap,
+        SdpoError: its logits are more than a product with the head's weight (a bias, a softcap,
             a scale), which the objectives would get wrong.
     """
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None):
-        """``compute_dtype``: of both passes, where it is not that of the weights."""
-        self.model, self.dtype = model, compute_dtype or model.dtype
+        self.module, self.dtype = model, compute_dtype or model.dtype
         self.decoder: Any = model.get_decoder()
         was_training = model.training
         model.eval()
@@ -81,9 +73,9 @@ class TransformersModel:
         if not self.packs:
             tokens_BT, index_N = _one_row_per_document(tokens_BT, positions_BT, index_N)
             inputs = {"input_ids": tokens_BT}
-        elif "flash" in (self.model.config._attn_implementation or ""):
+        elif "flash" in (self.module.config._attn_implementation or ""):
             inputs = {name: t.view(1, -1) for name, t in inputs.items()}
-        mixed = self.dtype != self.model.dtype
+        mixed = self.dtype != self.module.dtype
         with torch.autocast(tokens_BT.device.type, self.dtype, enabled=mixed):
             out = self.decoder(**inputs, use_cache=False)
         return out.last_hidden_state.flatten(0, 1)[index_N].to(self.dtype)
@@ -93,31 +85,31 @@ class TransformersModel:
 
     def lm_head(self) -> LMHead:
         """(V, D)."""
-        weight: Any = self.model.get_output_embeddings().weight  # pyright: ignore
+        weight: Any = self.module.get_output_embeddings().weight  # pyright: ignore
         return LMHead(weight.to(self.dtype))
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        head = self.model.get_output_embeddings()
-        name = type(self.model).__name__
+        head = self.module.get_output_embeddings()
+        name = type(self.module).__name__
         if head is None or getattr(head, "bias", None) is not None:
-            raise ValueError(f"{name}: no lm_head without a bias; such models are not supported")
+            raise SdpoError(f"{name}: no lm_head without a bias; such models are not supported")
         for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if (value := getattr(self.model.config, field, None)) is not None and (
+            if (value := getattr(self.module.config, field, None)) is not None and (
                 value != 1 or field == "final_logit_softcapping"
             ):
-                raise ValueError(
+                raise SdpoError(
                     f"{name}: {field}={value} changes its logits (a softcap or a scale); such "
                     "models are not supported"
                 )
-        probe = torch.tensor([[0, 1, 2]], device=self.model.device)
+        probe = torch.tensor([[0, 1, 2]], device=self.module.device)
         hidden = self.decoder(input_ids=probe, use_cache=False).last_hidden_state[0]
         ours = (hidden @ head.weight.T).float()  # pyright: ignore[reportCallIssue]
-        theirs = self.model(input_ids=probe, use_cache=False).logits[0].float()
+        theirs = self.module(input_ids=probe, use_cache=False).logits[0].float()
         if not torch.isfinite(theirs).all():
             return  # broken weights are check_finite's to name
         if (ours - theirs).abs().max() > 0.02 * theirs.abs().max():
-            raise ValueError(
+            raise SdpoError(
                 f"{name}: its logits are not hidden @ lm_head.weight.T (a softcap or a scale?); "
                 "such models are not supported"
             )
@@ -125,7 +117,7 @@ class TransformersModel:
     @torch.no_grad()
     def _keeps_documents_apart(self) -> bool:
         """Whether a document packed behind another reads as it does alone."""
-        document = torch.tensor([3, 1, 4, 1, 5, 2], device=self.model.device)
+        document = torch.tensor([3, 1, 4, 1, 5, 2], device=self.module.device)
         alone = self.decoder(input_ids=document[None], use_cache=False).last_hidden_state[0]
         twice = torch.cat([document, document])[None]
         positions = torch.arange(len(document), device=document.device).repeat(2)[None]
@@ -136,7 +128,7 @@ class TransformersModel:
         behind = out.last_hidden_state[0, len(document) :]
         if not torch.isfinite(alone).all():
             return True  # broken weights are check_finite's to name
-        tolerance = 16 * torch.finfo(self.model.dtype).eps
+        tolerance = 16 * torch.finfo(self.module.dtype).eps
         return bool((behind - alone).abs().max() <= tolerance * alone.abs().max())
 
 
@@ -188,7 +180,7 @@ def load_model(
         liger: Liger's RMSNorm, SwiGLU and rotary embeddings; see liger_patch.py.
 
     Raises:
-        ValueError: no such folder, no weights in it, or weights that are not finite.
+        SdpoError: no such folder, no weights in it, or weights that are not finite.
     """
     read_config(folder)
     disable_progress_bar()
@@ -213,86 +205,55 @@ def choose_attention(device: str, compute_dtype: str) -> str:
 
 
 class TransformersEngine:
-    """Training of one model on one device; the contract of ``TitanEngine``.
+    """An `Engine` for any causal LM of transformers, on one device.
 
     Weights, gradients and optimizer state are float32; the passes run under autocast where
     ``parallel.compute_dtype`` says bfloat16.
+
+    Args:
+        state: saved and restored with the model (step, place in the data).
     """
 
-    rank, ranks, world_rank, world, copies, is_main = 0, 1, 0, 1, 1, True
-    row_multiple = ROW_MULTIPLE
+    ranks, row_multiple = Ranks(), ROW_MULTIPLE
 
-    def __init__(
-        self,
-        folder: str,
-        *,
-        run_folder: str,
-        total_steps: int,
-        max_tokens: int,
-        state: Stateful,
-        optimizer: OptimizerConfig,
-        parallel: ParallelConfig,
-        checkpoint: CheckpointConfig,
-        teacher: Teacher | None = None,
-        lora: LoraConfig | None = None,
-    ):
-        _refuse_layouts(parallel, lora)
-        check_length(folder, read_config(folder).get("max_position_embeddings"), max_tokens)
+    def __init__(self, config: EngineConfig, state: Stateful):
+        _refuse_layouts(config.parallel, config.lora)
+        longest = read_config(config.model).get("max_position_embeddings")
+        check_length(config.model, longest, config.max_tokens)
+        teacher = config.teacher
         if isinstance(teacher, Frozen) and teacher.folder is not None:
-            check_teacher(teacher.folder, folder)
-        self.folder, self.checkpoint = folder, checkpoint
-        self.optimizer_config, self.total_steps = optimizer, total_steps
-        self.kind = "cuda" if torch.cuda.is_available() else "cpu"
-        self.dtype, self.liger = parallel.resolve_dtype(self.kind), parallel.liger
-        self.policy = self._load(folder, "float32")
-        self.module = self.policy.model.train()
+            check_teacher(teacher.folder, config.model)
+        self.config = config
+        self.policy = _load(config, config.model, "float32")
+        self.module = self.policy.module.train()
         disable_dropout(self.module)
-        if parallel.activation_checkpoint != "none":
+        if config.parallel.activation_checkpoint != "none":
             enable = getattr(self.module, "activation_checkpointing_enable", None)
             enable = enable or self.module.gradient_checkpointing_enable  # its name before 5.20
             enable({"use_reentrant": False})
         self.device = self.module.device
-        self.teaching = Teaching(
-            teacher or Live(), self.policy, self.module, lambda: self._teacher(teacher)
-        )
-        self.teacher = self.teaching.model
+        self.teacher_state = TeacherState(teacher, self.policy, lambda: _copy(config))
+        self.teacher = self.teacher_state.model
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(),
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            weight_decay=config.optimizer.weight_decay,
         )
         parts = {"model": self.module, "optimizer": _Optimizer(self.module, self.optimizer)}
-        parts |= {"teacher": self.teaching, "run": state}
+        parts |= {"teacher": self.teacher_state, "run": state}
         self.checkpoints = Checkpoints(
-            Path(run_folder) / "checkpoints", checkpoint, parts, distributed=False
+            config.run_folder, config.checkpoint, parts, distributed=False
         )
 
-    def _load(self, folder: str, dtype: Any) -> TransformersModel:
-        attention = choose_attention(self.kind, self.dtype)
-        compute = getattr(torch, self.dtype)
-        return load_model(
-            folder,
-            dtype=dtype,
-            device=self.kind,
-            attention=attention,
-            compute_dtype=compute,
-            liger=self.liger,
-        )
-
-    def _teacher(self, teacher: Teacher | None) -> tuple[TransformersModel, torch.nn.Module]:
-        folder = teacher.folder if isinstance(teacher, Frozen) else None
-        model = self._load(folder or self.folder, "float32" if folder is None else self.dtype)
-        return model, model.model
-
-    def context(self) -> contextlib.AbstractContextManager:
-        """What a step runs in: nothing special."""
+    def context(self) -> contextlib.AbstractContextManager[None]:
+        """Passes need nothing around them here."""
         return contextlib.nullcontext()
 
     def load(self) -> None:
-        """The folder's weights are in place; the teacher's first are set."""
-        self.teaching.start()
+        """Set the teacher's first weights; the folder's are in place."""
+        self.teacher_state.start()
 
     def resume(self) -> None:
         """Go on from the newest undamaged checkpoint, where there is one."""
@@ -305,24 +266,23 @@ class TransformersEngine:
         self.checkpoints.save(step, manifest, wait=wait)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate gradients of a micro-batch."""
+        """Accumulate the gradients of a micro-batch."""
         loss.backward()
 
     def clip_gradients(self) -> float:
-        """Returns the gradient norm before clipping."""
-        limit = self.optimizer_config.max_grad_norm
+        """Clip the gradients' norm; returns the norm before clipping."""
+        limit = self.config.optimizer.max_grad_norm
         return float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit))
 
     def update(self, step: int) -> float:
         """Update weights and teacher with the gradients of step ``step`` (from 0), and drop them;
         returns the learning rate used."""
-        config = self.optimizer_config
-        lr = config.lr * config.factor(step, self.total_steps)
+        lr = self.config.optimizer.lr_at(step, self.config.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.discard()
-        self.teaching.update()
+        self.teacher_state.update()
         return lr
 
     def discard(self) -> None:
@@ -336,23 +296,64 @@ class TransformersEngine:
         """There is one rank."""
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
-        """There is one rank."""
+        """There is one rank: ``x`` itself."""
         return x
 
     def export(self, folder: str, *, adapters: bool = False) -> None:
         """Write a Hugging Face folder: weights, configs, tokenizer."""
-        if adapters:
-            raise ValueError("this run trained no adapters: it has none to export")
-        partial = f"{folder}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        dtype = export_dtype(self.folder, self.checkpoint.export_dtype)
-        weights = {name: w.to(dtype) for name, w in self.module.state_dict().items()}
-        self.module.save_pretrained(partial, state_dict=weights)
-        copy_assets(self.folder, partial, dtype)
-        replace_folder(partial, folder)
+        _export(self.policy, self.config, folder, adapters=adapters)
 
     def close(self) -> None:
         """Nothing runs in the background."""
+
+
+def export_checkpoint(
+    config: EngineConfig, step: int | None, out: str, *, adapters: bool = False
+) -> None:
+    """See `sdpo_parallel.build.export_checkpoint`."""
+    policy = _load(config, config.model, "float32")
+    parts = {"model": policy.module}
+    checkpoints = Checkpoints(config.run_folder, config.checkpoint, parts, distributed=False)
+    checkpoints.load(checkpoints.undamaged(step))
+    _export(policy, config, out, adapters=adapters)
+
+
+def _load(
+    config: EngineConfig, folder: str, dtype: Literal["bfloat16", "float32"]
+) -> TransformersModel:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    compute = config.parallel.resolve_dtype(device)
+    return load_model(
+        folder,
+        dtype=dtype,
+        device=device,
+        attention=choose_attention(device, compute),
+        compute_dtype=getattr(torch, compute),
+        liger=config.parallel.liger,
+    )
+
+
+def _copy(config: EngineConfig) -> TransformersModel:
+    """The teacher's model: in float32 where it starts as the policy, else as the passes compute."""
+    folder = config.teacher.folder if isinstance(config.teacher, Frozen) else None
+    if folder is None:
+        return _load(config, config.model, "float32")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _load(config, folder, config.parallel.resolve_dtype(device))
+
+
+def _export(
+    policy: TransformersModel, config: EngineConfig, folder: str, *, adapters: bool
+) -> None:
+    if adapters:
+        raise SdpoError("this run trained no adapters: it has none to export")
+    partial = f"{folder}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    dtype = export_dtype(config.model, config.checkpoint.export_dtype)
+    weights = {name: w.to(dtype) for name, w in policy.module.state_dict().items()}
+    policy.module.save_pretrained(partial, state_dict=weights)
+    copy_assets(config.model, partial, dtype)
+    replace_folder(partial, folder)
 
 
 class _Optimizer:
@@ -371,17 +372,17 @@ class _Optimizer:
 def _refuse_layouts(parallel: ParallelConfig, lora: LoraConfig | None) -> None:
     """What only the torchtitan engine can do."""
     if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise ValueError(
+        raise SdpoError(
             f"the transformers engine trains on one device, and torchrun started {world} ranks: "
             "start it without torchrun, or use --engine torchtitan"
         )
     for name, off in {"replicate": 1, "tensor": 1, "context": 1, "cpu_offload": False}.items():
         if (value := getattr(parallel, name)) != off:
-            raise ValueError(
+            raise SdpoError(
                 f"parallel.{name}={value}: the transformers engine trains on one device; use "
                 "--engine torchtitan"
             )
     if parallel.compile != "none":
-        raise ValueError("parallel.compile: the transformers engine does not compile; leave it out")
+        raise SdpoError("parallel.compile: the transformers engine does not compile; leave it out")
     if lora is not None and lora.rank:
-        raise ValueError("lora: the transformers engine trains whole weights; use torchtitan")
+        raise SdpoError("lora: the transformers engine trains whole weights; use torchtitan")

@@ -22,7 +22,7 @@ def test_a_sharded_checkpoint_folder_is_read_and_written(models, tmp_path):
     data = tiny.make_interactions(tmp_path / "i.jsonl", 12)
     rows = runs.train("reverse-kl", str(sharded), data, tmp_path / "a", ranks=2)
     plain = runs.train("reverse-kl", models("qwen3"), data, tmp_path / "b", ranks=2)
-    runs.assert_same_course(rows, plain)
+    runs.assert_same_trajectory(rows, plain)
     a, b = (
         AutoModelForCausalLM.from_pretrained(tmp_path / name / "export").state_dict()
         for name in "ab"

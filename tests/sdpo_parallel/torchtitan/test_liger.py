@@ -85,10 +85,10 @@ def titan_course(module: torch.nn.Module, tokens: Tensor, positions: Tensor) -> 
     from sdpo_parallel.torchtitan.cpu_attention import document_mask
 
     masks = document_mask(positions)
-    return course(module, module(tokens, positions=positions, attention_masks=masks))
+    return trajectory(module, module(tokens, positions=positions, attention_masks=masks))
 
 
-def course(module: torch.nn.Module, logits_BTV: Tensor) -> dict[str, Tensor]:
+def trajectory(module: torch.nn.Module, logits_BTV: Tensor) -> dict[str, Tensor]:
     """The logits and, of a fixed random cotangent, the gradient of every parameter."""
     generator = torch.Generator().manual_seed(0)
     (logits_BTV * torch.randn(logits_BTV.shape, generator=generator)).sum().backward()
@@ -170,7 +170,7 @@ def tensor_parallel_rank(rank: int, folders: list[str], store: str) -> None:
             with context():
                 annotate_input_spmd_types(dims, tokens, labels, {"positions": positions})
                 logits = module(tokens, positions=positions, attention_masks=masks)
-            courses.append(course(module, logits))
+            courses.append(trajectory(module, logits))
         assert courses[0]["logits"].shape == (48, 224)  # half of the vocabulary
         assert_equal(courses[1], courses[0])
     torch.distributed.destroy_process_group()
@@ -219,7 +219,7 @@ def test_transformers_model_computes_the_same(kind, checkpointing, models, model
         assert ("LigerRMSNorm" in names) == ("LigerSwiGLUMLP" in names) == liger, names
         assert type(model).forward == model.forward.__func__  # no loss of Liger's
         logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
-        courses.append(course(model, logits))
+        courses.append(trajectory(model, logits))
     assert_equal(courses[1], courses[0])
 
 

@@ -1,0 +1,202 @@
+"""One torchtitan decoder on a mesh: built from a Hugging Face folder, read by the two passes."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from binpacking.to_constant_bin_number import to_constant_bin_number
+from torch import Tensor
+
+from ..config import LoraConfig
+from ..engine import LMHead
+from ..huggingface import check_finite, check_length
+from ..teacher import local
+from . import cpu
+from .lm_head import end_prefetch, gathered
+from .mesh import Mesh, quiet
+
+cpu.prepare()  # before torchtitan binds the device
+from torchtitan.components.checkpointer.utils import canonical_fqn  # noqa: E402
+from torchtitan.config import (  # noqa: E402
+    TORCH_DTYPE_MAP,
+    CompileConfig,
+    OverrideConfig,
+    TrainingConfig,
+    apply_overrides,
+)
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC  # noqa: E402
+from torchtitan.tools import utils  # noqa: E402
+
+from .context_parallel import block_mask, dense_mask, gather_rows, share  # noqa: E402
+from .cpu_attention import document_mask  # noqa: E402
+from .models import spec_from_hf  # noqa: E402
+from .weights import load_weights, start_adapters  # noqa: E402
+
+
+class TorchtitanModel:
+    """A `CausalModel`, sharded over a mesh.
+
+    Args:
+        folder: local Hugging Face folder (Qwen3 or Llama).
+        max_tokens: longest sequence; sizes the rotary cache.
+        lora: adapters beside frozen weights, where its rank is not 0.
+        trained: activations are checkpointed as the mesh's config says; False: for inference.
+        dtype: of the stored weights; passes compute in the mesh's ``compute_dtype``.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        mesh: Mesh,
+        max_tokens: int,
+        *,
+        lora: LoraConfig,
+        trained: bool,
+        dtype: str = "float32",
+    ):
+        self.folder, self.mesh, self.max_tokens, self.lora = folder, mesh, max_tokens, lora
+        self.dense = mesh.attention.backend == "dense"
+        # an override makes flex dense
+        backend = "flex" if self.dense else mesh.attention.backend
+        self.spec = spec_from_hf(folder, attention=backend, lora=lora)
+        check_length(folder, self.spec.model.max_seq_len, max_tokens)  # pyright: ignore
+        self.module = self._build(trained, dtype)
+        self._masks = document_mask if self.dense else self.module.get_attention_masks
+        inner = self.module.config.first_attention.inner_attention
+        self._block = getattr(inner, "block_size", 128)
+        self.module._skip_lm_head = True  # forward then ends at the final norm
+        self.vocabulary: int = self.module.config.vocab_size
+        self.context = mesh.dims.get_optional_mesh("cp")
+        tensor = mesh.dims.get_optional_mesh("tp")
+        self.tensor_group = None if tensor is None else tensor.get_group()
+
+    def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
+        """(N, D) normed hidden states at the flat slots ``index_N``, the same on all context and
+        tensor ranks; a tensor rank's gradient of them may be partial."""
+        if self.context is None:
+            masks = self._masks(positions_BT)
+            h_BTD = self.module(tokens_BT, positions=positions_BT, attention_masks=masks)
+            return h_BTD.flatten(0, 1)[index_N]
+        (rows, width), slots = positions_BT.shape, positions_BT.numel()
+        part = share(width, self.context, index_N.device)
+        slots_BL = torch.arange(rows, device=index_N.device)[:, None] * width + part.mine_L
+        tokens_BL, positions_BL = tokens_BT[:, part.mine_L], positions_BT[:, part.mine_L]
+        document_BT = (positions_BT == 0).cumsum(-1)
+        if self.dense:
+            masks = dense_mask(document_BT, part)
+        else:
+            masks = block_mask(document_BT, part, self._block)
+        h_BLD = self.module(tokens_BL, positions=positions_BL, attention_masks=masks)
+        return gather_rows(h_BLD, slots_BL, slots, index_N, self.context.get_group())
+
+    def lm_head(self) -> LMHead:
+        """Gathered over the data-parallel ranks; with tensor parallelism, this rank's rows."""
+        return gathered(self.module.lm_head, self.vocabulary, self.tensor_group)
+
+    def own_responses(self, lengths: Sequence[int]) -> list[int] | None:
+        """This context rank's share of a micro-batch's responses, balanced by their lengths; every
+        rank computes the same assignment. None: all of them."""
+        if self.context is None:
+            return None
+        bins = to_constant_bin_number(dict(enumerate(lengths)), self.context.size())
+        return sorted(bins[self.context.get_local_rank()])  # pyright: ignore
+
+    @contextlib.contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """A context in which the adapters add nothing."""
+        layers = [m for m in self.module.modules() if hasattr(m, "_lora_scaling")]
+        scales = [layer._lora_scaling for layer in layers]
+        for layer in layers:
+            layer._lora_scaling = 0.0
+        try:
+            yield
+        finally:
+            for layer, scale in zip(layers, scales, strict=True):
+                layer._lora_scaling = scale
+
+    def load(self) -> None:
+        """Read the folder's weights; adapters start at random and add nothing.
+
+        Raises:
+            SdpoError: a weight is not finite.
+        """
+        load_weights(self.module, self.adapter(), self.folder)
+        start_adapters(self.module)
+        self.check_finite(self.folder)
+
+    def adapter(self) -> Any:
+        """torchtitan's state dict adapter: names and shapes of Hugging Face, and back."""
+        with quiet():
+            return self.spec.state_dict_adapter(self.spec.model, self.folder)  # pyright: ignore
+
+    def check_finite(self, source: str) -> None:
+        """Refuse weights, read from ``source``, that hold NaN or infinity."""
+        named = self.module.named_parameters()
+        check_finite(((canonical_fqn(n), local(p)) for n, p in named), source)
+
+    def _build(self, trained: bool, dtype: str) -> Any:
+        """The sharded module, its weights not yet set."""
+        mesh, spec, parallel = self.mesh, self.spec, self.mesh.parallel
+        training = TrainingConfig(
+            seq_len=self.max_tokens,
+            dtype=dtype,  # pyright: ignore[reportArgumentType]
+            mixed_precision_param=parallel.resolve_dtype(mesh.device.type),
+            enable_cpu_offload=parallel.cpu_offload,
+        )
+        checkpointing = {"none": None, "selective": SelectiveAC.Config(), "full": FullAC.Config()}
+        model: Any = spec.model
+        model.update_from_config(config=SimpleNamespace(parallelism=mesh.titan))
+        for layer in model.layers:
+            layer.attention.rope = replace(layer.attention.rope, max_seq_len=self.max_tokens)
+        with quiet():
+            apply_overrides(OverrideConfig(imports=self._overrides()), model)
+        with torch.device("meta"), utils.set_default_dtype(TORCH_DTYPE_MAP[training.dtype]):
+            module = model.build()
+        trainable = {name for name, p in module.named_parameters() if p.requires_grad}
+        if model.enable_weight_tying:
+            _stay_tied(module)
+        compiled = parallel.compile != "none"
+        module = spec.parallelize_fn(
+            module,
+            parallel_dims=mesh.dims,
+            training=training,
+            parallelism=mesh.titan,
+            compile_config=CompileConfig(
+                enable=compiled, components=["model"], backend=parallel.compile
+            ),
+            ac_config=checkpointing[parallel.activation_checkpoint] if trained else None,
+            dump_folder="",
+        )
+        module.to_empty(device="cpu" if parallel.cpu_offload else mesh.device.type)
+        with torch.no_grad():
+            module.init_weights(buffer_device=mesh.device if parallel.cpu_offload else None)
+        end_prefetch(module.tok_embeddings)
+        for name, p in module.named_parameters():  # sharding forgets which are frozen
+            p.requires_grad_(canonical_fqn(name) in trainable)
+        return module.train(trained)
+
+    def _overrides(self) -> list[Any]:
+        """torchtitan's modules that are swapped for others."""
+        out: list[Any] = []
+        if self.dense:
+            out.append("sdpo_parallel.torchtitan.cpu_attention.flex_to_dense")
+        if self.mesh.parallel.liger:
+            from .liger import OVERRIDES  # the optional extra
+
+            out += OVERRIDES
+        return out
+
+
+def _stay_tied(module: Any) -> None:
+    """torchtitan distributes embeddings and lm_head one by one, which parts them: FSDP2 would
+    gather and reduce the one matrix twice."""
+    distribute = module.parallelize
+
+    def parallelize(dims: Any) -> None:
+        distribute(dims)
+        module.tok_embeddings.weight = module.lm_head.weight
+
+    module.parallelize = parallelize

@@ -1,0 +1,150 @@
+"""From a file of interactions and a place in it to this rank's micro-batches.
+
+    loader = Loader(interactions, tokenizer, cursor, config.hindsight, config.batch)
+    loader.assign_to(engine)
+    for step in loader:
+        ...  # step.micro_batches: this rank's, ready to be moved to its device
+
+Every rank reads and tokenizes all interactions of a step and keeps its share (`batching.assign`),
+one step ahead while the devices compute. The cursor counts over all ranks, so that a run resumes on
+any layout.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from sdpo_parallel.engine import ROW_MULTIPLE, Engine
+from sdpo_parallel.huggingface import read_config
+
+from ..batching import (
+    Batch,
+    BatchConfig,
+    Cursor,
+    Example,
+    assign,
+    collate,
+    steps_in,
+    total_interactions,
+)
+from ..errors import DataError
+from ..hindsight import HindsightConfig, encode
+from ..interactions import Interaction, iter_interactions
+from ..io.files import sha256
+from ..objective import SampledToken
+from .config import TrainConfig
+from .selection import Selection, choose, selection_sha256
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step's data, as one rank sees it."""
+
+    micro_batches: list[Batch]
+    """This rank's; as many on every rank, some perhaps without a token."""
+    tokens: list[int]
+    """Tokens of both passes by data-parallel rank, padding not included."""
+    idle: float
+    """Share of the step that the average rank waits for the busiest, estimated."""
+
+
+class Loader:
+    """This rank's micro-batches, step by step, from the cursor's place to the end of the run."""
+
+    def __init__(
+        self,
+        interactions: Sequence[Interaction],
+        tokenizer: PreTrainedTokenizerBase,
+        cursor: Cursor,
+        hindsight: HindsightConfig,
+        batch: BatchConfig,
+    ):
+        self.interactions, self.tokenizer, self.cursor = interactions, tokenizer, cursor
+        self.hindsight, self.batch = hindsight, batch
+        self.steps = steps_in(len(interactions), batch)
+        self.dp_rank, self.dp_degree, self.row_multiple = 0, 1, ROW_MULTIPLE
+        self._total = total_interactions(len(interactions), batch)
+        self._pool = ThreadPoolExecutor(1)
+        self._ahead: Future[Step] | None = None
+
+    def assign_to(self, engine: Engine, *, fixed_width: bool = False) -> None:
+        """Hand out the share of an engine's rank, in rows of a width that its layout can split.
+
+        Args:
+            fixed_width: pad every row to ``batch.row_tokens``, so that compiled blocks see one
+                width.
+        """
+        self.dp_rank, self.dp_degree = engine.ranks.dp_rank, engine.ranks.dp_degree
+        self.row_multiple = engine.row_multiple
+        if fixed_width:
+            self.row_multiple *= -(-self.batch.row_tokens // engine.row_multiple)
+
+    def __iter__(self) -> Iterator[Step]:
+        """The cursor moves on as a step is handed out."""
+        while count := min(self.batch.interactions_per_step, self._total - self.cursor.consumed):
+            ready, self._ahead = self._ahead, None
+            drawn = self.cursor.take(count)
+            step = ready.result() if ready is not None else self.step(drawn)
+            after = min(count, self._total - self.cursor.consumed)
+            if after:
+                self._ahead = self._pool.submit(self.step, self.cursor.peek(after))
+            yield step
+
+    def step(self, places: Sequence[int]) -> Step:
+        """The interactions at these places in the data as one step; weights are normalised over
+        it."""
+        interactions = [self.interactions[i] for i in places]
+        total = sum(i.weight for i in interactions) or 1.0
+        examples: list[Example] = [
+            (encode(i, self.tokenizer, self.hindsight), i.weight / total) for i in interactions
+        ]
+        assigned = assign(examples, self.dp_degree, self.batch, self.row_multiple)
+        return Step(
+            micro_batches=[
+                collate(mine, self.batch.row_tokens, self.row_multiple)
+                for mine in assigned.of(self.dp_rank)
+            ],
+            tokens=assigned.tokens,
+            idle=assigned.idle,
+        )
+
+
+def load_interactions(config: TrainConfig) -> Selection:
+    """The run's interactions, checked against what its objective and its model need.
+
+    Raises:
+        DataError: a row is not what training needs; file, row and field are named.
+    """
+    selection = choose(iter_interactions(config.data), config.select)
+    if not selection.interactions:
+        raise DataError(
+            "no interactions", file=config.data, hint="Did `sdpo data prepare` keep any?"
+        )
+    clips = isinstance(config.objective, SampledToken) and config.objective.needs_old_logprobs
+    vocabulary = read_config(config.model)["vocab_size"]
+    for i in selection.interactions:
+        if clips and i.response_logprobs is None:
+            raise DataError(
+                "missing, but ppo_clip and importance_clip need them",
+                file=config.data,
+                row=f"interaction {i.id}",
+                field="completion_logprobs",
+                hint="Unset the clip, or log the log-probabilities with the responses",
+            )
+        if (largest := max(i.response_token_ids or (0,))) >= vocabulary:
+            raise DataError(
+                f"an id of {largest} is beyond the vocabulary of {config.model}, {vocabulary}",
+                file=config.data,
+                row=f"interaction {i.id}",
+                field="completion_token_ids",
+                hint="Were the rollouts sampled from another model?",
+            )
+    return selection
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """SHA-256 of the interactions file; with a selection, "+" and that of settings and scores."""
+    data = sha256(config.data)
+    return f"{data}+{selection_sha256(config.select)}" if config.select.selects else data
