@@ -35,7 +35,7 @@ PATIENCE = timedelta(hours=4)
 BLOCK = 1 << 24
 """Bytes read at a time while summing."""
 FAILURES = (Exception, CheckpointException)
-"""What a save may raise; DCP's own is no ``Exception``."""
+"""What a save may raise; DCP's own error is not an ``Exception``."""
 
 
 class CheckpointError(SdpoError):
@@ -196,7 +196,7 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """A background save has failed on this rank: ``finish`` tells why. Ranks notice at
+        """A background save has failed on this rank; ``finish`` raises the reason. Ranks notice at
         different times, so they must agree before one of them raises."""
         if self._saving is None or not self._saving[1].done():
             return False
@@ -239,7 +239,7 @@ class Checkpoints:
                 shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
 
     def _verify(self, step: int) -> list[str]:
-        """What is wrong with a checkpoint, by file; the same on every rank."""
+        """The problems of a checkpoint, by file; the same on every rank."""
         folder = self.folder / f"step-{step}"
         files, problems = {}, []
         try:

@@ -1,14 +1,14 @@
 """Bytes a rank holds at the peak of a step, from config.json alone. No torchtitan, no weights.
 
-Reckoned from what torchtitan 0.3.0's Qwen3 and Llama blocks leave for autograd, what FSDP2 gathers
-and reduces, and what the chunked kernels allocate; held against counted allocations by
-tests/sdpo_parallel/test_memory_estimate.py.
+Computed from what torchtitan 0.3.0's Qwen3 and Llama blocks save for autograd, what FSDP2 gathers
+and reduces, and what the chunked kernels allocate; tests/sdpo_parallel/test_memory_estimate.py
+compares it with counted allocations.
 
 Shapes: T tokens of a micro-batch's policy pass over ``context``, N response tokens, D hidden size,
 F intermediate size, Q and K widths of all query and of all key heads, H head size, V vocabulary,
 t ``tensor``, s = t with sequence parallelism (else 1), c ``context``, r adapters' rank.
 
-What one layer leaves for its backward, in elements of the compute dtype per token:
+What one layer saves for its backward, in elements of the compute dtype per token:
 
     input of the layer and of the second norm     2 D / s        norms keep their inputs
     inputs of wqkv and of w1, w3                  2 D            gathered over tensor ranks
@@ -26,10 +26,10 @@ outputs of every other linear layer (wqkv, w1, w2; SelectiveAC counts them in th
 they run), of flash attention, and of reduce-scatters. Either holds one layer's whole set while it
 is computed again.
 
-Tied embeddings and head are one parameter of FSDP2, gathered and reduced once; the head's gradient
-waits for the embeddings'.
+Tied embeddings and lm_head are one parameter of FSDP2, gathered and reduced once; the lm_head's
+gradient waits for the embeddings'.
 
-The peak is the largest of these moments; all but ``update`` include the head, gathered:
+The peak is the largest of these moments; all but ``update`` include the gathered lm_head:
 
     objective    all layers' kept tensors; the final norm's; h, g, dH (N, D); a chunk's logits, its
                  rows of h, g and dH; dW (V / t, D) in float32
@@ -41,8 +41,8 @@ The peak is the largest of these moments; all but ``update`` include the head, g
     embedding    the gradient of the embeddings, and its reduce-scatter's float32 input
     update       AdamW's temporaries, one float32 copy of what it trains (CPU: foreach; GPU: fused)
 
-Not reckoned, all of it lower: torch.compile's and Liger's savings, frozen norms under adapters.
-Not reckoned, and higher: fragmentation, NCCL's and cuBLAS's buffers (see USABLE).
+Left out, which makes the estimate too high: what torch.compile and Liger save, frozen norms under
+adapters. Left out, which makes it too low: fragmentation, buffers of NCCL and cuBLAS (see USABLE).
 """
 
 from dataclasses import dataclass, fields, replace
@@ -82,7 +82,7 @@ class ModelShape:
     intermediate: int
     vocabulary: int
     tied: bool
-    """Embeddings and head are one matrix."""
+    """Embeddings and lm_head are one matrix."""
     qk_norm: bool
     """Queries and keys are normed per head, and rotated by cosines and sines (Qwen3)."""
 
@@ -124,7 +124,7 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
     def head(self, tensor: int = 1) -> float:
-        """Weights of the head on one of ``tensor`` ranks."""
+        """Weights of the lm_head on one of ``tensor`` ranks."""
         return self.vocabulary * self.hidden / tensor
 
     def layer(self, tensor: int = 1) -> float:
@@ -169,12 +169,12 @@ def adapted(lora: LoraConfig) -> set[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What a rank computes at a time."""
+    """The work of one micro-batch on one rank."""
 
     tokens: int
     """Slots of a micro-batch's policy pass, before context parallelism."""
     response_tokens: int
-    """Of them, how many predict a response token."""
+    """Tokens that predict a response token."""
     row_tokens: int
     """Slots of a row."""
     max_tokens: int
@@ -195,7 +195,7 @@ class Memory:
     """Weights that FSDP2 holds whole, and gradients before their reduce-scatter."""
     activations: float = 0.0
     head: float = 0.0
-    """Chunk of logits, and the head's gradient before its reduce-scatter."""
+    """A chunk of logits, and the lm_head's gradient before its reduce-scatter."""
     teacher: float = 0.0
 
     def by_part(self) -> dict[str, int]:
@@ -306,7 +306,7 @@ class _Rank:
         return [w for name, o in widths.items() for w in ([o, rank, o] if name in names else [o])]
 
     def resident(self) -> Memory:
-        """What is there all the time, wherever it lives."""
+        """Bytes that stay allocated for the whole run, on the device or in host memory."""
         m, t = self.model, self.parallel.tensor
         frozen = self.model.adapters(self.lora, t) if self.lora.rank else 0.0
         tables = 4 * (2 if m.qk_norm else 1) * m.head_dim * self.load.max_tokens
@@ -324,7 +324,7 @@ class _Rank:
         )
 
     def teacher_at_work(self) -> float:
-        """The head that a teacher's pass leaves gathered; a mixture's head of twice the width."""
+        """The lm_head that a teacher's pass leaves gathered; a mixture's is of twice the width."""
         head = self.item * self.teacher_model.head(self.parallel.tensor)
         mixed = 2 * head + self.item * self.load.response_tokens * self.model.hidden
         return (head if self.own_teacher else 0.0) + (
@@ -399,7 +399,7 @@ def estimate(
 
     Args:
         ranks: of the whole run.
-        device_type: "cpu" reckons with what a CPU runs: dense attention, elementwise norms.
+        device_type: "cpu" assumes what a CPU runs: dense attention, elementwise norms.
         teacher_model: of ``Frozen(folder)``, where it is not ``model``.
 
     Raises:

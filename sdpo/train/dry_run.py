@@ -1,6 +1,7 @@
-"""`sdpo train --dry-run`: what a run would be, before anything is loaded.
+"""`sdpo train --dry-run`: a run's config, data and memory, before anything is loaded.
 
-The memory needs config.json alone: the data is looked at where weights and tokenizer are there too.
+Memory is estimated from config.json alone; the data is tokenized only where the folder also holds
+weights and a tokenizer.
 """
 
 import json
@@ -21,12 +22,13 @@ from sdpo_parallel.config import Frozen, ParallelConfig
 from sdpo_parallel.memory import USABLE, Load, ModelShape, estimate, host_bytes
 
 from ..batching import steps_in
+from ..errors import SdpoError
 from ..hindsight import Encoded, encode, load_tokenizer
 from .config import TrainConfig, to_json
 from .loader import load_interactions
 
 SAMPLE = 512
-"""Interactions tokenized to tell lengths and truncation."""
+"""Interactions tokenized to estimate lengths and truncation."""
 GIB = 2**30
 DEGREES = (1, 2, 4, 8)
 """Tensor and context degrees of the alternatives; their product stays within a node of 8."""
@@ -39,15 +41,15 @@ LABELS = {
 
 
 def parameter_count(folder: str) -> int:
-    """Of the model that config.json describes."""
+    """Parameters of the model that config.json describes."""
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
 def load_of(config: TrainConfig, sample: Sequence[Encoded] = ()) -> Load:
-    """The fullest micro-batch: every slot used, of each as much response as in ``sample``, or
-    without one as the limits allow."""
+    """The fullest micro-batch: every slot used; the share of response tokens is that of
+    ``sample``, or without one what the limits allow."""
     h, b = config.hindsight, config.batch
     prompt, response = h.max_hindsight_prompt_tokens, h.max_response_tokens
     longest = config.max_tokens
@@ -74,7 +76,7 @@ def memory_per_rank(
         parallel: another layout than the config's.
 
     Raises:
-        ValueError: the layout does not fit the number of ranks or the model.
+        SdpoError: the layout does not fit the number of ranks or the model.
     """
     parallel = parallel or config.parallel
     model = ModelShape.from_config(config.model)
@@ -114,7 +116,7 @@ def alternatives(
             other = replace(layout, activation_checkpoint=kind)
             try:
                 row[kind] = memory_per_rank(config, ranks, load, other)["total"]
-            except ValueError:  # the degree does not divide the model's sizes
+            except SdpoError:  # the degree does not divide the model's sizes
                 break
         else:
             totals[layout.tensor, layout.context] = row
@@ -127,8 +129,10 @@ def refuse_what_does_not_fit(
     others: dict[tuple[int, int], dict[Checkpoint, int]],
     gpu_memory_gib: float,
 ) -> None:
-    """Raises:
-    ValueError: the total is more than ``USABLE`` of the memory; the parts and what to change.
+    """Refuse a run whose estimate exceeds ``USABLE`` of the memory.
+
+    Raises:
+        SdpoError: names the parts of the estimate, largest first, and what to change.
     """
     usable = USABLE * gpu_memory_gib * GIB
     if parts["total"] <= usable:
@@ -148,7 +152,7 @@ def refuse_what_does_not_fit(
         if size <= usable
     ]
     found = f"; of the layouts above, {fitting[0]} would fit" if fitting else ""
-    raise ValueError(
+    raise SdpoError(
         f"the run needs {parts['total'] / GIB:.1f} GiB on each rank, and {usable / GIB:.1f} of "
         f"{gpu_memory_gib:g} GiB are taken as usable ({USABLE:.0%}): {told}. Change "
         f"{', '.join(change[:-1])} or {change[-1]}{found}"
@@ -159,7 +163,7 @@ def dry_run(config: TrainConfig, *, ranks: int, gpu_memory_gib: float | None = N
     """Print the resolved config, the data, the model and the memory estimate.
 
     Raises:
-        ValueError: the estimate is more than fits ``gpu_memory_gib``; raised last.
+        SdpoError: the estimate is more than fits ``gpu_memory_gib``; raised last.
     """
     console = Console()
     console.print_json(json.dumps(to_json(config)))
@@ -180,7 +184,7 @@ def dry_run(config: TrainConfig, *, ranks: int, gpu_memory_gib: float | None = N
 
 
 def _show_data(console: Console, config: TrainConfig) -> list[Encoded]:
-    """What is read from the interactions; returns those that were tokenized."""
+    """Print what the interactions look like; returns those that were tokenized."""
     selection = load_interactions(config)
     interactions = selection.interactions
     if config.select.selects:

@@ -1,4 +1,5 @@
-"""Which interactions a run trains on, and how much each counts, by what `sdpo data score` wrote."""
+"""Selection by signal: what a run trains on, and how much each interaction counts, by the scores
+that `sdpo data score` wrote."""
 
 import hashlib
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..conversations import DataError, as_object, fault, kind, located
+from ..errors import SdpoError
 from ..interactions import Interaction
 from ..io.containers import json_rows
 from ..io.files import sha256
@@ -21,44 +23,45 @@ a model finds most surprising, quirks of the text among them, would outweigh the
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig:
-    """Selection by signal; as it stands, every interaction is trained on as its row says."""
+    """Selection by signal; by default every interaction is trained on with its own weight."""
 
     scores: str | None = None
-    """The file that ``sdpo data score`` wrote for this run's data."""
+    """File that ``sdpo data score`` wrote for this run's data."""
     min_signal: float = 0.0
-    """Nats: interactions of a smaller mean |advantage| are left out."""
+    """Interactions whose mean |advantage|, in nats, is smaller are left out."""
     min_relevance: float | None = None
-    """Nats: the same for mean |advantage| over that with another conversation's follow-up."""
+    """Interactions are left out whose mean |advantage| exceeds the one with another conversation's
+    follow-up by less than this, in nats."""
     drop_outliers: bool = False
-    """Leave out what is marked as an outlier, of either tail."""
+    """Leave out interactions marked as outliers, of either tail."""
     weight: Literal["none", "signal"] = "none"
-    """signal: weights are multiplied by mean |advantage| over its mean, at most 4 times."""
+    """``signal``: weights are multiplied by mean |advantage| over its average, at most 4 times."""
 
     def __post_init__(self):
         if not (math.isfinite(self.min_signal) and self.min_signal >= 0):
-            raise ValueError(f"select.min_signal must be 0 or more nats, got {self.min_signal}")
+            raise SdpoError(f"select.min_signal must be 0 or more nats, got {self.min_signal}")
         if self.min_relevance is not None and not math.isfinite(self.min_relevance):
-            raise ValueError(f"select.min_relevance must be finite, got {self.min_relevance}")
+            raise SdpoError(f"select.min_relevance must be finite, got {self.min_relevance}")
         if self.selects and self.scores is None:
-            raise ValueError(
+            raise SdpoError(
                 "select.* needs select.scores: the file that `sdpo data score` writes for the data"
             )
         if self.scores is not None and not self.selects:
-            raise ValueError(
+            raise SdpoError(
                 "select.scores alone selects nothing: set select.min-signal, select.min-relevance, "
                 "select.drop-outliers or select.weight signal, or leave it out"
             )
 
     @property
     def selects(self) -> bool:
-        """Anything is asked for."""
+        """Whether anything is selected or weighted."""
         asked = self.min_signal, self.min_relevance is not None, self.drop_outliers
         return any(asked) or self.weight != "none"
 
 
 def selection_sha256(config: SelectConfig) -> str:
-    """In hex, of what decides which interactions are kept and how much they count: the settings
-    and the content of the file of scores.
+    """SHA-256, in hex, of the settings and the content of the file of scores: together they decide
+    which interactions are kept and how much they count.
 
     Raises:
         DataError: that file cannot be read.
@@ -73,7 +76,7 @@ def selection_sha256(config: SelectConfig) -> str:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is trained on, and how many were left out, by reason."""
+    """The interactions to train on, and how many were left out, by reason."""
 
     interactions: list[Interaction]
     dropped: Counter[str]
@@ -86,7 +89,7 @@ class Selection:
 
 
 class Judge:
-    """By an interaction's id: its mean |advantage| if it is kept, or why it is left out.
+    """Maps an interaction's id to its mean |advantage|, or to the reason why it is left out.
 
     Raises:
         DataError: the scores cannot be read, or there is none for an id.

@@ -17,7 +17,7 @@ from sdpo.train.config import read_config
 from sdpo.train.dry_run import dry_run
 from sdpo.train.loader import fingerprint, load_interactions
 from sdpo.train.recipes import reverse_kl
-from sdpo.train.selection import SelectConfig, choose, select
+from sdpo.train.selection import SelectConfig, choose
 from sdpo.train.trainer import train
 from sdpo_parallel.config import CheckpointConfig
 
@@ -67,17 +67,17 @@ def test_what_is_kept_and_why_the_rest_is_not(asked, kept, told, data, scores):
 def test_weights_are_signal_over_its_mean_among_the_kept_and_capped(data, scores):
     interactions = [replace(i, weight=2.0) for i in read_interactions(data)]
     config = SelectConfig(scores=scores, min_signal=0.1, drop_outliers=True, weight="signal")
-    weights = [i.weight for i in select(interactions, config)]
+    weights = [i.weight for i in choose(interactions, config).interactions]
     assert weights == pytest.approx([2 * s / 0.25 for s in (0.1, 0.2, 0.3, 0.4)])
     config = SelectConfig(scores=scores, weight="signal")
-    weights = [i.weight for i in select(interactions, config)]
+    weights = [i.weight for i in choose(interactions, config).interactions]
     assert weights == pytest.approx([2 * min(s / (10 / 6), 4) for s in SIGNALS])
     assert weights[-1] == 8.0
 
 
 def test_nothing_selected_is_everything(data):
     interactions = read_interactions(data)
-    assert select(interactions, SelectConfig()) == interactions
+    assert choose(interactions, SelectConfig()).interactions == interactions
 
 
 def test_what_cannot_be_selected_by(data, scores, tmp_path):
@@ -89,7 +89,7 @@ def test_what_cannot_be_selected_by(data, scores, tmp_path):
             path = str(tmp_path / "other.jsonl")
             (tmp_path / "other.jsonl").write_text(text)
         with pytest.raises(DataError, match=match):
-            select(interactions, SelectConfig(scores=path, **asked))
+            choose(interactions, SelectConfig(scores=path, **asked))
 
     short = '{"id": "c0", "mean_abs_advantage": 1.0}\n'
     refused("other.jsonl: no score of interaction c1; score the same file", short, min_signal=0.1)

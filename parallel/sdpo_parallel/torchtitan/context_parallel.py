@@ -1,8 +1,8 @@
 """Context parallelism: every rank of a group holds a part of each row's slots, in both passes.
 
 A response's slots differ between the passes, so its hidden states may lie on one rank in the
-policy's rows and on another in the hindsight's. ``gather_rows`` brings the few rows that the head
-reads to all ranks of the group; the lm_head's work is then assigned by whole responses
+policy's rows and on another in the hindsight's. ``gather_rows`` brings the few rows that the
+lm_head reads to all ranks of the group; the lm_head's work is then assigned by whole responses
 (``TorchtitanModel.own_responses``). Nothing has to be aligned, and nothing is padded for it.
 
 Slots are assigned head and tail: rank r of R takes slices r and 2R-1-r of 2R.
@@ -19,16 +19,16 @@ from torchtitan.models.common.attention import create_attention_mask
 
 
 class Share(NamedTuple):
-    """Which of a row's slots this rank of a group holds."""
+    """The slots of a row that this rank of a group holds."""
 
     order_T: Tensor
     """All slots, in the order in which the ranks hold them, and keys are gathered."""
     mine_L: Tensor
-    """This rank's."""
+    """This rank's slots."""
 
 
 def share(width: int, mesh: DeviceMesh, device: torch.device) -> Share:
-    """Head and tail: as torch's load balancer assigns them."""
+    """Assign slots head and tail, as torch's load balancer does."""
     ranks = mesh.size()
     slices = torch.arange(width, device=device).view(2 * ranks, -1)
     pairs = [torch.cat([slices[r], slices[2 * ranks - 1 - r]]) for r in range(ranks)]
@@ -43,10 +43,10 @@ def dense_mask(document_BT: Tensor, part: Share) -> Tensor:
 
 
 def block_mask(document_BT: Tensor, part: Share, block: int | tuple[int, int]) -> BlockMask:
-    """The same for flex attention.
+    """``dense_mask`` as a block mask for flex attention.
 
-    torch's own sharding of block masks compiles for every shape of a batch anew, and gives up at
-    the ninth.
+    torch's own sharding of block masks compiles anew for every shape of a batch, and fails at the
+    ninth.
     """
 
     def mask_mod(b, h, q, kv):
@@ -66,7 +66,7 @@ class _GatherRows(torch.autograd.Function):
         ctx.save_for_backward(where_M)
         out_ND = rows_MD.new_zeros(n, rows_MD.shape[1])
         out_ND[where_M] = rows_MD
-        dist.all_reduce(out_ND, group=group)  # one addend is not zero: exact
+        dist.all_reduce(out_ND, group=group)  # exact: all but one of the addends are zero
         return out_ND
 
     @staticmethod

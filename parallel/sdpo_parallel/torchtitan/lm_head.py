@@ -5,8 +5,8 @@
   TP      the rank holds rows of the vocabulary, (V / tensor, D), and ``shard`` says which; the
           kernels exchange a handful of numbers per token, never logits.
 
-``hold`` keeps the group gathered between the micro-batches of a step: one all-gather of the head
-per step, not one per micro-batch or pass.
+``hold`` keeps the group gathered between the micro-batches of a step: one all-gather of the
+lm_head per step, not one per micro-batch or pass.
 """
 
 import torch
@@ -23,7 +23,7 @@ from ..engine import LMHead
 def gathered(lm_head: torch.nn.Module, vocabulary: int, group: ProcessGroup | None) -> LMHead:
     """The lm_head of a sharded model; ``group``: its tensor-parallel ranks."""
     if isinstance(lm_head, FSDPModule):
-        lm_head.unshard()  # nothing is sent where the group is gathered already
+        lm_head.unshard()  # a no-op where the group is gathered already
     weight: Tensor = lm_head.weight  # pyright: ignore[reportAssignmentType]
     if isinstance(weight, DTensor):
         weight = weight.to_local(grad_placements=weight.placements)
@@ -39,8 +39,9 @@ def hold(lm_head: torch.nn.Module, until_last: bool) -> None:
 def end_prefetch(embeddings: torch.nn.Module) -> None:
     """Let the backward's prefetch end at the embeddings.
 
-    FSDP2 prefetches what ran before, and before the policy's embeddings ran the hindsight pass's
-    head: it would be gathered again, for nothing. A module that is gathered already costs nothing.
+    FSDP2 prefetches the module that ran before, and before the policy's embeddings that was the
+    hindsight pass's lm_head: it would be gathered again, for nothing. Naming the embeddings, which
+    are gathered already, costs nothing.
     """
     if isinstance(embeddings, FSDPModule):
         embeddings.set_modules_to_backward_prefetch([embeddings])

@@ -83,7 +83,7 @@ def _norm(c: dict, dim: int) -> RMSNorm.Config:
 
 
 def _rope(folder: str, c: dict) -> dict:
-    """theta and scaling of the rotary embedding, in RoPE.Config's words."""
+    """theta and scaling of the rotary embedding, under the names of RoPE.Config."""
     r = c.get("rope_parameters") or c.get("rope_scaling") or {}
     theta = r.get("rope_theta") or c.get("rope_theta") or 10000.0
     kind = r.get("rope_type", r.get("type", "default"))
@@ -100,7 +100,7 @@ def _rope(folder: str, c: dict) -> dict:
 
 
 def _decoder(c: dict, module, layers: list) -> dict:
-    """What every decoder config holds around its layers."""
+    """The fields that every decoder config has beside its layers."""
     dim, vocabulary, tied = c["hidden_size"], c["vocab_size"], bool(c.get("tie_word_embeddings"))
     embedding = module._EMBEDDING_SKIP_INIT if tied else module._EMBEDDING_INIT
     head = module._LINEAR_INIT

@@ -1,4 +1,4 @@
-"""transformers as an engine: scoring, small runs on one device, other people's loops.
+"""Any causal LM of transformers: for scoring, runs on one device, other people's loops.
 
     model = TransformersModel(AutoModelForCausalLM.from_pretrained(folder))
     out = two_pass_loss(model, batch, ReverseKL())
@@ -52,8 +52,8 @@ class TransformersModel:
         compute_dtype: dtype of the passes, where it is not that of the weights.
 
     Raises:
-        SdpoError: its logits are more than a product with the head's weight (a bias, a softcap,
-            a scale), which the objectives would get wrong.
+        SdpoError: its logits are not ``hidden @ lm_head.weight.T`` alone (a bias, a softcap, a
+            scale): the objectives would get them wrong.
     """
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None):
@@ -370,7 +370,7 @@ class _Optimizer:
 
 
 def _refuse_layouts(parallel: ParallelConfig, lora: LoraConfig | None) -> None:
-    """What only the torchtitan engine can do."""
+    """Refuse what only the torchtitan engine can do."""
     if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise SdpoError(
             f"the transformers engine trains on one device, and torchrun started {world} ranks: "

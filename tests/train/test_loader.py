@@ -1,0 +1,111 @@
+"""A file and a cursor become every rank's micro-batches, the same on any layout, from any place."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from helpers import tiny
+from sdpo.batching import Batch, BatchConfig, Cursor
+from sdpo.hindsight import HindsightConfig, encode, load_tokenizer
+from sdpo.interactions import read_interactions
+from sdpo.train.loader import Loader, Step
+from sdpo_parallel.engine import Ranks
+
+N = 31
+CONFIG = BatchConfig(interactions_per_step=6, row_tokens=256, micro_batch_tokens=512, epochs=1.4)
+LIMITS = HindsightConfig(
+    max_prompt_tokens=40, max_hindsight_prompt_tokens=250, max_response_tokens=20
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tiny.make_interactions(tmp_path_factory.mktemp("data") / "i.jsonl", N)
+    return read_interactions(path)
+
+
+@pytest.fixture
+def tokenizer(models):
+    return load_tokenizer(models("qwen3"))
+
+
+def loader(data, tokenizer, dp_rank=0, dp_degree=1, consumed=0, **options) -> Loader:
+    made = Loader(data, tokenizer, Cursor(len(data), 0, consumed), LIMITS, CONFIG)
+    ranks = Ranks(rank=dp_rank, world_size=dp_degree, dp_rank=dp_rank, dp_degree=dp_degree)
+    engine = SimpleNamespace(ranks=ranks, row_multiple=128)
+    made.assign_to(engine, **options)  # pyright: ignore[reportArgumentType]
+    return made
+
+
+def responses(batch: Batch) -> list[tuple[float, tuple[int, ...]]]:
+    """(weight, token ids) of each response of a micro-batch."""
+    parts = torch.split(batch.targets_N, list(batch.lengths))
+    pairs = zip(batch.weight_S.tolist(), parts, strict=True)
+    return [(weight, tuple(part.tolist())) for weight, part in pairs]
+
+
+def contents(steps: list[Step]) -> list[list]:
+    return [sorted(r for b in step.micro_batches for r in responses(b)) for step in steps]
+
+
+@pytest.mark.parametrize("dp_degree", [2, 3])
+def test_ranks_together_read_what_one_rank_reads(dp_degree, data, tokenizer):
+    alone = list(loader(data, tokenizer))
+    shares = [list(loader(data, tokenizer, r, dp_degree)) for r in range(dp_degree)]
+    assert len(alone) == -(-round(N * 1.4) // 6) == loader(data, tokenizer).steps
+    for whole, *parts in zip(alone, *shares, strict=True):
+        assert contents([whole]) == [sorted(r for p in contents(parts) for r in p)]
+        assert len({len(p.micro_batches) for p in parts}) == 1, "all run the same collectives"
+        assert len({(tuple(p.tokens), p.idle) for p in parts}) == 1
+        assert sum(parts[0].tokens) == sum(whole.tokens) and 0 <= parts[0].idle < 1
+        for batch in whole.micro_batches:
+            for rows in (batch.policy, batch.hindsight):
+                assert rows.tokens_BT.numel() <= CONFIG.micro_batch_tokens
+    assert not shares[-1][-1].micro_batches[-1].lengths, "the last step has one interaction"
+
+
+@pytest.mark.parametrize("steps", [1, 5, 7])
+def test_it_goes_on_from_any_cursor_on_any_number_of_ranks(steps, data, tokenizer):
+    whole = contents(list(loader(data, tokenizer)))
+    first = loader(data, tokenizer)
+    taken = [step for _, step in zip(range(steps), first, strict=False)]
+    assert contents(taken) == whole[:steps]
+    state = first.cursor.state_dict()  # what was read ahead is not in it
+    assert state["consumed"] == min(6 * steps, round(N * 1.4))
+    rest = [list(loader(data, tokenizer, r, 2, state["consumed"])) for r in range(2)]
+    joined = [sorted(a + b) for a, b in zip(*(contents(part) for part in rest), strict=True)]
+    assert joined == whole[steps:]
+
+
+def test_weights_are_normalised_over_the_step_and_truncation_is_counted(data, tokenizer):
+    step = loader(data, tokenizer).step(range(N))
+    weights = [weight for batch in step.micro_batches for weight, _ in responses(batch)]
+    assert weights == pytest.approx([1 / N] * N)
+    cut = sum(batch.truncated_S3.sum(0) for batch in step.micro_batches)
+    encoded = [encode(i, tokenizer, LIMITS) for i in data]
+    expected = torch.tensor([e.truncated for e in encoded]).sum(0)
+    assert cut.tolist() == expected.tolist()  # pyright: ignore[reportAttributeAccessIssue]
+    assert 0 < expected[0] < N and expected[1] == 0 and 0 < expected[2] < N
+    assert max(max(batch.lengths) for batch in step.micro_batches) <= 20
+
+
+def test_compiled_blocks_see_one_row_width(data, tokenizer):
+    wide = loader(data, tokenizer, fixed_width=True).step(range(6))
+    widths = {b.policy.tokens_BT.shape[1] for b in wide.micro_batches}
+    assert widths == {CONFIG.row_tokens}
+    narrow = loader(data, tokenizer).step([0])
+    assert narrow.micro_batches[0].policy.tokens_BT.shape[1] == 128
+
+
+def test_a_row_that_cannot_be_encoded_stops_the_step_that_needs_it(data, tokenizer):
+    class Broken(list):
+        def __getitem__(self, i):
+            raise ValueError("interaction c9")
+
+    made = loader(data, tokenizer)
+    steps = iter(made)
+    next(steps)
+    made.interactions = Broken(data)  # the step read ahead may still be whole
+    with pytest.raises(ValueError, match="interaction c9"):
+        [next(steps) for _ in range(2)]
