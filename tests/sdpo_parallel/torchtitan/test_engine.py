@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from helpers import runs, tiny
+from sdpo_parallel.torchtitan.models import spec_from_hf
 
 
 def test_a_sharded_checkpoint_folder_is_read_and_written(models, tmp_path):
@@ -42,8 +43,6 @@ def test_a_sharded_checkpoint_folder_is_read_and_written(models, tmp_path):
     ],
 )
 def test_what_torchtitan_would_compute_differently_is_refused(change, names, models, tmp_path):
-    from sdpo_parallel.torchtitan.engine import spec_from_hf
-
     source = Path(models("qwen3"))
     config = json.loads((source / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
