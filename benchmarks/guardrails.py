@@ -40,7 +40,7 @@ class Settings:
     rows: int = 100_000
     """Random sketches for the speed of the search."""
     seed: int = 0
-    """Of the generated conversations."""
+    """Seed of the generated conversations."""
     json: Path | None = None
     """Write the numbers there too."""
 

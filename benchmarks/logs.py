@@ -3,7 +3,7 @@
     python -m benchmarks.logs FOLDER --conversations 1000000 --files 8 [--seed 0]
 
 For measuring how fast logs are prepared where no real one may be had. Columns, nesting, row groups
-and the shares of what preparation must deal with are those of the published log, as far as they
+and the shares of what preparation has to cope with are those of the published log, as far as they
 matter: turns, log-normal lengths, languages, exact and near-duplicates, repeated ids, personal
 data, flags, redactions, empty and blank messages, repeated and unknown roles, injections, users
 with thousands of conversations. The constants below are all of them.
@@ -128,10 +128,10 @@ class Pool:
 
     pieces: pa.StringArray
     phrases: Ints
-    """By script, the index of the first of `n_phrases`."""
+    """For each script, the index of the first of `n_phrases`."""
     n_phrases: Ints
     endings: Ints
-    """By script, the first of TAILS endings of 1 character, which those of 2, 3, ... follow."""
+    """For each script, the first of TAILS endings of 1 character; those of 2, 3, ... follow."""
     personal: int
     injections: int
     empty: int
@@ -434,7 +434,7 @@ def _openai_moderation(block: Block, toxic: NDArray[np.bool_]) -> pa.StructArray
 
 
 def _scores(block: Block, names: Sequence[str]) -> dict[str, pa.Array]:
-    """Of each message: mostly almost 0, as moderation's scores are."""
+    """Scores of each message: mostly almost 0, as moderation's scores are."""
     values = (np.arange(32) / 32) ** 6
     drawn = bits(block.message, ", ".join(names))
     five = (drawn >> np.uint64(5 * i) & np.uint64(31) for i in range(len(names)))

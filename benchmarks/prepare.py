@@ -56,7 +56,7 @@ class Settings:
     """What is measured, and where it goes."""
 
     conversations: int = 1_000_000
-    """In the log that is made; with `log`, whatever is there counts."""
+    """Conversations in the log that is made; a given `log` is taken whole."""
     log: Path | None = None
     """A folder of parquet files shaped like WildChat-1M."""
     workers: int = 2
@@ -68,7 +68,7 @@ class Settings:
     kill: int = 0
     """Kill ours so often on its way, and see whether it ends with the same bytes."""
     seed: int = 0
-    """Of the log and of the moments to kill at."""
+    """Seed of the log and of the moments to kill at."""
     scratch: Path = ROOT / "runs" / "prepare"
     """Logs and outputs: at 1,000,000 conversations some 20 GB."""
     out: Path | None = None
@@ -87,7 +87,7 @@ class Run:
 
     seconds: float
     cpu_seconds: float
-    """Of all its processes, in user and kernel mode."""
+    """CPU time of all its processes, in user and kernel mode."""
     peak_bytes: int
 
 
@@ -98,7 +98,7 @@ class Killed:
     seconds: tuple[float, ...]
     """After each start, when the kill came."""
     last_seconds: float
-    """Of the run that was left alone."""
+    """Seconds of the run that was not killed."""
     units: int
     """That the run which was left alone found done."""
 
@@ -160,13 +160,13 @@ def measured(command: Sequence[str], notes: Path) -> Run:
 
 
 def _cpu_seconds() -> float:
-    """Of all children so far that have ended."""
+    """CPU seconds of all children that have ended so far."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def _start(command: Sequence[str], notes: Any) -> subprocess.Popen:
-    """In a process group of its own, so that it can be killed as a whole."""
+    """Starts a command in a process group of its own, so that it can be killed as a whole."""
     return subprocess.Popen(
         command, cwd=ROOT, stdout=notes, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -378,7 +378,7 @@ def kill_row(log: Sequence[Path], row: Mapping[str, Any], settings: Settings) ->
 
 
 def about_machine() -> dict[str, Any]:
-    """As in every benchmark's rows, with the libraries that matter here."""
+    """The commit and machine that every benchmark records, with the libraries that matter here."""
     about = machine(torch.device("cpu"))
     names = ("pyarrow", "datasets", "numpy", "orjson")
     return about | {"versions": {name: version(name) for name in names}}

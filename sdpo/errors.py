@@ -1,4 +1,4 @@
-"""What the user can mend. `SdpoError` is the base of all; `DataError` says where in which file."""
+"""Errors that the user can mend: the base class, and the one that names file, row and field."""
 
 from typing import Any
 
@@ -35,8 +35,8 @@ class DataError(SdpoError):
         place = ", ".join(
             filter(None, (self.file, self.row, self.field and f"field `{self.field}`"))
         )
-        told = f"{place}: {self.problem}" if place else self.problem
-        return f"{told}. {self.hint}." if self.hint else told
+        message = f"{place}: {self.problem}" if place else self.problem
+        return f"{message}. {self.hint}." if self.hint else message
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Errors cross process borders whole."""

@@ -31,7 +31,7 @@ def write_rows(path: Path, *rows: dict) -> Path:
     return path
 
 
-TRIPLE = {
+ROW = {
     "prompt": [{"from": "human", "value": "x"}],
     "completion": {"from": "gpt", "value": "y"},
     "user_response": {"from": "human", "value": "o"},
@@ -78,7 +78,7 @@ def test_the_papers_row_shape(tmp_path):
         '{"from":"human","value":"漢"}],"completion":{"from":"gpt","value":"y"},'
         '"user_response":{"from":"human","value":"o"}}'
     )
-    assert json.loads(second).keys() == {"id", *TRIPLE, "weight"}
+    assert json.loads(second).keys() == {"id", *ROW, "weight"}
 
 
 def test_rows_as_others_write_them(tmp_path):
@@ -91,7 +91,7 @@ def test_rows_as_others_write_them(tmp_path):
         "weight": None,
         "model": "ignored",
     }
-    path = write_rows(tmp_path / "i.jsonl", row, TRIPLE | {"completion": "y", "user_response": "o"})
+    path = write_rows(tmp_path / "i.jsonl", row, ROW | {"completion": "y", "user_response": "o"})
     first, second = read_interactions(path)
     assert first == interaction(id="1", prompt=(Message("system", ""), Message("user", "x")))
     assert second == interaction(id="2")
@@ -108,13 +108,13 @@ def test_conversations_by_their_ids():
 
 
 def test_a_published_prompt_may_end_with_an_answer(tmp_path):
-    """As some of WildFeedback's do; the note then goes onto it, as in the published trainer."""
-    (found,) = read_interactions(write_rows(tmp_path / "i.jsonl", TRIPLE | {"prompt": [USER, GPT]}))
+    """Some of WildFeedback's do; the hindsight context is then appended to the answer."""
+    (found,) = read_interactions(write_rows(tmp_path / "i.jsonl", ROW | {"prompt": [USER, GPT]}))
     assert [m.role for m in found.prompt] == ["user", "assistant"]
 
 
 def test_reading_streams(tmp_path):
-    stream = iter_interactions(write_rows(tmp_path / "i.jsonl", TRIPLE, {}))
+    stream = iter_interactions(write_rows(tmp_path / "i.jsonl", ROW, {}))
     assert next(stream) == interaction(id="1")
     with pytest.raises(DataError, match="line 2, field `prompt`"):
         next(stream)
@@ -195,7 +195,7 @@ BAD_FIELDS = {
 @pytest.mark.parametrize("bad", BAD_FIELDS)
 def test_bad_rows(tmp_path, bad):
     changed, name, problem = BAD_FIELDS[bad]
-    path = write_rows(tmp_path / "i.jsonl", TRIPLE | {"id": "first"}, TRIPLE | changed)
+    path = write_rows(tmp_path / "i.jsonl", ROW | {"id": "first"}, ROW | changed)
     with pytest.raises(DataError) as caught:
         read_interactions(path)
     message = str(caught.value)
@@ -205,7 +205,7 @@ def test_bad_rows(tmp_path, bad):
 
 
 def test_an_id_that_falls_back_to_a_taken_one_is_an_error(tmp_path):
-    path = write_rows(tmp_path / "i.jsonl", TRIPLE | {"id": "2"}, TRIPLE)
+    path = write_rows(tmp_path / "i.jsonl", ROW | {"id": "2"}, ROW)
     with pytest.raises(DataError, match="line 2, field `id`: '2' is the id of line 1 too"):
         read_interactions(path)
 
@@ -217,7 +217,7 @@ def test_files_that_are_no_interactions(tmp_path):
     path.write_text("")
     with pytest.raises(DataError, match="the file is empty"):
         read_interactions(path)
-    path.write_text(json.dumps(TRIPLE) + "\n" + json.dumps(TRIPLE)[:-5])
+    path.write_text(json.dumps(ROW) + "\n" + json.dumps(ROW)[:-5])
     with pytest.raises(DataError, match=r"line 2: broken JSON at column \d+"):
         read_interactions(path)
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their sums."""
+"""Files that appear whole or not at all, and their hashes."""
 
 import hashlib
 import os
@@ -17,7 +17,10 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[TextIO]:
-    """A text file to write: beside ``path``, in its place once all is written, gone on an error."""
+    """Opens a text file for writing beside ``path``, and renames it when all is written.
+
+    An error removes it, and leaves ``path`` as it was.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -31,6 +34,6 @@ def written_whole(path: str | Path) -> Iterator[TextIO]:
 
 
 def sha256(path: str | Path) -> str:
-    """Of a file's content, in hex."""
+    """SHA-256 of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

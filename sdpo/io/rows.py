@@ -71,9 +71,9 @@ class Batch(NamedTuple):
     """Some rows of a chunk."""
 
     numbers: list[int]
-    """As errors count them."""
+    """Each row's number, as errors count them."""
     indices: np.ndarray
-    """Within the chunk."""
+    """Each row's index within the chunk."""
     rows: "list[Any] | pa.RecordBatch"
     """Parsed JSON, with a DataError in place of each bad row; or Arrow's columns."""
 

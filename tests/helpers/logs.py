@@ -54,7 +54,7 @@ def wildchat_1m(id: str | None, turns: Turns, language: str | None = "English") 
     row = {"conversation_hash": shared.pop("conversation_id"), **shared}
     row["conversation"] = _each(turns, _wildchat_1m_message)
     return row | {
-        "state": None,
+        "state": "Normandy",
         "country": "France",
         "hashed_ip": "9c8a51ac",
         "header": {"accept-language": "fr", "user-agent": "Mozilla"},
@@ -118,7 +118,7 @@ def _wildchat_1m_message(role: str | None, content: str | None) -> Row:
         "country": "France" if asks else None,
         "hashed_ip": "9c8a51ac" if asks else None,
         "header": {"accept-language": "fr", "user-agent": "Mozilla"} if asks else None,
-        "state": None,
+        "state": "Normandy" if asks else None,
         "timestamp": None if asks else WRITTEN,
         "turn_identifier": 1234567,
     }
@@ -150,90 +150,16 @@ ROWS: dict[str, Callable[..., Row]] = {
 FORMAT = {shape: shape for shape in ROWS} | {"wildchat-1m": "wildchat"}
 
 
-# Parquet schemas: a row of nulls has its columns' types too
+# Parquet
 
 
-def _texts(*names: str) -> list[pa.Field]:
-    return [pa.field(name, pa.string()) for name in names]
+def _schema(shape: str) -> pa.Schema:
+    """As a row without nulls has it: a file of nothing but nulls has its columns' types too."""
+    whole = ROWS[shape]("id", [("user", "q"), ("assistant", "a"), ("user", "f")], "English")
+    return pa.Table.from_pylist([whole]).schema
 
 
-_HEADER = pa.struct(_texts("accept-language", "user-agent"))
-_WHEN = pa.timestamp("us", tz="UTC")
-_MESSAGE = [
-    *_texts("content", "language"),
-    pa.field("redacted", pa.bool_()),
-    pa.field("role", pa.string()),
-    pa.field("toxic", pa.bool_()),
-]
-_MESSAGE_1M = [
-    *_MESSAGE,
-    *_texts("country", "hashed_ip"),
-    pa.field("header", _HEADER),
-    pa.field("state", pa.string()),
-    pa.field("timestamp", _WHEN),
-    pa.field("turn_identifier", pa.int64()),
-]
-_FLAGS = pa.struct(
-    [
-        pa.field("categories", pa.struct([pa.field(c, pa.bool_()) for c in CATEGORIES])),
-        pa.field("category_scores", pa.struct([pa.field(c, pa.float64()) for c in CATEGORIES])),
-        pa.field("flagged", pa.bool_()),
-    ]
-)
-_TURN = pa.struct(_texts("from", "value"))
-
-
-def _wildchat_schema(id_column: str, message: list[pa.Field]) -> list[pa.Field]:
-    return [
-        *_texts(id_column, "model"),
-        pa.field("timestamp", _WHEN),
-        pa.field("conversation", pa.list_(pa.struct(message))),
-        pa.field("turn", pa.int64()),
-        pa.field("language", pa.string()),
-        pa.field("openai_moderation", pa.list_(_FLAGS)),
-        pa.field(
-            "detoxify_moderation",
-            pa.list_(pa.struct([pa.field(name, pa.float64()) for name in SCORES])),
-        ),
-        pa.field("toxic", pa.bool_()),
-        pa.field("redacted", pa.bool_()),
-    ]
-
-
-SCHEMAS = {
-    "wildchat": pa.schema(_wildchat_schema("conversation_id", _MESSAGE)),
-    "wildchat-1m": pa.schema(
-        [
-            *_wildchat_schema("conversation_hash", _MESSAGE_1M),
-            *_texts("state", "country", "hashed_ip"),
-            pa.field("header", _HEADER),
-        ]
-    ),
-    "lmsys": pa.schema(
-        [
-            *_texts("conversation_id", "model"),
-            pa.field("conversation", pa.list_(pa.struct(_texts("content", "role")))),
-            pa.field("turn", pa.int64()),
-            pa.field("language", pa.string()),
-            pa.field("openai_moderation", pa.list_(_FLAGS)),
-            pa.field("redacted", pa.bool_()),
-        ]
-    ),
-    "wildfeedback": pa.schema([pa.field("conversation", pa.list_(_TURN))]),
-    "sharegpt": pa.schema([*_texts("id"), pa.field("conversations", pa.list_(_TURN))]),
-    "messages": pa.schema(
-        [*_texts("id"), pa.field("messages", pa.list_(pa.struct(_texts("role", "content"))))]
-    ),
-    "triples": pa.schema(
-        [
-            *_texts("id"),
-            pa.field("turn_id", pa.int64()),
-            pa.field("prompt", pa.list_(_TURN)),
-            pa.field("completion", _TURN),
-            pa.field("user_response", _TURN),
-        ]
-    ),
-}
+SCHEMAS = {shape: _schema(shape) for shape in ROWS}
 
 
 # Containers

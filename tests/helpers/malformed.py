@@ -1,7 +1,7 @@
 """Malformed files by name, and what must become of each.
 
-A file is put between two good ones. Its good rows must come out, and its bad ones must be told by
-file and row, or skipped and counted. Where the house rules leave open whether a row can be read,
+A file is put between two good ones. Its good rows must come out, and its bad ones must be
+reported with file and row, or skipped and counted. Where it is left open whether a row can be read,
 a case allows both: an outcome is "fine" (the row comes out), "nothing" (read, and without an
 interaction) or "error".
 """
@@ -383,11 +383,18 @@ def _fields() -> Iterator[Case]:
             for value, outcome in outcomes.items():
                 bad = json.dumps(_with(row("m", shape), path, VALUES[value]), default=str)
                 data = line("g1", shape) + bad.encode() + b"\n" + line("g2", shape)
-                # JSON that no reader takes is told by its column, not by its field
-                says = ("line 2",) if value in UNREADABLE else ("line 2", str(path[0]))
+                # of JSON that no reader takes, the error names the column, not the field
+                says = ("line 2",) if value in UNREADABLE else ("line 2", _field(path, value))
                 name = f"field: {shape} {'.'.join(map(str, path))} is {value}"
                 more = {"doubtful": ("m",), "bad_rows": 1, "says": says}
                 yield Case(name, "m.jsonl", data, outcome, **more)
+
+
+def _field(path: tuple[str | int, ...], value: str) -> str:
+    """What the error calls the field; of one that is missing or empty, at least what it is in."""
+    inside = path[:-1] if value in ("missing", "empty text") and path[1:] else path
+    names = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
+    return "".join(names).removeprefix(".")
 
 
 UNREADABLE = ("a lone surrogate", "NaN")

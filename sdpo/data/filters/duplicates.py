@@ -172,7 +172,7 @@ def _sorted_band(band: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _buckets(keys: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """By row, the first row with the same key and the one right before it (or the row itself).
+    """For each row, the first row with its key and the one right before it (or the row itself).
 
     Args:
         keys: (N,) or (N, k), sorted.

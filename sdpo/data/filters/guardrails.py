@@ -1,7 +1,7 @@
-"""Which filters protect the users, the model and the run; what each looks for, its module says.
+"""Which filters protect the users, the model and the run.
 
-A paper's preset gives the published rows, so its guardrails are off unless asked for; elsewhere
-they are on. One that needs a column which a log lacks says so in the report.
+The paper's presets give the published rows, so their guardrails are off unless asked for; under
+the other presets they are on. If the log lacks a guardrail's column, the report says so.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -13,7 +13,7 @@ from ...errors import DataError, SdpoError
 
 @dataclass(frozen=True, kw_only=True)
 class GuardrailConfig:
-    """None: as the preset says."""
+    """Guardrails; None stands for what the preset says."""
 
     flagged: bool | None = None
     """Drop conversations that moderation flagged, or called toxic, in any message."""
@@ -23,15 +23,15 @@ class GuardrailConfig:
     """Replace e-mails, phone numbers, cards, addresses and keys by typed placeholders; presidio
     adds names and places, and needs the ``presidio`` extra."""
     duplicates: Literal["off", "exact", "near"] | None = None
-    """Keep the first of equal conversations; near: of similar ones, too."""
+    """Keep only the first of equal conversations (exact), or of similar ones too (near)."""
     similarity: float = 0.8
     """Jaccard similarity of shingles from which conversations count as near-duplicates."""
     injections: bool | None = None
-    """Drop follow-ups that try to close or imitate the hindsight note."""
+    """Drop follow-ups that try to close or imitate the hindsight context."""
     max_per_user: int | None = None
-    """Conversations of one user that are kept, the first ones; 0 keeps all. On: 1,000."""
+    """Keep at most so many conversations of one user, the first ones (1,000); 0 keeps all."""
     opt_out: str | None = None
-    """File of conversation ids, user ids and hashed addresses, one a line, to be left out."""
+    """File of conversation ids, user ids and hashed addresses to leave out, one per line."""
 
     def __post_init__(self) -> None:
         if not 0 < self.similarity <= 1:
@@ -49,14 +49,14 @@ OFF = GuardrailConfig(
 
 
 def resolve(config: GuardrailConfig, preset: str) -> GuardrailConfig:
-    """Every None replaced by what the preset says."""
+    """Replaces every None by what the preset says."""
     default = OFF if preset.startswith("paper-") else ON
     asked = {f.name: getattr(config, f.name) for f in fields(config)}
     return replace(default, **{name: value for name, value in asked.items() if value is not None})
 
 
 def states(config: GuardrailConfig, knows: frozenset[str]) -> dict[str, str]:
-    """Of every guardrail: on, off, or that the logs do not have its column."""
+    """Whether each guardrail is on, off, or without its column ("no such column")."""
     on = {
         "moderation flags": config.flagged,
         "redacted rows": config.redacted,
@@ -68,12 +68,9 @@ def states(config: GuardrailConfig, knows: frozenset[str]) -> dict[str, str]:
         "opt-out": bool(config.opt_out),
     }
     columns = {"moderation flags": "flagged", "redacted rows": "redacted", "cap per user": "user"}
+    lacking = {name for name, column in columns.items() if column not in knows}
     return {
-        name: "off"
-        if not is_on
-        else "on"
-        if columns.get(name, "") in {"", *knows}
-        else "no such column"
+        name: "off" if not is_on else "no such column" if name in lacking else "on"
         for name, is_on in on.items()
     }
 

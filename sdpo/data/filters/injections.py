@@ -1,12 +1,13 @@
-"""Follow-ups that would take over the hindsight note instead of reacting to the answer.
+"""Follow-ups that would take over the hindsight context instead of reacting to the response.
 
-The note puts the follow-up, as it is, before the model that judges the answer. What closes or
-imitates the template, fakes a turn or gives the model orders would be learned from as feedback.
+The hindsight context shows the follow-up, as it is, to the model that judges the response. A
+follow-up that closes or imitates the template, fakes a turn or gives the model orders would be
+learned from as if it were feedback.
 
-Caught are the marks of the templates and chat-control tokens wherever they stand (a tokenizer does
-not tell a quotation from the real thing, so that a question about such tokens is caught too), lines
-that begin like a turn, and plain words only where they read as an order to the model.
-`python -m benchmarks.guardrails` measures it.
+Marks of the templates and chat-control tokens are caught anywhere: to a tokenizer a quotation is
+the real thing, so a question about such tokens is caught too. Lines that begin like a turn are
+caught, and plain words only where they read as an order to the model.
+`python -m benchmarks.guardrails` measures how well this works.
 """
 
 import re
@@ -51,7 +52,7 @@ _IGNORE = (
     r"(?:ignore|disregard|forget|override|bypass|drop|violate|do not follow|don't follow"
     r"|do not obey|stop (?:following|obeying))"
 )
-# where an order begins: not in the middle of a sentence, nor quoted in one
+# where an order begins: not in the middle of a sentence, and not quoted
 _ORDER = (
     r"(?:^[\"'(\[ ]*|[.!?;:,)\]*] ?"
     r"|\b(?:please|pls|plz|and|then|now|just|so|but|must|should|you to) )"

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -20,70 +20,33 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ...errors import DataError
-from ..filters.guardrails import GuardrailConfig
+from ...errors import SdpoError
 from ..manifest import find, manifest_path, report_path
-from ..read.formats import Format
-from .config import PrepareConfig, Preset
+from .config import PrepareConfig
 from .prepare import prepare
 from .report import Report
 
 
 def prepare_command(
-    inputs: tyro.conf.Positional[list[str]],
-    /,
-    *,
-    out: str,
-    preset: Preset = "strict",
-    format: Format | Literal["auto"] = "auto",
-    languages: tuple[str, ...] | None = None,
-    shuffle_seed: int | None = None,
-    max_conversations: int | None = None,
-    guardrails: GuardrailConfig = GuardrailConfig(),  # noqa: B008 (frozen)
-    bad_rows: Literal["stop", "skip"] = "stop",
-    workers: int = 0,
-    explain: str | None = None,
+    config: Annotated[PrepareConfig, tyro.conf.arg(name="")], explain: str | None = None
 ) -> None:
     """Turn conversation logs into interactions (x, y, o).
 
-    Killed, it goes on where it was when the same command runs again.
+    If it is killed, the same command goes on from what was done.
 
     Args:
-        inputs: files, folders, globs, or data sets on the Hugging Face hub (owner/name): WildChat,
-            WildFeedback, LMSYS, ShareGPT, OpenAI messages, ready triples; parquet or JSON lines.
-        out: the .jsonl or .parquet file to write.
-        preset: which conversations and turns to keep; the paper's give the published rows.
-        format: of the inputs; auto recognises it file by file.
-        languages: to keep, as the log names them, or any; unset: as the preset says.
-        shuffle_seed: shuffle the rows; unset: as the preset says.
-        max_conversations: stop at so many; unset: as the preset says.
-        guardrails: unset: on, but off under the paper's presets.
-        bad_rows: skip leaves out, and counts, what cannot be read.
-        workers: processes; 0: one a core.
-        explain: also say why one conversation went or stayed, named by its id or "file:row".
+        explain: also say why one conversation was dropped or kept, named by its id or "file:row".
     """
-    if not inputs:
-        raise DataError("no input", hint="Name at least one file, folder, glob or data set")
-    config = PrepareConfig(
-        inputs=tuple(inputs),
-        out=out,
-        preset=preset,
-        format=format,
-        languages=languages,
-        shuffle_seed=shuffle_seed,
-        max_conversations=max_conversations,
-        guardrails=guardrails,
-        bad_rows=bad_rows,
-        workers=workers,
-    )
+    if not config.inputs:
+        raise SdpoError("no input: name at least one file, folder, glob or data set")
     console = Console()
     began = time.perf_counter()
     with _progress(console) as tell:
         report = prepare(config, progress=tell)
     seconds = time.perf_counter() - began
-    _tell(report, config, seconds, console)
+    _print(report, config, seconds, console)
     if explain is not None:
-        for line in _explained(explain, report, out):
+        for line in _explained(explain, report, config.out):
             console.print(line, markup=False, soft_wrap=True, highlight=False)
 
 
@@ -129,7 +92,7 @@ def _progress(console: Console) -> Iterator:
         yield tell
 
 
-def _tell(report: Report, config: PrepareConfig, seconds: float, console: Console) -> None:
+def _print(report: Report, config: PrepareConfig, seconds: float, console: Console) -> None:
     found = Counter((i["format"], i["container"]) for i in report.inputs)
     for (format, container), n in found.items():
         files = "1 file" if n == 1 else f"{n:,} files"
@@ -164,6 +127,6 @@ def _counts(report: Report) -> Iterator[tuple[str, int]]:
     yield "  answers without usable history", counts["answers_without_history"]
     yield from ((f"  answers dropped: {why}", n) for why, n in report.interaction_drops.items())
     yield from ((f"  replaced: {kind}", n) for kind, n in report.pii.items())
-    yield "  ready triples", counts["ready_interactions"]
+    yield "  ready interactions", counts["ready_interactions"]
     yield "  ids made unique", counts["renamed_ids"]
     yield "interactions written", counts["interactions"]

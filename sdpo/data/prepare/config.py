@@ -4,6 +4,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
 from ...errors import SdpoError
 from ...io.fields import listed
 from ..filters.guardrails import GuardrailConfig
@@ -16,27 +18,29 @@ assert set(Preset.__args__) == set(PRESETS)
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What to make of which logs."""
+    """Settings of a preparation."""
 
-    inputs: tuple[str, ...]
-    """Files, folders, globs and names of data sets on the Hugging Face hub."""
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders, globs and data sets of the Hugging Face hub (owner/name): logs in the formats
+    of WildChat, WildFeedback, LMSYS, ShareGPT or OpenAI messages, and ready interactions; parquet
+    or JSON."""
     out: str
-    """The file to write, .jsonl or .parquet; its manifest and report come to stand beside it."""
+    """The file to write, .jsonl or .parquet; manifest and report are written beside it."""
     preset: Preset = "strict"
-    """Which conversations and turns are kept: sdpo.data.prepare.rules says what each does."""
+    """Which conversations and turns to keep; see sdpo.data.prepare.rules."""
     format: Format | Literal["auto"] = "auto"
-    """Of all inputs; auto: recognised, file by file."""
+    """Format of all inputs; auto recognises it file by file."""
     languages: tuple[str, ...] | None = None
-    """Languages to keep, as the log names them; "any" for all; None: as the preset says."""
+    """Languages to keep, as the log names them, or "any"; None: as the preset says."""
     shuffle_seed: int | None = None
-    """Shuffles; None: as the preset says."""
+    """Seed of the order of rows; None: as the preset says."""
     max_conversations: int | None = None
-    """Stop at so many; None: as the preset says."""
+    """Stop after so many kept conversations; None: as the preset says."""
     guardrails: GuardrailConfig = field(default_factory=GuardrailConfig)
     bad_rows: Literal["stop", "skip"] = "stop"
-    """Skip: leave out, and count, rows and files that cannot be read."""
+    """What to do about rows and files that cannot be read; skip leaves them out and counts them."""
     workers: int = 0
-    """Processes; 0: one a core."""
+    """Number of processes; 0: one per core."""
 
     def __post_init__(self) -> None:
         if Path(self.out).suffix not in (".jsonl", ".parquet"):
@@ -51,7 +55,7 @@ class PrepareConfig:
             raise SdpoError(f"workers is {self.workers}: use 1 or more, or 0 for one a core")
 
     def rules(self) -> ExtractionRules:
-        """The preset's, with what was asked for in their place."""
+        """The preset's rules, with the settings that were given in their place."""
         asked: dict[str, Any] = {
             "shuffle_seed": self.shuffle_seed,
             "max_conversations": self.max_conversations,

@@ -59,7 +59,7 @@ SCHEMA = pa.schema(
 """`ends`: where each of a row's interactions ends in the unit's lines. `*_key`: 64 bits of a hash
 (0: none)."""
 
-_NAME_OF = {"user": b"human", "assistant": b"gpt", "system": b"system"}
+_NAME_OF = {"user": "human", "assistant": "gpt"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,7 +315,8 @@ def _render(row: _Row, job: Job, out: BinaryIO) -> None:
     """Writes the row's interactions, except those whose follow-up is an injection."""
     assert row.found is not None
     ids, ends, caught, opted_out = [], [], 0, 0
-    rendered = _Rendered(row)
+    pairs = zip(row.found.messages, row.texts, strict=True)
+    messages = [{"from": _NAME_OF.get(m.role, m.role), "value": text} for m, text in pairs]
     for turn in row.found.turns:
         id = row.id if row.ready else f"{row.id}_{turn.answer}"
         if id in job.opted_out:
@@ -324,7 +325,9 @@ def _render(row: _Row, job: Job, out: BinaryIO) -> None:
         if job.guardrails.injections and injection(row.texts[turn.answer + 1]):
             caught += 1
             continue
-        out.write(rendered.ready() if row.ready else rendered.line(id, turn))
+        ready = row.ready and to_row(_redacted(row.ready, row.texts))
+        line = ready or _row_of(messages, id, turn)
+        out.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
         ids.append(id)
         ends.append(out.tell())
     row.table |= {
@@ -336,46 +339,29 @@ def _render(row: _Row, job: Job, out: BinaryIO) -> None:
     }
 
 
-class _Rendered:
-    """The messages of a row as JSON, each rendered once for all interactions that hold it."""
+def _row_of(messages: list[dict[str, str]], id: str, turn: Turn) -> dict[str, Any]:
+    """What `to_row` would give, without making an `Interaction` of every turn."""
+    return {
+        "id": id,
+        "turn_id": turn.answer,
+        "prompt": [messages[i] for i in turn.history],
+        "completion": messages[turn.answer],
+        "user_response": messages[turn.answer + 1],
+    }
 
-    def __init__(self, row: _Row):
-        self.row = row
-        self.turns: dict[int, bytes] = {}
 
-    def _turn(self, i: int) -> bytes:
-        if i not in self.turns:
-            assert self.row.found is not None
-            name = _NAME_OF[self.row.found.messages[i].role]
-            value = orjson.dumps(self.row.texts[i])
-            self.turns[i] = b'{"from":"' + name + b'","value":' + value + b"}"
-        return self.turns[i]
+def _redacted(ready: Interaction, texts: list[str]) -> Interaction:
+    """A ready interaction with its redacted texts.
 
-    def line(self, id: str, turn: Turn) -> bytes:
-        """The line that `orjson.dumps(to_row(...))` would give."""
-        return b'{"id":%b,"turn_id":%d,"prompt":[%b],"completion":%b,"user_response":%b}\n' % (
-            orjson.dumps(id),
-            turn.answer,
-            b",".join(map(self._turn, turn.history)),
-            self._turn(turn.answer),
-            self._turn(turn.answer + 1),
-        )
-
-    def ready(self) -> bytes:
-        """The line of a ready interaction.
-
-        If its response was redacted, the sampled tokens go: they would tell what was replaced.
-        """
-        item, texts = self.row.ready, self.row.texts
-        assert item is not None
-        *prompt, response, followup = texts
-        if response != item.response:
-            item = replace(item, response_token_ids=None, response_logprobs=None)
-        roles = (message.role for message in item.prompt)
-        item = replace(
-            item,
-            prompt=tuple(Message(r, t) for r, t in zip(roles, prompt, strict=True)),
-            response=response,
-            followup=followup,
-        )
-        return orjson.dumps(to_row(item), option=orjson.OPT_APPEND_NEWLINE)
+    If the response was redacted, the sampled tokens go: they would tell what was replaced.
+    """
+    *prompt, response, followup = texts
+    if response != ready.response:
+        ready = replace(ready, response_token_ids=None, response_logprobs=None)
+    messages = zip(ready.prompt, prompt, strict=True)
+    return replace(
+        ready,
+        prompt=tuple(Message(message.role, text) for message, text in messages),
+        response=response,
+        followup=followup,
+    )

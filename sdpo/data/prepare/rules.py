@@ -65,8 +65,8 @@ class ExtractionRules:
     cleaned. Otherwise they are stripped, and blank ones and other roles dropped, before all else;
     roles are then compared without case and surrounding blanks."""
     ids: Literal["own", "conversation_id", "place"] = "own"
-    """What rows are called after: the conversation's id or hash, or file and row; its
-    `conversation_id` alone, or its place in the extraction's order; always that place."""
+    """What interactions' ids begin with. own: the conversation's id or hash, or else file and row;
+    conversation_id: that alone, or else the place in the order; place: always that place."""
     history_ends_with_user: bool = True
     history_messages: int = 5
     languages: tuple[str, ...] | None = None
@@ -140,7 +140,7 @@ class Extraction(NamedTuple):
 
     dropped: Drop | None
     messages: list[Message]
-    """With roles "user" and "assistant" ("": another)."""
+    """Their roles are "user", "assistant" or, for any other, ""."""
     turns: list[Turn]
     without_history: int
     """Answers passed over because no usable history precedes them."""

@@ -19,7 +19,7 @@ from ...errors import DataError, SdpoError
 from .plan import FilePlan
 
 PREPARATION_VERSION = 1
-"""To be raised by every change of what units of work hold: those of another version are dropped."""
+"""Raise it with every change of what a unit of work holds: units of other versions are dropped."""
 _LIBRARIES = ("rensa", "pyarrow", "orjson", "numpy", "presidio-analyzer", "spacy")
 
 T = TypeVar("T")

@@ -236,7 +236,7 @@ def _known(fields: set[str]) -> frozenset[str]:
 def read_conversations(paths: Paths) -> Iterator[Conversation]:
     """Streams the conversations of files, folders and globs, in the order of `resolve_paths`.
 
-    Raises DataError for the first thing that cannot be read, ready triples included.
+    Raises DataError for the first thing that cannot be read, ready interactions included.
     """
     for path in resolve_paths(paths):
         log = describe(path)

@@ -1,4 +1,4 @@
-"""Follow-ups that try to take over the hindsight note."""
+"""Follow-ups that try to take over the hindsight context."""
 
 import pytest
 from hypothesis import given
@@ -27,10 +27,10 @@ def test_enough_is_labelled():
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_follow_up_that_holds_the_whole_note_imitates_it(name):
-    note = TEMPLATES[name].replace("{followup}", "great")
-    assert injection(note) == TEMPLATE_MARK
-    assert injection(f"thanks {note.upper()}") == TEMPLATE_MARK
-    heading = note.strip().splitlines()[0].strip("[]= ")
+    context = TEMPLATES[name].replace("{followup}", "great")
+    assert injection(context) == TEMPLATE_MARK
+    assert injection(f"thanks {context.upper()}") == TEMPLATE_MARK
+    heading = context.strip().splitlines()[0].strip("[]= ")
     assert injection(f"*** end {heading.lower()} ***") == TEMPLATE_MARK
 
 

@@ -58,7 +58,7 @@ def write_log(path: Path, *rows: dict, **options) -> Path:
     return path
 
 
-def triple(id: str, **changed) -> Interaction:
+def ready(id: str, **changed) -> Interaction:
     given = {"prompt": (Message("user", "x"),), "response": "y", "followup": "o"}
     return Interaction(id=id, **(given | changed))
 
@@ -123,30 +123,30 @@ def test_more_places_are_processed_where_the_first_do_not_suffice(tmp_path):
 def test_files_of_several_formats_are_read_each_as_what_it_is(tmp_path):
     parquet = write_log(tmp_path / "a.parquet", row("w", language="French"))
     messages = write_log(tmp_path / "b.jsonl", {"messages": said("m", 5)})
-    ready = tmp_path / "c.jsonl"
-    kept = [triple("r1", weight=0.5), triple("r2", response="y" * 9999)]
-    write_interactions(ready, kept)
+    interactions = tmp_path / "c.jsonl"
+    kept = [ready("r1", weight=0.5), ready("r2", response="y" * 9999)]
+    write_interactions(interactions, kept)
 
-    found, report = run(tmp_path, parquet, messages, ready, preset="strict")
+    found, report = run(tmp_path, parquet, messages, interactions, preset="strict")
 
-    assert found[:2] == kept, "ready triples come first and unchanged, whatever the rules"
+    assert found[:2] == kept, "ready interactions come first and unchanged, whatever the rules"
     assert [i.id for i in found[2:]] == ["b-1_1", "b-1_3"], "no language column, no filter"
     assert report.drops == {"language": 1}
     assert report.counts["ready_interactions"] == 2
     assert [i["format"] for i in report.inputs] == ["triples", "wildchat", "messages"]
 
 
-def test_the_stop_does_not_count_ready_triples(tmp_path):
-    ready = tmp_path / "r.jsonl"
-    write_interactions(ready, [triple(f"r{i}") for i in range(40)])
+def test_the_stop_does_not_count_ready_interactions(tmp_path):
+    interactions = tmp_path / "r.jsonl"
+    write_interactions(interactions, [ready(f"r{i}") for i in range(40)])
     log = write_log(tmp_path / "c.parquet", *(row(f"c{i}") for i in range(3)))
-    found, _ = run(tmp_path, log, ready, max_conversations=2)
+    found, _ = run(tmp_path, log, interactions, max_conversations=2)
     assert [i.id for i in found[38:]] == ["r38", "r39", "c0_1", "c1_1"]
 
 
 def test_repeated_conversation_ids_give_unique_interaction_ids(tmp_path):
     log = write_log(tmp_path / "c.parquet", row("c"), row("c"), row("c_1~2"), row("c", 5))
-    write_interactions(tmp_path / "r.jsonl", [triple("c_1~2")])
+    write_interactions(tmp_path / "r.jsonl", [ready("c_1~2")])
     found, report = run(tmp_path, log, tmp_path / "r.jsonl")
     assert [i.id for i in found] == ["c_1~2", "c_1", "c_1~3", "c_1~2_1", "c_1~4", "c_3"]
     assert report.counts["renamed_ids"] == 2
@@ -207,10 +207,10 @@ def test_opt_out_by_conversation_user_or_address(tmp_path):
     log = write_log(tmp_path / "c.parquet", *[{"hashed_ip": None} | r for r in rows])
     rows += [row("e", user_id="name", hashed_ip="v"), row("f", conversation_hash="hash")]
     log = write_log(tmp_path / "c.jsonl", *rows, row("g"), row("h", 5))
-    triples = [triple("r"), triple("s"), triple("c_7")]
-    write_interactions(tmp_path / "r.jsonl", triples)
+    written = [ready("r"), ready("s"), ready("c_7")]
+    write_interactions(tmp_path / "r.jsonl", written)
     with (tmp_path / "r.jsonl").open("a") as file:
-        asked = triple("t").response
+        asked = ready("t").response
         turn = {"from": "human", "value": "x"}
         named = {"prompt": [turn], "completion": asked, "user_response": "o", "user_id": "name"}
         file.write(json.dumps(named) + "\n")
@@ -241,8 +241,8 @@ def test_personal_data_is_replaced_consistently_and_counted(tmp_path):
     talk[1]["content"] = "Hello ANN@example.org"
     talk[4]["content"] = "Write to bob@example.org"
     log = write_log(tmp_path / "c.jsonl", {"id": "c", "messages": talk})
-    ready = triple("r", response="ask ann@example.org", response_token_ids=(1, 2))
-    write_interactions(tmp_path / "r.jsonl", [ready, triple("s", response_token_ids=(3,))])
+    mail = ready("r", response="ask ann@example.org", response_token_ids=(1, 2))
+    write_interactions(tmp_path / "r.jsonl", [mail, ready("s", response_token_ids=(3,))])
     config = replace(OFF, pii="regex")
     found, report = run(tmp_path, log, tmp_path / "r.jsonl", guardrails=config)
     redacted, untouched, first, second = found
