@@ -1,9 +1,8 @@
 """Malformed files by name, and what must become of each.
 
 A file is put between two good ones. Its good rows must come out, and its bad ones must be
-reported with file and row, or skipped and counted. Where it is left open whether a row can be read,
-a case allows both: an outcome is "fine" (the row comes out), "nothing" (read, and without an
-interaction) or "error".
+reported with file and row, or skipped and counted. The outcome is "fine" (the rows in question come
+out), "nothing" (they are read, and give no interaction) or "error".
 """
 
 import copy
@@ -30,19 +29,19 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Case:
-    """A malformed file and what may become of it.
+    """A malformed file and what must become of it.
 
     good: names of the file's conversations that must come out. doubtful: names that come out if the
-    outcome is "fine", and may come out of a file that breaks off. outcomes: those allowed, as
-    "fine|error". bad_rows: how many rows are unreadable; None if the file is, or if the number of
-    its lines is uncertain. says: what the error names, beside the file.
+    outcome is "fine", and may come out of a file that breaks off. bad_rows: how many rows are
+    unreadable; None if the file is, or if the number of its lines is uncertain. says: what the
+    error names, beside the file.
     """
 
     name: str
     file: str
     content: bytes | Callable[[], bytes]
     """A function where it is large."""
-    outcomes: str
+    outcome: str
     _: KW_ONLY
     good: tuple[str, ...] = GOOD
     doubtful: tuple[str, ...] = ()
@@ -147,63 +146,35 @@ BAD_LINES: dict[str, bytes] = {
     "a part without a type": _text_row("X").replace(b'"X"', b'[{"text": "m"}]'),
     "a part without text": _text_row("X").replace(b'"X"', b'[{"type": "text"}]'),
     "a part that is a number": _text_row("X").replace(b'"X"', b'[{"type": "text", "text": 1}]'),
+    "an integer of 5,000 digits": line("m")[:-2] + b', "n": ' + b"9" * 5_000 + b"}",
+    "a lone surrogate in an unknown key": line("m")[:-2] + rb', "n": "\ud800"}',
+    "deep nesting in an unknown key": line("m")[:-2]
+    + b', "n": '
+    + b"[" * 3_000
+    + b"]" * 3_000
+    + b"}",
+    "a form feed before": b"\x0c" + line("m")[:-1],
 }
-
-# another format's row may be taken for what it is
-OPEN_LINES = {"a row of WildChat", "a row of ShareGPT", "a ready interaction"}
 
 
 def _bad_lines() -> Iterator[Case]:
     for name, bad in BAD_LINES.items():
-        yield Case(
-            f"line: {name}",
-            "m.jsonl",
-            _between(bad),
-            f"{FINE}|{ERROR}" if name in OPEN_LINES else ERROR,
-            doubtful=("m",),
-            bad_rows=1,
-            says=("line 2",),
-        )
-    yield Case(
-        "line: 50 MB that breaks off",
-        "m.jsonl",
-        lambda: _between(line("m")[:60] + b"x" * HUGE_LINE),
-        ERROR,
-        bad_rows=1,
-        says=("line 2",),
-    )
-    yield Case(
-        "line: 50 MB of brackets",
-        "m.jsonl",
-        lambda: _between(b"[" * HUGE_LINE),
-        ERROR,
-        bad_rows=1,
-        says=("line 2",),
-    )
-    yield Case(
-        "line: the last one cut short",
-        "m.jsonl",
-        line("g1") + line("g2") + line("m")[:50],
-        ERROR,
-        bad_rows=1,
-        says=("line 3",),
-    )
-    yield Case(
-        "line: the first one is of no known format",
-        "m.jsonl",
-        b'{"a": 1}\n' + line("g1") + line("g2"),
-        ERROR,
-        bad_rows=1,
-        says=("line 1",),
-    )
-    yield Case(
-        "line: every second one is bad",
-        "m.jsonl",
-        b"{\n" + line("g1") + b"nonsense\n" + line("g2") + b"[\n",
-        ERROR,
-        bad_rows=3,
-        says=("line 1",),
-    )
+        yield _bad_line(name, _between(bad), 2)
+    x = b"x"
+    yield _bad_line("50 MB that breaks off", lambda: _between(line("m")[:60] + x * HUGE_LINE), 2)
+    yield _bad_line("50 MB of brackets", lambda: _between(b"[" * HUGE_LINE), 2)
+    good = line("g1") + line("g2")
+    yield _bad_line("the last one cut short", good + line("m")[:50], 3)
+    yield _bad_line("the first one is of no known format", b'{"a": 1}\n' + good, 1)
+    three = b"{\n" + line("g1") + b"nonsense\n" + line("g2") + b"[\n"
+    yield _bad_line("every second one is bad", three, 1, bad_rows=3)
+
+
+def _bad_line(
+    name: str, content: bytes | Callable[[], bytes], number: int, bad_rows: int = 1
+) -> Case:
+    says = (f"line {number}",)
+    return Case(f"line: {name}", "m.jsonl", content, ERROR, bad_rows=bad_rows, says=says)
 
 
 FINE_LINES: dict[str, bytes] = {
@@ -222,44 +193,23 @@ FINE_LINES: dict[str, bytes] = {
         b'[{"role"', b'[{"role": "critic", "content": "x"}, {"role"'
     )
     + b"}",
-}
-# readers differ on what the standard leaves out
-OPEN_FINE_LINES: dict[str, bytes] = {
+    # what the standard leaves out, and Python's reader takes
     "NaN in an unknown key": line("m")[:-2] + b', "score": NaN}',
     "Infinity in an unknown key": line("m")[:-2] + b', "score": -Infinity}',
     "a huge integer": line("m")[:-2] + b', "n": ' + b"9" * 400 + b"}",
-    "an integer of 5,000 digits": line("m")[:-2] + b', "n": ' + b"9" * 5_000 + b"}",
     "a huge exponent": line("m")[:-2] + b', "n": 1e999}',
-    "a lone surrogate in an unknown key": line("m")[:-2] + rb', "n": "\ud800"}',
-    "deep nesting in an unknown key": line("m")[:-2]
-    + b', "n": '
-    + b"[" * 3_000
-    + b"]" * 3_000
-    + b"}",
     "a byte order mark on line 2": b"\xef\xbb\xbf" + line("m")[:-1],
-    "a form feed before": b"\x0c" + line("m")[:-1],
 }
 
 
 def _fine_lines() -> Iterator[Case]:
-    for outcomes, lines in ((FINE, FINE_LINES), (f"{FINE}|{ERROR}", OPEN_FINE_LINES)):
-        for name, fine in lines.items():
-            yield Case(
-                f"line: {name}",
-                "m.jsonl",
-                _between(fine),
-                outcomes,
-                doubtful=("m",),
-                bad_rows=1,
-                says=("line 2",),
-            )
-    yield Case(
-        "line: 50 MB in one message",
-        "m.jsonl",
-        lambda: _between(_text_row("x" * HUGE_LINE)),
-        FINE,
-        doubtful=("m",),
-    )
+    for name, fine in FINE_LINES.items():
+        yield Case(f"line: {name}", "m.jsonl", _between(fine), FINE, doubtful=("m",))
+    yield Case("line: 50 MB in one message", "m.jsonl", _huge_line, FINE, doubtful=("m",))
+
+
+def _huge_line() -> bytes:
+    return _between(_text_row("x" * HUGE_LINE))
 
 
 def _whole_jsonl_files() -> Iterator[Case]:
@@ -319,22 +269,14 @@ def _outcomes(default: str = ERROR, **other: str) -> dict[str, str]:
     return {name: other.get(name.replace(" ", "_"), default) for name in VALUES}
 
 
-_EITHER = f"{FINE}|{ERROR}"
-_NO_ERROR = f"{NOTHING}|{ERROR}"
-_ID = _outcomes(
-    null=FINE,
-    missing=FINE,
-    a_number=_EITHER,
-    text=FINE,
-    empty_text=_EITHER,
-)
+_ID = _outcomes(null=FINE, missing=FINE, a_number=FINE, text=FINE, empty_text=FINE)
 # of published logs: what is null there is an empty message
 _LOOSE_ROLE = _outcomes(null=NOTHING, missing=NOTHING, text=NOTHING, empty_text=NOTHING)
 _LOOSE_TEXT = _LOOSE_ROLE | {"text": FINE}
-_LOOSE_LIST = _outcomes(null=NOTHING, missing=_NO_ERROR, an_empty_list=NOTHING)
-_LOOSE_ITEM = _outcomes(null=_NO_ERROR, missing=NOTHING, an_object=NOTHING)
-_ROLE = _outcomes(text=NOTHING, empty_text=_NO_ERROR)
-_CONTENT = _outcomes(text=FINE, empty_text=NOTHING, an_empty_list=_NO_ERROR)
+_LOOSE_LIST = _outcomes(null=NOTHING, an_empty_list=NOTHING)
+_LOOSE_ITEM = _outcomes(null=NOTHING, missing=NOTHING, an_object=NOTHING)
+_ROLE = _outcomes(text=NOTHING, empty_text=NOTHING)
+_CONTENT = _outcomes(text=FINE, empty_text=NOTHING, an_empty_list=NOTHING)
 _ANSWER = _outcomes(text=FINE)
 
 FIELDS: dict[str, dict[tuple[str | int, ...], Mapping[str, str]]] = {
@@ -347,7 +289,7 @@ FIELDS: dict[str, dict[tuple[str | int, ...], Mapping[str, str]]] = {
     },
     "wildchat": {
         ("conversation_id",): _ID,
-        ("language",): dict.fromkeys(VALUES, _EITHER) | _outcomes(_EITHER, text=FINE, null=FINE),
+        ("language",): _outcomes(null=FINE, missing=FINE, text=FINE, empty_text=FINE),
         ("conversation",): _LOOSE_LIST,
         ("conversation", 1): _LOOSE_ITEM,
         ("conversation", 1, "role"): _LOOSE_ROLE,
@@ -362,14 +304,14 @@ FIELDS: dict[str, dict[tuple[str | int, ...], Mapping[str, str]]] = {
         ("conversations", 1, "value"): _LOOSE_TEXT,
     },
     "triples": {
-        ("id",): _ID,
+        ("id",): {**_ID, "empty text": ERROR},
         ("turn_id",): _outcomes(null=FINE, missing=FINE, a_number=FINE),
         ("prompt",): _outcomes(),
         ("prompt", 0): _outcomes(),
         ("prompt", 0, "from"): _outcomes(),
-        ("prompt", 0, "value"): _outcomes(text=FINE, empty_text=_EITHER),
+        ("prompt", 0, "value"): _outcomes(text=FINE, empty_text=FINE),
         ("completion",): _ANSWER,
-        ("completion", "from"): _outcomes(missing=_EITHER),
+        ("completion", "from"): _outcomes(),
         ("completion", "value"): _ANSWER,
         ("user_response",): _ANSWER,
         ("user_response", "value"): _ANSWER,
@@ -474,11 +416,7 @@ def _json_files() -> Iterator[Case]:
             f"json: {name}",
             "m.json",
             data,
-            {
-                "one object": _EITHER,
-                "lines of objects": _EITHER,
-                "an empty array": _NO_ERROR,
-            }.get(name, ERROR),
+            FINE if name in ("one object", "lines of objects") else ERROR,
             good=(),
             doubtful=("g1",) if name == "one object" else GOOD,
         )
@@ -511,7 +449,7 @@ def _streams() -> Iterator[Case]:
         bad = pack(line("g1") + b"{nonsense\n" + line("g2"))
         yield Case(f"{suffix}: a bad line inside", file, bad, ERROR, bad_rows=1, says=("line 2",))
         for name, data, outcomes in (
-            ("trailing nonsense", packed + b"nonsense", _EITHER),
+            ("trailing nonsense", packed + b"nonsense", ERROR),
             ("packed twice", pack(pack(line("g1") + line("g2"))), ERROR),
             ("nothing packed", pack(b""), ERROR),
         ):
@@ -528,9 +466,9 @@ def _cut_stream(name: str, file: str, data: bytes, names: list[str]) -> Case:
     return Case(name, file, data, ERROR, good=(), doubtful=tuple(names))
 
 
-def _misnamed(name: str, file: str, data: bytes) -> Case:
-    """Readable if it is known by its first bytes."""
-    return Case(name, file, data, _EITHER, good=(), doubtful=GOOD)
+def _misnamed(name: str, file: str, data: bytes, outcome: str = FINE) -> Case:
+    """Readable where the first bytes say what it is."""
+    return Case(name, file, data, outcome, good=(), doubtful=GOOD)
 
 
 # Files that are something else
@@ -563,9 +501,10 @@ def _foreign_files() -> Iterator[Case]:
     good = [row(name, "wildchat") for name in GOOD]
     yield _misnamed("parquet named jsonl", "m.jsonl", logs.parquet("wildchat", good))
     yield _misnamed("parquet named json", "m.json", logs.parquet("wildchat", good))
-    yield _misnamed("jsonl named parquet", "m.parquet", logs.json_lines(good))
-    yield _misnamed("json named parquet", "m.parquet", logs.packed("wildchat", good, "json"))
-    yield _misnamed("json named jsonl", "m.jsonl", logs.packed("wildchat", good, "json"))
+    yield _misnamed("jsonl named parquet", "m.parquet", logs.json_lines(good), ERROR)
+    array = logs.packed("wildchat", good, "json")
+    yield _misnamed("json named parquet", "m.parquet", array, ERROR)
+    yield _misnamed("json named jsonl", "m.jsonl", array, ERROR)
 
 
 def _feather() -> bytes:
@@ -596,15 +535,22 @@ def _cut_parquet() -> Iterator[Case]:
     }
     for name, data in changed.items():
         yield Case(f"parquet: {name}", "m.parquet", data, ERROR, good=(), doubtful=tuple(names))
-    for start in (4, 40, 400, 4_000):
-        yield Case(
-            f"parquet: 16 bytes changed at {start}",
-            "m.parquet",
-            _overwritten(whole, start, 16),
-            _EITHER,
-            good=(),
-            doubtful=tuple(names),
-        )
+    reader = pq.ParquetFile(io.BytesIO(whole)).metadata
+    for i in range(reader.num_columns):
+        name = reader.row_group(1).column(i).path_in_schema
+        read = name == "conversation_id" or name.endswith((".content", ".role", ".flagged"))
+        outcome = ERROR if read else FINE
+        if read or name in ("turn", "timestamp"):
+            start = reader.row_group(1).column(i).data_page_offset
+            data = _overwritten(whole, start, 16)
+            yield Case(
+                f"parquet: a page of {name} changed",
+                "m.parquet",
+                data,
+                outcome,
+                good=(),
+                doubtful=tuple(names),
+            )
 
 
 def _overwritten(data: bytes, start: int, length: int) -> bytes:
@@ -635,22 +581,22 @@ def _parquet_schemas() -> Iterator[Case]:
     for name, columns, outcomes in (
         ("large strings", {"conversation": _typed(_chat(large, large), talk)}, FINE),
         ("large lists", {"conversation": _typed(pa.large_list(listed), talk)}, FINE),
-        ("lists of 3", {"conversation": _typed(pa.list_(listed, 3), talk)}, _EITHER),
+        ("lists of 3", {"conversation": _typed(pa.list_(listed, 3), talk)}, FINE),
         ("a dictionary of ids", {"conversation_id": ids.dictionary_encode()}, FINE),
         ("large ids", {"conversation_id": ids.cast(large)}, FINE),
-        ("ids of numbers", {"conversation_id": _typed(pa.int64(), [1, 2])}, _EITHER),
+        ("ids of numbers", {"conversation_id": _typed(pa.int64(), [1, 2])}, FINE),
         ("ids of nulls", {"conversation_id": pa.nulls(2)}, FINE),
-        ("ids of bytes", {"conversation_id": ids.cast(pa.binary())}, _EITHER),
+        ("ids of bytes", {"conversation_id": ids.cast(pa.binary())}, ERROR),
         ("ids of structs",
-         {"conversation_id": _typed(pa.struct([("a", text)]), 2 * [{}])}, _EITHER),
+         {"conversation_id": _typed(pa.struct([("a", text)]), 2 * [{}])}, ERROR),
         ("languages of nulls", {"language": pa.nulls(2)}, FINE),
-        ("languages of numbers", {"language": _typed(pa.int8(), [1, 2])}, _EITHER),
+        ("languages of numbers", {"language": _typed(pa.int8(), [1, 2])}, ERROR),
         ("odd columns", {"blob": _typed(pa.binary(), [b"\xff", None]), "": pa.nulls(2)}, FINE),
         ("a column of dots", {"a.b.conversation.list.element.role": ids}, FINE),
         ("a nested conversation", {"extra": _typed(pa.struct([("conversation", text)]), 2 * [{}])},
          FINE),
         ("conversations of text", {"conversation": ids}, ERROR),
-        ("conversations of nulls", {"conversation": pa.nulls(2)}, _NO_ERROR),
+        ("conversations of nulls", {"conversation": pa.nulls(2)}, NOTHING),
         ("lists of text", {"conversation": _typed(pa.list_(text), 2 * [["x"]])}, ERROR),
         ("lists of lists", {"conversation": _typed(pa.list_(_chat(text, text)), 2 * [[]])}, ERROR),
         ("a struct", {"conversation": _typed(listed, 2 * [{}])}, ERROR),
@@ -663,7 +609,7 @@ def _parquet_schemas() -> Iterator[Case]:
          {"conversation": _typed(_chat(text, pa.list_(text)), 2 * [[{"content": []}]])}, ERROR),
         ("contents of bytes",
          {"conversation": _typed(_chat(text, pa.binary()), 2 * [[{"content": b"x"}]])},
-         f"{NOTHING}|{ERROR}"),
+         ERROR),
         ("no role", {"conversation": _typed(pa.list_(pa.struct([("content", text)])), 2 * [[{}]])},
          ERROR),
         ("no content", {"conversation": _typed(pa.list_(pa.struct([("role", text)])), 2 * [[{}]])},
@@ -687,7 +633,7 @@ def _parquet_schemas() -> Iterator[Case]:
     }
     for name, columns in wrong.items():
         yield Case(f"columns: {name}", "m.parquet", _table(columns), ERROR, good=())
-    yield Case("columns: no rows", "m.parquet", logs.parquet("wildchat", []), _EITHER, good=())
+    yield Case("columns: no rows", "m.parquet", logs.parquet("wildchat", []), FINE, good=())
 
 
 def _parquet_rows() -> Iterator[Case]:
