@@ -23,6 +23,8 @@ import numpy as np
 import tyro
 from datasets import Dataset, load_dataset
 
+# Detectors are imported where they are used: without --guardrails, this is the script that one
+# writes with `datasets` alone, also in its memory.
 Row = dict[str, Any]
 Batch = dict[str, list[Any]]
 
@@ -189,7 +191,7 @@ def named(message: Row) -> Row:
 
 
 def sketched(batch: Batch) -> Batch:
-    """What duplicates are known by."""
+    """Adds what duplicates are found by."""
     from sdpo.data.filters.duplicates import fingerprints, sketches
 
     texts = ["\n".join(m["content"] for m in messages) for messages in batch["messages"]]
@@ -197,7 +199,7 @@ def sketched(batch: Batch) -> Batch:
 
 
 def first_ones(data: Dataset) -> list[int]:
-    """Rows that repeat none before them, at most PER_USER of one user."""
+    """Rows that repeat no earlier row, at most PER_USER of one user."""
     from sdpo.data.filters.duplicates import earlier_equal, earlier_similar
 
     columns = data.with_format("numpy")

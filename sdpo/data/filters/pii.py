@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from ...errors import SdpoError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
+from ..arrow import pc
 
 PII_KINDS = ("email", "phone", "card", "ip", "key")
 
@@ -354,15 +354,13 @@ _SUSPECT = "|".join(
 )
 
 
-def suspects(texts: "pa.Array | pa.ChunkedArray") -> "np.ndarray":
+def suspects(texts: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """bool (N,): which texts `find_pii` has to read; it finds nothing in the others.
 
     Args:
         texts: N strings; a null is no suspect.
     """
-    import pyarrow.compute as pc
-
-    found = pc.match_substring_regex(texts, _SUSPECT)  # pyright: ignore[reportAttributeAccessIssue]
+    found = pc.match_substring_regex(texts, _SUSPECT)
     return found.fill_null(False).to_numpy(zero_copy_only=False)
 
 
