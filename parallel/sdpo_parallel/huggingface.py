@@ -2,12 +2,21 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
+
+from .errors import SdpoError
+
+DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+"""Patterns of the files that a model's folder needs, out of those that the hub has for it."""
+_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?")
 
 ASSETS = (
     "config.json",
@@ -24,6 +33,42 @@ ASSETS = (
     "tokenizer.model",
 )
 """Files beside the weights that make a folder loadable by transformers, copied where present."""
+
+
+def resolve_model(name_or_folder: str, revision: str | None = None) -> str:
+    """A model's local folder: the folder itself, or where the hub's model of that name was put.
+
+    A folder that exists is returned as it is. ``organisation/name`` is otherwise looked up on the
+    Hugging Face hub, at the branch, tag or commit after an ``@`` or in ``revision``, and its
+    weights, configuration and tokenizer are downloaded into huggingface_hub's cache. What is in
+    the cache is not downloaded again, and is all there is under ``HF_HUB_OFFLINE=1``.
+
+    Every rank may call this at once: huggingface_hub locks each file, so that one process of a
+    node downloads it and the others find it in the cache.
+
+    Raises:
+        SdpoError: neither a folder nor a model that the hub or the cache can give.
+    """
+    if Path(name_or_folder).is_dir():
+        return name_or_folder
+    parts = _HUB_NAME.fullmatch(name_or_folder)
+    if parts is None:
+        raise SdpoError(
+            f"{name_or_folder}: no such model folder, nor a name on the Hugging Face hub, which "
+            "would be organisation/name or organisation/name@revision"
+        )
+    name, revision = parts[1], revision or parts[2]
+    try:
+        return snapshot_download(
+            name, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=["*/*"]
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SdpoError(
+            f"{name_or_folder}: no such model folder here, and the Hugging Face hub "
+            f"({constants.ENDPOINT}) and its cache ({constants.HF_HUB_CACHE}) cannot give it: "
+            f"{reason} Check the name, the network and, for gated models, `hf auth login`"
+        ) from error
 
 
 def read_config(folder: str) -> dict:
