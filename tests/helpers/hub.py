@@ -31,9 +31,11 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._json({"id": self.name, "sha": commit, "siblings": siblings})
             if path == f"/api/models/{self.name}/tree/{revision}":
                 return self._json([_entry(f) for f in files.values()])
-            resolved = f"/{self.name}/resolve/{revision}/"
-            if path.startswith(resolved) and (file := files.get(path.removeprefix(resolved))):
+            place = f"/{self.name}/resolve/{revision}/"
+            if path.startswith(place) and (file := files.get(path.removeprefix(place))):
                 return self._send(200, file.read_bytes(), etag=_digest(file), commit=commit)
+            if path.startswith((place, f"/api/models/{self.name}/tree/{revision}/")):
+                return self._send(404, b"", commit=commit, error="EntryNotFound")
         known = path.startswith((f"/api/models/{self.name}/", f"/{self.name}/"))
         return self._send(404, b"", error="RevisionNotFound" if known else "RepoNotFound")
 
