@@ -82,7 +82,7 @@ def serve(name: str, folder: Path, older: Path | None = None) -> Iterator[tuple[
     folders = {COMMIT: folder, OLDER: older or folder}
     members = {"name": name, "folders": folders, "requests": requests}
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), members))
-    Thread(target=server.serve_forever, daemon=True).start()
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", requests
     finally:

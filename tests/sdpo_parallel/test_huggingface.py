@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 from helpers import hub, runs, tiny
+from sdpo.cli import main
 from sdpo_parallel.errors import SdpoError
 from sdpo_parallel.huggingface import resolve_model
 
@@ -92,33 +91,15 @@ def test_what_is_no_name_is_not_looked_up(online):
     assert not online[1]
 
 
-@pytest.mark.slow
-def test_commands_take_names(online, tmp_path):
-    """The real commands in processes of their own: the first downloads, the others read a cache."""
-    cache, run, data = tmp_path / "cache", tmp_path / "run", tmp_path / "i.jsonl"
-    tiny.make_interactions(data, 4)
-    env = {**runs.ENV, "HF_ENDPOINT": constants.ENDPOINT, "HF_HUB_CACHE": str(cache)}
-
-    def sdpo(*args: object, offline: str) -> None:
-        command = [sys.executable, "-m", "sdpo", *map(str, args)]
-        whole = {**env, "HF_HUB_OFFLINE": offline}
-        result = subprocess.run(command, env=whole, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-3000:]
-
-    training = runs.command("reverse-kl", NAME, str(data), run)[3:]
-    teacher = ("--teacher", f"frozen:{NAME}")
-    sdpo(*training, "--engine", "transformers", *teacher, offline="0")
+def test_commands_take_names(online, tmp_path, monkeypatch):
+    """Training downloads what the other commands then find in the cache."""
+    run, exported, signal = tmp_path / "run", tmp_path / "exported", tmp_path / "signal.jsonl"
+    data = tiny.make_interactions(tmp_path / "i.jsonl", 4)
+    training = runs.command("reverse-kl", NAME, data, run)[3:]
+    main([*training, "--engine", "transformers", "--teacher", f"frozen:{NAME}"])
     assert json.loads((run / "config.json").read_text())["model"] == NAME
-    sdpo("export", run, "--out", tmp_path / "exported", offline="1")
-    assert (tmp_path / "exported" / "model.safetensors").is_file()
-    sdpo(
-        "signal",
-        "--model",
-        NAME,
-        "--interactions",
-        data,
-        "--out",
-        tmp_path / "s.jsonl",
-        offline="1",
-    )
-    assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 4
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    main(["export", str(run), "--out", str(exported)])
+    assert (exported / "model.safetensors").is_file()
+    main(["signal", "--model", NAME, "--interactions", data, "--out", str(signal)])
+    assert len(signal.read_text().splitlines()) == 4
