@@ -35,7 +35,7 @@ SIMILARITY = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class RivalConfig:
-    """What to read, where to write, and how."""
+    """Files to read and write, and how."""
 
     files: tyro.conf.Positional[tuple[str, ...]]
     out: str
@@ -118,7 +118,7 @@ def is_marked(row: Row) -> bool:
 
 
 def cleaned(logged: list[Row], language: str | None) -> list[Row]:
-    """What counts of a conversation; empty if the rules drop it."""
+    """The messages of a conversation that count; empty if the rules drop it."""
     if (language or "").strip().lower() not in ("english", "en"):
         return []
     messages = []
@@ -189,7 +189,7 @@ def named(message: Row) -> Row:
 
 
 def sketched(batch: Batch) -> Batch:
-    """What duplicates are known by."""
+    """The columns that duplicates are recognised by."""
     from sdpo.data.filters.duplicates import fingerprints, sketches
 
     texts = ["\n".join(m["content"] for m in messages) for messages in batch["messages"]]

@@ -1,4 +1,4 @@
-"""Who takes part in ``benchmarks.step``: each computes the same loss of the same interactions.
+"""The contenders of ``benchmarks.step``: each computes the same loss of the same interactions.
 
 Shapes: B interactions of a micro-batch, T tokens, R the longest response, V vocabulary.
 """
@@ -40,7 +40,7 @@ class Padded(NamedTuple):
     counted_BR: Tensor
     """Response tokens with a loss, as 0 and 1."""
     share: float
-    """Of the step's interactions."""
+    """Share of the step's interactions that this micro-batch holds."""
 
 
 Loss = Callable[[PreTrainedModel, Any], Tensor]
@@ -55,7 +55,7 @@ class Contender:
     batches: Callable[[Sequence[Encoded], int, str], list[Any]]
     """From a step's interactions, the slots of a micro-batch, and the device."""
     packages: tuple[str, ...] = ()
-    """What must be importable."""
+    """Module that must be importable."""
     liger: bool = False
     """On a model with Liger's norms, MLPs and rotary embeddings."""
 

@@ -75,19 +75,19 @@ def read_config(folder: str) -> dict:
     """config.json of a model folder.
 
     Raises:
-        ValueError: the folder, its config.json or its safetensors are missing or unreadable.
+        SdpoError: the folder, its config.json or its safetensors are missing or unreadable.
     """
     path = Path(folder)
     if not path.is_dir():
-        raise ValueError(f"{folder}: no such model folder; give a local Hugging Face folder")
+        raise SdpoError(f"{folder}: no such model folder; give a local Hugging Face folder")
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{folder}: no config.json; is this a Hugging Face model?") from None
+        raise SdpoError(f"{folder}: no config.json; is this a Hugging Face model?") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{folder}/config.json: not valid JSON ({error})") from error
+        raise SdpoError(f"{folder}/config.json: not valid JSON ({error})") from error
     if not any(path.glob("*.safetensors")):
-        raise ValueError(f"{folder}: no *.safetensors; save the model with save_pretrained")
+        raise SdpoError(f"{folder}: no *.safetensors; save the model with save_pretrained")
     return config
 
 
@@ -95,10 +95,10 @@ def check_length(folder: str, longest: int | None, max_tokens: int) -> None:
     """Refuse sequences that the model has no positions for.
 
     Raises:
-        ValueError: ``max_tokens`` exceeds ``longest``, its max_position_embeddings where known.
+        SdpoError: ``max_tokens`` exceeds ``longest``, its max_position_embeddings where known.
     """
     if longest is not None and max_tokens > longest:
-        raise ValueError(
+        raise SdpoError(
             f"prompt and response limits allow {max_tokens} tokens, but {folder} has "
             f"max_position_embeddings={longest}: lower the limits"
         )
@@ -108,11 +108,11 @@ def check_teacher(folder: str, policy: str) -> None:
     """Refuse a teacher's folder that does not share the policy's vocabulary.
 
     Raises:
-        ValueError: their sizes differ.
+        SdpoError: their sizes differ.
     """
     theirs, ours = read_config(folder)["vocab_size"], read_config(policy)["vocab_size"]
     if theirs != ours:
-        raise ValueError(
+        raise SdpoError(
             f"teacher {folder} has vocab_size={theirs}, {policy} {ours}: both must read the same "
             "tokens"
         )
@@ -155,12 +155,12 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], folder: str) -> None:
     """Refuse weights with NaN or infinity.
 
     Raises:
-        ValueError: names the folder, the first such tensor and how many of its values are bad.
+        SdpoError: names the folder, the first such tensor and how many of its values are bad.
     """
     for name, tensor in tensors:
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         if bad:
-            raise ValueError(
+            raise SdpoError(
                 f"{folder}: {bad} of {tensor.numel()} values of {name} are NaN or infinite; "
                 "the checkpoint is broken, take another copy of it"
             )

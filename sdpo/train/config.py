@@ -46,7 +46,7 @@ class LogConfig:
 
     def __post_init__(self):
         if self.every < 1:
-            raise ValueError(f"log.every must be at least 1 step, got {self.every}")
+            raise SdpoError(f"log.every must be at least 1 step, got {self.every}")
 
 
 TEACHER = tyro.constructors.PrimitiveConstructorSpec(
