@@ -21,15 +21,15 @@ OPERATORS = {
 
 
 class Collective(NamedTuple):
-    """One of them."""
+    """One collective call."""
 
     operator: str
     ranks: tuple[int, ...]
     bytes: int
-    """Of the whole tensor: what is gathered, reduced, or scattered."""
+    """Size of the whole tensor that is gathered, reduced or scattered."""
     dimensions: int
     kernels: bool
-    """Called by sdpo_kernels."""
+    """The kernels made the call."""
 
 
 class Collectives(TorchDispatchMode):
@@ -88,7 +88,7 @@ class Collectives(TorchDispatchMode):
 
 
 def _ranks(leaves: list[Any]) -> tuple[int, ...]:
-    """Of the collective's group."""
+    """Ranks in the collective's group."""
     for x in leaves:
         if isinstance(x, torch.ScriptObject) and "ProcessGroup" in str(x._type()):
             return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(x)))

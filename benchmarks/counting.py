@@ -23,9 +23,9 @@ class Job:
     parallel: dict[str, Any] = field(default_factory=dict)
     """Fields of ParallelConfig."""
     sizes: dict[str, Any] = field(default_factory=lambda: TINY["count"])
-    """Of config.json."""
+    """Fields of the model's config.json."""
     interactions: int = 2
-    """Of a micro-batch."""
+    """Interactions per micro-batch."""
     prompt: int = 192
     hindsight: int = 448
     response: int = 64
@@ -33,7 +33,7 @@ class Job:
     chunk_bytes: int = 2**18
 
     def predicted(self) -> list[Sent]:
-        """What a rank sends."""
+        """Bytes that one rank sends, by the traffic model."""
         n = self.interactions
         policy, hindsight = (n * (t + self.response) for t in (self.prompt, self.hindsight))
         work = Work(self.micro_batches, policy, hindsight, n * self.response, self.chunk_bytes)
@@ -51,16 +51,16 @@ JOBS = {
 
 
 class Counted(NamedTuple):
-    """What rank 0 of a job saw."""
+    """The collectives that rank 0 of a job ran."""
 
     sent: dict[tuple[str, str], tuple[float, int]]
     """(axis, operator) -> bytes that it sent, collectives."""
     gathers: list[tuple[float, float]]
-    """All-gathers over all ranks: bytes that it sent, seconds."""
+    """All-gathers over all ranks: bytes sent and seconds taken."""
 
 
 def count(job: Job) -> Counted:
-    """Run it.
+    """Run the job under torchrun.
 
     Raises:
         RuntimeError: it failed; the end of what it said.

@@ -25,7 +25,7 @@ class Fit:
 
     coefficients: tuple[float, ...]
     errors: tuple[float, ...]
-    """Of each measured point, relative."""
+    """Relative error at each measured point."""
     source: str = ""
 
     def at(self, terms: Sequence[float]) -> float:

@@ -33,15 +33,15 @@ class Part:
 
     name: str
     seconds: float
-    """Its limit."""
+    """Time limit of the part."""
     command: tuple[str, ...]
     interpret: bool = False
-    """It has no GPU and calls Triton's kernels: they are interpreted."""
+    """Run Triton's kernels in its interpreter, as there is no GPU."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a part: ok, failed, timed out or skipped."""
+    """Result of a part: ok, failed, timed out or skipped."""
 
     name: str
     status: str
@@ -50,7 +50,7 @@ class Outcome:
 
 
 def parts(out: Path) -> list[Part]:
-    """In the order of their value. Whoever compiles for every shape has parts of their own."""
+    """The parts, most valuable first. What compiles for every shape has a part of its own."""
     bf16, no_sweep = ("--dtype", "bfloat16"), ("--distances",)
     reverse, shape = ("--kinds", "reverse_kl"), ("--heads", "qwen3-8b", "--tokens", "8192")
     quick = ("--only", "sdpo", "Liger fused", "TRL", "fla")
@@ -105,7 +105,7 @@ for name in names.split():
     except Exception as error:
         print(name, "is not there:", type(error).__name__, str(error)[:200])
 """
-"""Who can take part, in the log."""
+"""Prints which contenders can be imported."""
 
 
 def rehearsal(out: Path) -> list[Part]:
@@ -170,7 +170,7 @@ def _ncu() -> tuple[str, ...]:
 
 
 def run(part: Part, seconds: float, log: Path, dry: bool) -> Outcome:
-    """One part, whatever it does."""
+    """Run one part, and survive whatever it does."""
     if shutil.which(part.command[0]) is None:
         return Outcome(part.name, "skipped", 0.0, f"{part.command[0]} is not there")
     environment = {

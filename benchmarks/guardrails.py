@@ -33,7 +33,7 @@ BUCKETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.5, 0.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to measure with."""
+    """Settings of the measurement."""
 
     pairs: int = 3000
     """Generated pairs of conversations, a quarter of them no duplicates."""
@@ -42,7 +42,7 @@ class Settings:
     seed: int = 0
     """Seed of the generated conversations."""
     json: Path | None = None
-    """Write the numbers there too."""
+    """JSON file to write the numbers to."""
 
 
 def labelled(name: str, split: str) -> list[dict[str, Any]]:
@@ -224,7 +224,7 @@ def duplicate_rates(generated: Sequence[Pair]) -> tuple[dict[str, Counter], dict
 
 
 def speeds(settings: Settings) -> dict[str, float]:
-    """What one thread does, the best of three: MB/s and microseconds."""
+    """Speed of one thread, best of three: MB/s and microseconds."""
     writer = _Writer(random.Random(settings.seed))
     prose = [" ".join(writer.sentence() for _ in range(30)) for _ in range(1000)]
     array, megabytes = pa.array(prose), sum(map(len, prose)) / 1e6

@@ -251,7 +251,7 @@ class Block:
 
 
 def make_block(numbers: Ints, seed: int) -> Block:
-    """What conversations `numbers` of the log with this seed are like."""
+    """Outlines of conversations `numbers` of the log with this seed."""
     source, near = _sources(numbers, seed)
     key, own = _keys(source, seed), _keys(numbers, seed)
     repeats = (source != numbers) & ~near
@@ -417,7 +417,7 @@ def _roles(block: Block) -> pa.StringArray:
 
 
 def _by_side(block: Block, shared: dict[str, pa.Array], time: Ints) -> dict[str, pa.Array]:
-    """What the published log says of a user's messages only, and the time, of answers only."""
+    """Columns that the log fills for user messages only, and the time: for responses only."""
     user = block.place % 2 == 0
     owner = pa.array(block.owner, mask=~user)
     later = time[block.owner] + (block.place + 1) * 20 * 10**6
@@ -434,7 +434,7 @@ def _openai_moderation(block: Block, toxic: NDArray[np.bool_]) -> pa.StructArray
 
 
 def _scores(block: Block, names: Sequence[str]) -> dict[str, pa.Array]:
-    """Scores of each message: mostly almost 0, as moderation's scores are."""
+    """Each message's moderation scores, most of them almost 0."""
     values = (np.arange(32) / 32) ** 6
     drawn = bits(block.message, ", ".join(names))
     five = (drawn >> np.uint64(5 * i) & np.uint64(31) for i in range(len(names)))

@@ -144,7 +144,7 @@ def relative_error(x: Tensor, oracle: Tensor) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Flop/s of a large square product of random numbers, as measured now."""
+    """Flop/s of a large square matmul of random numbers, as measured now."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     found = interleaved({"mm": lambda _: a @ b}, device, seconds=0.5)["mm"]
@@ -152,7 +152,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a number must not be read without: commit, device, versions.
+    """Commit, device and versions, without which no number may be read.
 
     A tree without git tells its commit by the environment's SDPO_COMMIT; else it is empty.
     """

@@ -37,26 +37,26 @@ PASSES = ("forward", "backward", "both")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is compared, where, and for how long."""
+    """Problems, device and duration of the comparison."""
 
     heads: tuple[str, ...] = ()
     """Names in ``problems.HEADS``, or VxD. Default: by device."""
     tokens: tuple[int, ...] = ()
-    """N. Default: by device."""
+    """Tokens per problem, N. Default: by device."""
     dtype: tuple[str, ...] = ("bfloat16", "float32")
-    """Of hidden states and head."""
+    """Dtypes of hidden states and lm_head."""
     distance: float = 0.1
     """Standard deviation of the difference between the two passes' logits."""
     distances: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0, 3.0)
-    """At which errors are measured, at the first shape."""
+    """Further standard deviations at which errors are measured, at the first shape."""
     seconds: float = 3.0
-    """Of timing, per contender, shape and pass."""
+    """Seconds of timing per contender, shape and pass."""
     only: tuple[str, ...] = ()
     """Contenders of these names, or whose names contain one of these. Default: all."""
     out: Path | None = None
     """JSON lines are appended to this file."""
     plots: Path | None = None
-    """A folder for plots."""
+    """Folder for plots."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
 
     def shapes(self) -> list[tuple[str, int, int, int]]:

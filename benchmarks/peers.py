@@ -37,13 +37,13 @@ class Contender:
     name: str
     kinds: tuple[Kind, ...]
     make: Callable[[Kind], Loss]
-    """The adapter; imports what it needs."""
+    """The adapter: given a kind, a function of a problem. It imports what it needs."""
     package: str | None = None
-    """What must be importable."""
+    """Module that must be importable."""
     install: str = ""
-    """The package's name for pip."""
+    """Name of its package for pip."""
     gpu: bool = False
-    """It has no CPU path."""
+    """The contender has no CPU path."""
 
     def missing(self, kind: Kind, device: torch.device) -> str | None:
         """Why it cannot compute ``kind`` on ``device``; None: it can."""

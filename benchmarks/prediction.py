@@ -27,7 +27,7 @@ COPIES = (8, 64)
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """Between GPUs; bytes and seconds, one direction."""
+    """Links between GPUs: bytes per second in one direction, and latencies."""
 
     nvlink: float = 450e9
     """Within a node, bytes/s of a GPU (H100, H200: half of 900 GB/s)."""
@@ -36,18 +36,18 @@ class Links:
     achieved: float = 0.8
     """Share of both that collectives reach."""
     node: int = 8
-    """GPUs of a node."""
+    """GPUs per node."""
     launch: float = 10e-6
-    """Of a collective, whatever its ranks."""
+    """Latency of a collective, whatever its number of ranks."""
     nvlink_hop: float = 1e-6
-    """For each step of a ring within nodes."""
+    """Latency of each step of a ring within a node."""
     infiniband_hop: float = 5e-6
-    """For each step of a ring between nodes."""
+    """Latency of each step of a ring between nodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPU:
-    """One of a kind."""
+    """A kind of GPU."""
 
     name: str
     memory_gib: float
@@ -56,7 +56,7 @@ class GPU:
     efficiency: float = 0.40
     """Model flops that are done, over ``peak``."""
     source: str = "no GPU has been measured: efficiency 0.40 is an assumption"
-    """Of the efficiency."""
+    """Where the efficiency comes from."""
     head: Fit | None = None
     """Seconds of the objective over N, V, D, where this was measured on a GPU."""
 
@@ -70,7 +70,7 @@ GPUS = {
 
 
 class Route(NamedTuple):
-    """Of a group's ring: steps and share of each rank's bytes by link."""
+    """A group's ring: steps by kind of link, and the share of each rank's bytes by InfiniBand."""
 
     nvlink_steps: int
     infiniband_steps: int
@@ -89,7 +89,7 @@ def route(axis: Axis, parallel: ParallelConfig, ranks: int, node: int) -> Route:
 
 
 class Cost(NamedTuple):
-    """Of collectives."""
+    """Collectives of one axis."""
 
     seconds: float
     nvlink: float
@@ -110,7 +110,7 @@ def cost(sent: Sent, parallel: ParallelConfig, ranks: int, links: Links) -> Cost
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one layout: seconds of a step, bytes of a rank."""
+    """A step's seconds and a rank's bytes under one layout."""
 
     ranks: int
     parallel: ParallelConfig
@@ -124,7 +124,7 @@ class Prediction:
     nvlink: float
     infiniband: float
     tokens_per_second: float
-    """Of both passes, per GPU."""
+    """Tokens of both passes per GPU and second."""
 
     @property
     def apart(self) -> float:
@@ -189,7 +189,7 @@ def predict(
 def compute_seconds(
     shape: ModelShape, each: Interactions, work: Work, parallel: ParallelConfig, gpu: GPU
 ) -> float:
-    """Of one rank's layers and head, in a step."""
+    """Seconds of one rank's layers and lm_head in a step."""
     n = work.micro_batches * work.responses / each.response
     split, rate = parallel.tensor * parallel.context, gpu.peak * gpu.efficiency
     layers, head = (n * flops / split / rate for flops in model_flops(shape, each))

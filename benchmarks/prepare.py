@@ -53,24 +53,24 @@ MB = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured, and where it goes."""
+    """Log, sides and files of the measurement."""
 
     conversations: int = 1_000_000
-    """Conversations in the log that is made; a given `log` is taken whole."""
+    """Conversations of the generated log; an existing `log` is used as it is."""
     log: Path | None = None
-    """A folder of parquet files shaped like WildChat-1M."""
+    """Folder of parquet files shaped like WildChat-1M, instead of a generated log."""
     workers: int = 2
     levels: tuple[Level, ...] = get_args(Level)
     rounds: int = 1
-    """The sides take turns this often; medians are printed."""
+    """Rounds in which the sides take turns; medians are printed."""
     alone: bool = False
-    """Only ours, where there is nothing to compare: to see that killing does no harm."""
+    """Leave the rivals out, to see only what kills do."""
     kill: int = 0
-    """Kill ours so often on its way, and see whether it ends with the same bytes."""
+    """Times to kill our run; it must end with the same bytes."""
     seed: int = 0
     """Seed of the log and of the moments to kill at."""
     scratch: Path = ROOT / "runs" / "prepare"
-    """Logs and outputs: at 1,000,000 conversations some 20 GB."""
+    """Folder for logs and outputs; 1,000,000 conversations take some 20 GB."""
     out: Path | None = None
     """JSON lines are appended to this file."""
 
@@ -83,24 +83,24 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """What a process and its children took."""
+    """Time and memory of a process and its children."""
 
     seconds: float
     cpu_seconds: float
-    """CPU time of all its processes, in user and kernel mode."""
+    """CPU seconds of all its processes, in user and kernel mode."""
     peak_bytes: int
 
 
 @dataclass(frozen=True)
 class Killed:
-    """How ours got over being killed."""
+    """A run that was killed, and the one that finished it."""
 
     seconds: tuple[float, ...]
-    """After each start, when the kill came."""
+    """Seconds from each start to its kill."""
     last_seconds: float
-    """Seconds of the run that was not killed."""
+    """Seconds of the run that was left alone."""
     units: int
-    """That the run which was left alone found done."""
+    """Units that the run which was left alone found done."""
 
 
 # The sides

@@ -37,7 +37,7 @@ SIMILARITY = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class RivalConfig:
-    """What to read, where to write, and how."""
+    """Files to read and write, and how."""
 
     files: tyro.conf.Positional[tuple[str, ...]]
     out: str
@@ -120,7 +120,7 @@ def is_marked(row: Row) -> bool:
 
 
 def cleaned(logged: list[Row], language: str | None) -> list[Row]:
-    """What counts of a conversation; empty if the rules drop it."""
+    """The messages of a conversation that count; empty if the rules drop it."""
     if (language or "").strip().lower() not in ("english", "en"):
         return []
     messages = []
@@ -191,7 +191,7 @@ def named(message: Row) -> Row:
 
 
 def sketched(batch: Batch) -> Batch:
-    """Adds what duplicates are found by."""
+    """The columns that duplicates are recognised by."""
     from sdpo.data.filters.duplicates import fingerprints, sketches
 
     texts = ["\n".join(m["content"] for m in messages) for messages in batch["messages"]]

@@ -44,7 +44,7 @@ class Problem(NamedTuple):
 
     @property
     def gradient_bytes(self) -> int:
-        """Of what a backward leaves behind."""
+        """Size of the gradients that a backward leaves behind."""
         return sum(t.numel() * t.element_size() for t in (self.hidden, self.weight))
 
     def forget(self) -> None:

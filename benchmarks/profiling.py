@@ -26,7 +26,7 @@ LINES = 14
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is profiled."""
+    """The problem to profile."""
 
     head: str = "qwen3-8b"
     """A name in ``problems.HEADS``, or VxD."""

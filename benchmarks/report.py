@@ -84,12 +84,12 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def excuses(rows: Sequence[Row]) -> list[str]:
-    """Who could not be measured, and why."""
+    """Contenders that could not be measured, and why."""
     return [f"  {r['contender']} {r['note']}" for r in rows if "note" in r]
 
 
 def first_line(error: Exception) -> str:
-    """Of what went wrong, for a row's note."""
+    """The first line of an error, for a row's note."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
 

@@ -45,7 +45,7 @@ TYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What one compiled kernel takes."""
+    """Resources of one compiled kernel."""
 
     kernel: str
     variant: str

@@ -45,7 +45,7 @@ GB = 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is predicted, from which measurements."""
+    """Model, GPUs and measurements of the prediction."""
 
     model: str = "qwen3-8b"
     """A name in ``models.QWEN3``, or a folder with a config.json."""
@@ -59,7 +59,7 @@ class Settings:
     count: bool = True
     """Count bytes on gloo ranks here: one to four minutes."""
     seconds: float = 10.0
-    """Of timing the objective here, where there are no results."""
+    """Seconds of timing the objective here, if there are no results."""
     all_layouts: bool = False
     """Print every layout that fits, not the fastest alone."""
     out: Path | None = None
@@ -268,7 +268,7 @@ def _show_counts(console: Console) -> list[dict[str, Any]]:
 def _show_fit(
     console: Console, settings: Settings, rows: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Of results, each device and dtype; without any, of this CPU."""
+    """The objective's fits, one per device and dtype; without results, one of this CPU."""
     points = measured_points(rows, gpu=True) | measured_points(rows, gpu=False)
     if not points:
         about = machine(torch.device("cpu"))

@@ -61,7 +61,7 @@ class Settings:
     """Names in ``models.py``. Default: tiny on a CPU, qwen3-0.6b on a GPU."""
     objective: ObjectiveName = "sampled_token"
     interactions: int = 0
-    """Of a step. Default: 8 on a CPU, 32 on a GPU."""
+    """Interactions per step. Default: 8 on a CPU, 32 on a GPU."""
     prompt: int = 0
     """Median tokens of a prompt; its logarithm deviates by 0.7. Default: 48 on a CPU, 600 on a
     GPU. Responses have half of that, follow-ups an eighth."""
@@ -70,9 +70,9 @@ class Settings:
     checkpointing: bool = False
     """Activations are recomputed in the backward."""
     weights: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the model, its gradients and AdamW's state. auto: bfloat16 on a GPU."""
+    """Dtype of the model, its gradients and AdamW's state. auto: bfloat16 on a GPU."""
     seconds: float = 5.0
-    """Of timing, per contender and model."""
+    """Seconds of timing per contender and model."""
     only: tuple[str, ...] = ()
     """Contenders whose names contain one of these. Default: all."""
     liger: bool = True
@@ -144,9 +144,9 @@ def build(name: str, settings: Settings, dtype: torch.dtype, liger: bool = False
 
 
 def model_flops(model: PreTrainedModel, items: Sequence[Encoded]) -> float:
-    """Of one step, and no more than it takes: padding, recomputation and logits of prompts do not
-    count. Two per weight and token in a forward, four more in a backward; causal attention; the
-    head's products at response tokens only, without a gradient of the hindsight's."""
+    """Flops that one step needs: padding, recomputation and logits of prompts do not count. Two per
+    weight and token in a forward, four more in a backward; causal attention; the lm_head's matmuls
+    at response tokens only, without a gradient for the hindsight pass."""
     config: Any = model.config
     head = config.vocab_size * config.hidden_size
     tied = config.tie_word_embeddings

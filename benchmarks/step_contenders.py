@@ -1,4 +1,4 @@
-"""Who takes part in ``benchmarks.step``: each computes the same loss of the same interactions.
+"""The contenders of ``benchmarks.step``: each computes the same loss of the same interactions.
 
 Shapes: B interactions of a micro-batch, T tokens, R the longest response, V vocabulary.
 """
@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from sdpo.batching import Batch, BatchConfig, Item, micro_batches
+from sdpo.batching import Batch, BatchConfig, Example, micro_batches
 from sdpo.hindsight import Encoded
 from sdpo.objective import ReverseKL, SampledToken
 from sdpo.step import two_pass_loss
@@ -40,7 +40,7 @@ class Padded(NamedTuple):
     counted_BR: Tensor
     """Response tokens with a loss, as 0 and 1."""
     share: float
-    """Of the step's interactions."""
+    """Share of the step's interactions that this micro-batch holds."""
 
 
 Loss = Callable[[PreTrainedModel, Any], Tensor]
@@ -55,7 +55,7 @@ class Contender:
     batches: Callable[[Sequence[Encoded], int, str], list[Any]]
     """From a step's interactions, the slots of a micro-batch, and the device."""
     packages: tuple[str, ...] = ()
-    """What must be importable."""
+    """Module that must be importable."""
     liger: bool = False
     """On a model with Liger's norms, MLPs and rotary embeddings."""
 
@@ -186,7 +186,7 @@ def _packed(items: Sequence[Encoded], slots: int, device: str) -> list[Batch]:
     flash = torch.device(device).type == "cuda" and is_flash_attn_2_available()
     row_tokens = slots // 2 if flash else min(slots // 2, DENSE_ROW)
     config = BatchConfig(row_tokens=row_tokens, micro_batch_tokens=slots)
-    weighted: list[Item] = [(e, 1 / len(items)) for e in items]
+    weighted: list[Example] = [(e, 1 / len(items)) for e in items]
     return [b.to(device) for b in micro_batches(weighted, config)]
 
 

@@ -1,4 +1,4 @@
-"""What one rank computes and sends in a step, reckoned from sizes alone.
+"""What one rank computes and sends in a step, computed from sizes alone.
 
 Bytes are by the ring convention: a collective over R ranks whose whole tensor has S bytes makes
 each rank send S (R - 1) / R; an all-reduce, twice that. counting.py holds them against real ranks.
@@ -17,11 +17,11 @@ from sdpo_parallel.memory import MASTER, ModelShape
 
 Operator = Literal["all-gather", "reduce-scatter", "all-reduce"]
 Axis = Literal["shards", "replicas", "tensor", "context", "head"]
-"""Whose ranks a collective is over; ``head``: the kernels' over the tensor ranks."""
+"""The ranks that a collective is over; ``head``: the kernels' own, over the tensor ranks."""
 
 
 def shape_of(c: Mapping[str, Any]) -> ModelShape:
-    """Of a Qwen3's config.json."""
+    """The shape in a Qwen3's config.json."""
     return ModelShape(
         hidden=c["hidden_size"],
         layers=c["num_hidden_layers"],
@@ -37,10 +37,10 @@ def shape_of(c: Mapping[str, Any]) -> ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Interactions:
-    """What a step trains on; all alike."""
+    """The interactions of a step, all alike."""
 
     per_8_gpus: int = 128
-    """Of a step. 8 GPUs have as many whatever ``scaling``."""
+    """Interactions per step on 8 GPUs, whatever ``scaling`` is."""
     scaling: Literal["weak", "strong"] = "weak"
     """weak: the step grows with the GPUs; strong: it does not."""
     prompt: int = 512
@@ -56,12 +56,12 @@ class Interactions:
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Of an interaction's policy pass and hindsight pass."""
+        """Tokens of an interaction's policy pass and hindsight pass."""
         return self.prompt + self.response, self.hindsight + self.response
 
 
 class Work(NamedTuple):
-    """What the busiest group of context x tensor ranks does in a step, by micro-batch."""
+    """Work of the busiest group of context x tensor ranks in a step, by micro-batch."""
 
     micro_batches: int
     policy_slots: float
@@ -82,8 +82,8 @@ def work_of(each: Interactions, parallel: ParallelConfig, ranks: int) -> Work:
 
 
 def model_flops(shape: ModelShape, each: Interactions) -> tuple[float, float]:
-    """Of one interaction: layers and head. As ``benchmarks.step`` counts: two per weight and token
-    in a forward, four more in a backward, causal attention, and nothing that is computed again."""
+    """Flops of one interaction: layers and lm_head. Counted as ``benchmarks.step`` does: two per
+    weight and token in a forward, four more in a backward, causal attention, no recomputation."""
     body = shape.layers * shape.layer() + shape.hidden
     layers = 0.0
     for t, passes in zip(each.lengths, (3, 1), strict=True):

@@ -69,7 +69,7 @@ class Settings:
     chunk: int = 2048
     """Tokens whose logits the row kernels read."""
     seconds: float = 0.5
-    """Of timing, per variant."""
+    """Seconds of timing per variant."""
     out: Path | None = None
     """JSON lines are appended to this file."""
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")

@@ -2,12 +2,21 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
+
+from .errors import SdpoError
+
+DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+"""Patterns of the files that a model's folder needs, out of those that the hub has for it."""
+_HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(.+))?")
 
 ASSETS = (
     "config.json",
@@ -26,23 +35,59 @@ ASSETS = (
 """Files beside the weights that make a folder loadable by transformers, copied where present."""
 
 
+def resolve_model(name_or_folder: str, revision: str | None = None) -> str:
+    """A model's local folder: the folder itself, or where the hub's model of that name was put.
+
+    A folder that exists is returned as it is. ``organisation/name`` is otherwise looked up on the
+    Hugging Face hub, at the branch, tag or commit after an ``@`` or in ``revision``, and its
+    weights, configuration and tokenizer are downloaded into huggingface_hub's cache. What is in
+    the cache is not downloaded again, and is all there is under ``HF_HUB_OFFLINE=1``.
+
+    Every rank may call this at once: huggingface_hub locks each file, so that one process of a
+    node downloads it and the others find it in the cache.
+
+    Raises:
+        SdpoError: neither a folder nor a model that the hub or the cache can give.
+    """
+    if Path(name_or_folder).is_dir():
+        return name_or_folder
+    parts = _HUB_NAME.fullmatch(name_or_folder)
+    if parts is None:
+        raise SdpoError(
+            f"{name_or_folder}: no such model folder, nor a name on the Hugging Face hub, which "
+            "would be organisation/name or organisation/name@revision"
+        )
+    name, revision = parts[1], revision or parts[2]
+    try:
+        return snapshot_download(
+            name, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=["*/*"]
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SdpoError(
+            f"{name_or_folder}: no such model folder here, and the Hugging Face hub "
+            f"({constants.ENDPOINT}) and its cache ({constants.HF_HUB_CACHE}) cannot give it: "
+            f"{reason} Check the name, the network and, for gated models, `hf auth login`"
+        ) from error
+
+
 def read_config(folder: str) -> dict:
     """config.json of a model folder.
 
     Raises:
-        ValueError: the folder, its config.json or its safetensors are missing or unreadable.
+        SdpoError: the folder, its config.json or its safetensors are missing or unreadable.
     """
     path = Path(folder)
     if not path.is_dir():
-        raise ValueError(f"{folder}: no such model folder; give a local Hugging Face folder")
+        raise SdpoError(f"{folder}: no such model folder; give a local Hugging Face folder")
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{folder}: no config.json; is this a Hugging Face model?") from None
+        raise SdpoError(f"{folder}: no config.json; is this a Hugging Face model?") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{folder}/config.json: not valid JSON ({error})") from error
+        raise SdpoError(f"{folder}/config.json: not valid JSON ({error})") from error
     if not any(path.glob("*.safetensors")):
-        raise ValueError(f"{folder}: no *.safetensors; save the model with save_pretrained")
+        raise SdpoError(f"{folder}: no *.safetensors; save the model with save_pretrained")
     return config
 
 
@@ -50,10 +95,10 @@ def check_length(folder: str, longest: int | None, max_tokens: int) -> None:
     """Refuse sequences that the model has no positions for.
 
     Raises:
-        ValueError: ``max_tokens`` exceeds ``longest``, its max_position_embeddings where known.
+        SdpoError: ``max_tokens`` exceeds ``longest``, its max_position_embeddings where known.
     """
     if longest is not None and max_tokens > longest:
-        raise ValueError(
+        raise SdpoError(
             f"prompt and response limits allow {max_tokens} tokens, but {folder} has "
             f"max_position_embeddings={longest}: lower the limits"
         )
@@ -63,11 +108,11 @@ def check_teacher(folder: str, policy: str) -> None:
     """Refuse a teacher's folder that does not share the policy's vocabulary.
 
     Raises:
-        ValueError: their sizes differ.
+        SdpoError: their sizes differ.
     """
     theirs, ours = read_config(folder)["vocab_size"], read_config(policy)["vocab_size"]
     if theirs != ours:
-        raise ValueError(
+        raise SdpoError(
             f"teacher {folder} has vocab_size={theirs}, {policy} {ours}: both must read the same "
             "tokens"
         )
@@ -110,12 +155,12 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], folder: str) -> None:
     """Refuse weights with NaN or infinity.
 
     Raises:
-        ValueError: names the folder, the first such tensor and how many of its values are bad.
+        SdpoError: names the folder, the first such tensor and how many of its values are bad.
     """
     for name, tensor in tensors:
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         if bad:
-            raise ValueError(
+            raise SdpoError(
                 f"{folder}: {bad} of {tensor.numel()} values of {name} are NaN or infinite; "
                 "the checkpoint is broken, take another copy of it"
             )

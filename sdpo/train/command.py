@@ -1,12 +1,16 @@
 """`sdpo train RECIPE …`, and `torchrun … -m sdpo.train RECIPE …` on one node or many."""
 
+import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from .config import TrainConfig
+from ..errors import SdpoError
+from .config import TrainConfig, read_settings, whole_config, with_settings
+from .dry_run import dry_run
 from .recipes import RECIPES
 from .trainer import train
 
@@ -16,32 +20,61 @@ class TrainCommand:
     """Train a model on interactions."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
+    """TOML file of settings, or the config.json of a run's folder; flags override what it says. It
+    may name the recipe, too: ``recipe = "paper-offline"``."""
     dry_run: bool = False
     """Print the resolved config, data counts, parameters and estimated memory; do not train."""
     ranks: int = 1
-    """Ranks that --dry-run estimates memory for."""
+    """World size that --dry-run estimates memory for."""
     gpu_memory_gib: float | None = None
-    """Memory of a GPU: --dry-run then refuses what is estimated not to fit."""
+    """Memory of one GPU: --dry-run then fails if the estimate does not fit."""
     resume: bool = False
-    """Go on from the newest checkpoint in --out."""
+    """Continue from the newest checkpoint in --out."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Parse and run."""
-    recipes = {
-        name: ((recipe.__doc__ or "").partition("\n")[0], TrainCommand(recipe()))
-        for name, recipe in RECIPES.items()
-    }
-    command = tyro.extras.overridable_config_cli(recipes, prog="sdpo train", args=args)
+    recipes, args = _starting_points(sys.argv[1:] if args is None else args)
+    choices = {name: (text, TrainCommand(config)) for name, (text, config) in recipes.items()}
+    command = tyro.extras.overridable_config_cli(choices, prog="sdpo train", args=args)
     if command.dry_run:
-        from .dry_run import dry_run
-
         dry_run(command.config, ranks=command.ranks, gpu_memory_gib=command.gpu_memory_gib)
         return
     train(command.config, resume=command.resume)
 
 
-if __name__ == "__main__":
-    from ..cli import run
+def _starting_points(
+    args: Sequence[str],
+) -> tuple[dict[str, tuple[str, TrainConfig]], list[str]]:
+    """The configs that flags then override, with their descriptions, and the remaining arguments.
 
-    run(main)
+    Without ``--config`` these are the recipes; with it, the one config that the file gives.
+
+    Raises:
+        SdpoError: the file cannot be used, or neither it nor the command line names a recipe.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    found, rest = parser.parse_known_args(args)
+    if found.config is None:
+        texts = {
+            name: (recipe.__doc__ or "").partition("\n")[0] for name, recipe in RECIPES.items()
+        }
+        return {name: (texts[name], recipe()) for name, recipe in RECIPES.items()}, rest
+    settings = read_settings(found.config)
+    recipe = settings.pop("recipe", None)
+    if rest and rest[0] in RECIPES:
+        recipe, *rest = rest
+    if recipe is None and "kind" in settings:
+        name, config = "run", whole_config(settings, found.config)
+    elif recipe in RECIPES:
+        name, config = recipe, with_settings(RECIPES[recipe](), settings, found.config)
+    else:
+        problem = "no recipe" if recipe is None else f"recipe {recipe!r} unknown"
+        known = ", ".join(RECIPES)
+        raise SdpoError(
+            f'{found.config}: {problem}; write recipe = "NAME" there, or `sdpo train NAME --config '
+            f"{found.config}`, NAME being one of {known}"
+        )
+    return {name: (f"As {found.config} says.", config)}, [name, *rest]

@@ -24,7 +24,7 @@ from sdpo_parallel.memory import USABLE, Load, ModelShape, estimate, host_bytes
 from ..batching import steps_in
 from ..errors import SdpoError
 from ..hindsight import Encoded, encode, load_tokenizer
-from .config import TrainConfig, to_json
+from .config import TrainConfig, local_models, to_json
 from .loader import load_interactions
 
 SAMPLE = 512
@@ -167,6 +167,7 @@ def dry_run(config: TrainConfig, *, ranks: int, gpu_memory_gib: float | None = N
     """
     console = Console()
     console.print_json(json.dumps(to_json(config)))
+    config = local_models(config)
     ModelShape.from_config(config.model)  # names what is missing
     sample: list[Encoded] = []
     if any(Path(config.model).glob("*.safetensors")):

@@ -11,6 +11,7 @@ import tyro
 
 from sdpo_parallel.build import export_checkpoint
 from sdpo_parallel.config import ParallelConfig
+from sdpo_parallel.huggingface import resolve_model
 
 from ..errors import SdpoError
 from .config import read_config
@@ -49,7 +50,7 @@ def export(command: ExportCommand) -> None:
         checkpoint = replace(checkpoint, export_dtype=command.dtype)
     config = replace(
         stored,
-        model=command.model or stored.model,
+        model=resolve_model(command.model or stored.model),
         out=command.run,
         checkpoint=checkpoint,
         parallel=ParallelConfig(compute_dtype=stored.parallel.compute_dtype),
@@ -66,9 +67,3 @@ def export(command: ExportCommand) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Parse and run."""
     export(tyro.cli(ExportCommand, prog="sdpo export", args=args))
-
-
-if __name__ == "__main__":
-    from ..cli import run
-
-    run(main)

@@ -26,7 +26,7 @@ from ..batching import Cursor
 from ..errors import SdpoError
 from ..hindsight import load_tokenizer
 from ..step import SUMS, metrics, two_pass_loss
-from .config import TrainConfig, to_json
+from .config import TrainConfig, local_models, to_json
 from .drift import DriftMonitor, drift_places
 from .loader import Loader, Step, fingerprint, load_interactions
 from .run_folder import Logger, RunFolder
@@ -124,12 +124,13 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path | None:
 
 def _prepare(config: TrainConfig, run: RunFolder) -> Trainer:
     """Load data and weights, and go to where the newest checkpoint is."""
-    tokenizer = load_tokenizer(config.model)
-    selection = load_interactions(config)
+    local = local_models(config)  # the run's files keep the names as given
+    tokenizer = load_tokenizer(local.model)
+    selection = load_interactions(local)
     cursor = Cursor(len(selection.interactions), config.batch.seed)
     state = RunState(cursor, fingerprint(config))
     loader = Loader(selection.interactions, tokenizer, cursor, config.hindsight, config.batch)
-    engine = build_engine(config.engine, engine_config(config, loader.steps), state)
+    engine = build_engine(config.engine, engine_config(local, loader.steps), state)
     loader.assign_to(engine, fixed_width=config.parallel.compile != "none")
     engine.check_agreement(config.data, state.fingerprint)
     engine.load()

@@ -14,6 +14,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from benchmarks.models import QWEN3
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -81,6 +83,14 @@ def make_model(
         p.data.normal_(0.0 if p.ndim > 1 else 1.0, std, generator=generator)
     model.save_pretrained(folder)
     make_tokenizer(pad_is_eos).save_pretrained(folder)
+    return str(folder)
+
+
+def make_shape(folder: Path, name: str) -> str:
+    """A folder with nothing but the config.json of a real Qwen3, e.g. qwen3-8b."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": "qwen3", **QWEN3[name]}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return str(folder)
 
 

@@ -1,0 +1,98 @@
+"""The documentation names only what exists: links, files, modules, flags and commands."""
+
+import contextlib
+import importlib.util
+import io
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from sdpo.cli import COMMANDS, main
+from sdpo.data.cli import COMMANDS as DATA_COMMANDS
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = (
+    "*.md",
+    "docs/*.md",
+    "examples/*/*.md",
+    "[a-z]*/README.md",
+    "sdpo/*/*.md",
+    "kernels/*.md",
+)
+PAGES = sorted({p for pattern in FOLDERS for p in ROOT.glob(pattern)})
+LINK = re.compile(r"\]\((?!https?://)([^)#\s]+)")
+FILE = re.compile(r"(?<![\w/.-])[\w.-]+(?:/[\w.-]+)+\.(?:py|sh|md|toml|sbatch|svg)")
+MODULE = re.compile(r"\b(?:sdpo|sdpo_parallel|sdpo_kernels|benchmarks)(?:\.(?!NAME)\w+)+")
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*[a-z\d]")
+COMMAND = re.compile(r"^(?:sdpo (data \w+|[a-z-]+)|(?:sbatch \S+ )?parallel/launch/\S+)(.*)", re.M)
+OF_OTHERS = {"--shutdown-timeout", "--kill"}
+"""Flags of torchrun and of a benchmark."""
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def code(text: str) -> list[str]:
+    """Blocks and spans of code."""
+    blocks = re.findall(r"```\w*\n(.*?)```", text, re.S)
+    return blocks + re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+
+
+@pages
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+@pages
+def test_named_files_and_modules_exist(page):
+    for span in code(page.read_text(encoding="utf-8")):
+        for name in FILE.findall(span):
+            assert any((place / name).exists() for place in (ROOT, page.parent)), name
+        if page.name != "CHANGELOG.md":  # which names what has gone, too
+            for name in MODULE.findall(span):
+                assert _exists(name), name
+
+
+def _exists(name: str) -> bool:
+    """A module, or an attribute of one."""
+    parent, _, last = name.rpartition(".")
+    try:
+        if importlib.util.find_spec(name) is not None:
+            return True
+    except ModuleNotFoundError:
+        pass
+    return hasattr(importlib.import_module(parent), last)
+
+
+@pages
+def test_named_flags_and_commands_exist(page):
+    """After `sdpo COMMAND` that command's own; a flag alone is any command's, or a group's name."""
+    for span in code(page.read_text(encoding="utf-8")):
+        for name, rest in COMMAND.findall(span.replace("\\\n", " ")):
+            known = flags(tuple(name.split()) or ("train",))
+            missing = [f for f in FLAG.findall(rest.partition(" #")[0]) if f not in known]
+            assert not missing, (name, missing)
+        if span.startswith("--") and page.parent.name not in ("benchmarks", "kernels"):
+            for flag in set(FLAG.findall(span)) - OF_OTHERS:
+                assert any(f"{known}.".startswith(f"{flag}.") for known in every_flag()), flag
+
+
+@cache
+def flags(command: tuple[str, ...]) -> frozenset[str]:
+    """What `sdpo COMMAND --help` knows; recipes of train share theirs."""
+    if command == ("train",):
+        command = ("train", "paper-offline")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert not stop.value.code, f"sdpo {' '.join(command)}: no such command"
+    return frozenset(FLAG.findall(said.getvalue()))
+
+
+@cache
+def every_flag() -> frozenset[str]:
+    commands = [(name,) for name in COMMANDS if name != "data"]
+    commands += [("data", name) for name in DATA_COMMANDS]
+    return frozenset().union(*map(flags, commands))

@@ -1,0 +1,35 @@
+"""Recipes hold the published settings, and the layouts that they name fit."""
+
+import pytest
+
+from helpers import tiny
+from sdpo.train.dry_run import GIB, load_of, memory_per_rank
+from sdpo.train.recipes import RECIPES
+from sdpo_parallel.memory import USABLE
+
+
+@pytest.mark.parametrize("recipe, gib", [("qwen3-4b", 54), ("qwen3-8b", 56)])
+def test_one_node_of_8_x_80_gb_is_enough(recipe, gib, tmp_path):
+    config = RECIPES[recipe](tiny.make_shape(tmp_path, recipe), "d.jsonl")
+    parts = memory_per_rank(config, 8, load_of(config))
+    assert parts["total"] < USABLE * 80 * GIB
+    assert round(parts["total"] / GIB) == gib
+    assert f"{gib} GiB per GPU" in (RECIPES[recipe].__doc__ or "")
+
+
+def test_the_papers_batches():
+    online, offline = (RECIPES[n]("m", "d.jsonl") for n in ("paper-online", "paper-offline"))
+    assert online.batch.interactions_per_step == 16 and online.optimizer.max_grad_norm == 1.0
+    assert offline.batch.interactions_per_step == 128 and offline.optimizer.max_grad_norm == 10.0
+    for name in ("paper-online", "paper-offline"):
+        assert "--batch.interactions-per-step 32" in (RECIPES[name].__doc__ or "")
+    for name in ("qwen3-4b", "qwen3-8b"):
+        recipe = RECIPES[name]("m", "d.jsonl")
+        assert (recipe.objective, recipe.hindsight) == (offline.objective, offline.hindsight)
+        assert recipe.optimizer == offline.optimizer
+        assert recipe.batch.interactions_per_step == offline.batch.interactions_per_step
+
+
+def test_both_olmo_checkpoints_are_named():
+    for name in ("Olmo-3-7B-Instruct-SFT", "Olmo-3-7B-Instruct-DPO"):
+        assert f"allenai/{name}" in (RECIPES["olmo-3-7b"].__doc__ or "")
