@@ -3,11 +3,9 @@
 import importlib
 import os
 import sys
-import traceback
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-from .conversations import DataError
+from .errors import SdpoError
 
 COMMANDS = {
     "data": (
@@ -42,25 +40,11 @@ def main(args: Sequence[str] | None = None) -> None:
     run(lambda: module.main(args[1:]))
 
 
-def run(command) -> None:
-    """Call ``command``; a ValueError of our own code is the user's to mend, told in one line."""
+def run(command: Callable[[], object]) -> None:
+    """Call ``command``; an SdpoError is printed in one line and ends with exit status 2."""
     try:
         command()
-    except ValueError as error:
-        if not _is_ours(error):
-            raise
+    except SdpoError as error:
         rank = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         print(f"sdpo: error: {rank}{error}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def _is_ours(error: BaseException) -> bool:
-    if isinstance(error, DataError):  # also one that a worker's process raised
-        return True
-    import sdpo_kernels
-    import sdpo_parallel
-
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    packages = (__file__, sdpo_kernels.__file__, sdpo_parallel.__file__)
-    ours = any(Path(p).parent in Path(frame.filename).parents for p in packages if p)
-    return ours and (frame.line or "").startswith("raise")  # not one that Python raised for a bug

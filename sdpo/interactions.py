@@ -11,6 +11,7 @@ with `weight`, `completion_token_ids` and `completion_logprobs` only where they 
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +19,10 @@ from typing import Any, TypeGuard
 
 import orjson
 
-from .conversations import (
-    DataError,
-    Message,
-    as_id,
-    as_list,
-    as_object,
-    as_text,
-    fault,
-    kind,
-    located,
-    shown,
-)
-from .io.containers import container_of, json_rows, open_parquet, parquet_batches
+from .conversations import Message
+from .errors import DataError
+from .io.containers import container_of, empty, json_rows, open_parquet, parquet_batches
+from .io.fields import as_id, as_list, as_object, as_text, kind, shown
 
 _ROLE_OF = {"human": "user", "gpt": "assistant", "system": "system"}
 _NAME_OF = {role: name for name, role in _ROLE_OF.items()}
@@ -68,54 +60,70 @@ class Interaction:
 
 def _check_turns(interaction: Interaction) -> None:
     if not interaction.id:
-        raise fault("id", "the id is empty", "Give every interaction its own id")
+        raise DataError("the id is empty", field="id", hint="Give every interaction its own id")
     if not interaction.prompt:
-        raise fault("prompt", "the prompt has no messages", "Give the history, or drop the row")
+        raise DataError(
+            "the prompt has no messages", field="prompt", hint="Give the history, or drop the row"
+        )
     for i, message in enumerate(interaction.prompt):
         if message.role not in _NAME_OF:
             problem = f"unknown role {shown(message.role)}"
-            raise fault(f"prompt[{i}]", problem, f"Use {_KNOWN_ROLES}; leave tool messages out")
+            raise DataError(
+                problem, field=f"prompt[{i}]", hint=f"Use {_KNOWN_ROLES}; leave tool messages out"
+            )
     if not any(message.role == "user" for message in interaction.prompt):
-        raise fault("prompt", "the prompt has no user message", "Give what was answered")
+        raise DataError(
+            "the prompt has no user message", field="prompt", hint="Give what was answered"
+        )
     if (last := interaction.prompt[-1].role) == "system":
         problem = f"the prompt ends with a message of role {last!r}, not a user message"
-        raise fault("prompt", problem, "Cut it after the user message that was answered")
+        raise DataError(
+            problem, field="prompt", hint="Cut it after the user message that was answered"
+        )
     if not interaction.response.strip():
         problem = "an interaction whose response is empty teaches nothing"
-        raise fault("completion", problem, "Drop the row")
+        raise DataError(problem, field="completion", hint="Drop the row")
     if not interaction.followup.strip():
         problem = "an interaction whose user response is empty has no feedback to learn from"
-        raise fault("user_response", problem, "Drop the row")
+        raise DataError(problem, field="user_response", hint="Drop the row")
 
 
 def _check_weight(weight: float) -> None:
     if not (math.isfinite(weight) and weight >= 0):
         problem = f"the weight is {_shown(weight)}, not a finite number >= 0"
-        raise fault("weight", problem, "Use 0 to switch a row off, or leave the field out for 1")
+        raise DataError(
+            problem, field="weight", hint="Use 0 to switch a row off, or leave the field out for 1"
+        )
 
 
 def _check_token_ids(ids: tuple[int, ...]) -> None:
     if not ids:
         problem = "no token ids, though the completion has text"
-        raise fault("completion_token_ids", problem, "Leave the field out where they are unknown")
+        raise DataError(
+            problem, field="completion_token_ids", hint="Leave the field out where they are unknown"
+        )
     for i, token in enumerate(ids):
         if not _is_integer(token) or not 0 <= token < 2**31:
             problem = f"{shown(token)} is not a token id, an integer from 0 to 2**31 - 1"
-            raise fault(f"completion_token_ids[{i}]", problem, "Log the ids as they were sampled")
+            raise DataError(
+                problem, field=f"completion_token_ids[{i}]", hint="Log the ids as they were sampled"
+            )
 
 
 def _check_logprobs(logprobs: tuple[float, ...], ids: tuple[int, ...] | None) -> None:
     name = "completion_logprobs"
     if ids is None:
         problem = "log-probabilities without the tokens that they belong to"
-        raise fault(name, problem, "Add completion_token_ids, or leave both out")
+        raise DataError(problem, field=name, hint="Add completion_token_ids, or leave both out")
     if len(logprobs) != len(ids):
         problem = f"{len(logprobs)} log-probabilities for {len(ids)} token ids"
-        raise fault(name, problem, "Log one per sampled token")
+        raise DataError(problem, field=name, hint="Log one per sampled token")
     for i, value in enumerate(logprobs):
         if not (math.isfinite(value) and value <= 0):
             problem = f"{_shown(value)} is not a log-probability, finite and <= 0"
-            raise fault(f"{name}[{i}]", problem, "Log natural logarithms of probabilities")
+            raise DataError(
+                problem, field=f"{name}[{i}]", hint="Log natural logarithms of probabilities"
+            )
 
 
 def _shown(value: float) -> str:
@@ -124,6 +132,17 @@ def _shown(value: float) -> str:
 
 def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def conversation_of(interaction: Interaction) -> str:
+    """The conversation's id, which `prepare` begins an interaction's id with: "c1" of "c1_3~2".
+
+    "~2" marks a repeated id and goes; of "_3", only the turn's own number goes, or without a
+    `turn_id` any number.
+    """
+    id = re.sub(r"~\d+$", "", interaction.id)
+    turn = r"\d+" if interaction.turn_id is None else interaction.turn_id
+    return re.sub(rf"_{turn}$", "", id)
 
 
 # The file format
@@ -152,24 +171,23 @@ def iter_interactions(path: str | Path) -> Iterator[Interaction]:
 
 
 def iter_rows(path: str | Path) -> Iterator[tuple[str, Interaction | DataError]]:
-    """Streams (place, interaction or what is wrong with the row), ids of earlier rows included.
+    """Streams (row as in `DataError.row`, interaction or what is wrong with it).
+
+    An id that an earlier row has is wrong, too.
 
     Raises DataError where the file cannot be read on.
     """
     place_of: dict[str, str] = {}
-    empty = True
-    for number, where, row in _rows(Path(path)):
-        empty = False
-        found = row if isinstance(row, DataError) else _interaction_or_error(row, number, where)
+    for number, place, row in _rows(Path(path)):
+        found = row if isinstance(row, DataError) else _interaction_or_error(row, number)
+        if isinstance(found, Interaction) and found.id in place_of:
+            problem = f"{shown(found.id)} is the id of {place_of[found.id]} too"
+            found = DataError(problem, field="id", hint="Give every row its own id, or none")
         if isinstance(found, Interaction):
-            short = where.removeprefix(f"{path}, ")
-            if (first := place_of.setdefault(found.id, short)) != short:
-                problem = f"{shown(found.id)} is the id of {first} too"
-                reason = fault("id", problem, "Give every row its own id, or none")
-                found = DataError(f"{where}, {reason}")
-        yield where, found
-    if empty:
-        raise DataError(f"{path}: the file is empty. Write it again, or leave it out.")
+            place_of[found.id] = place
+            yield place, found
+        else:
+            yield place, found.at(file=str(path), row=place)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, str, Any]]:
@@ -180,14 +198,15 @@ def _rows(path: Path) -> Iterator[tuple[int, str, Any]]:
     with open_parquet(path) as file:
         for batch in parquet_batches(file, path):
             for row in batch.to_pylist():
-                yield number, f"{path}, row {number} (counted from 0)", row
+                yield number, f"row {number} (counted from 0)", row
                 number += 1
+    if not number:
+        raise empty(path)
 
 
-def _interaction_or_error(row: Any, number: int, where: str) -> Interaction | DataError:
+def _interaction_or_error(row: Any, number: int) -> Interaction | DataError:
     try:
-        with located(where):
-            return from_row(as_object(row, "row"), default_id=str(number))
+        return from_row(as_object(row, "row"), default_id=str(number))
     except DataError as error:
         return error
 
@@ -208,7 +227,7 @@ def write_interactions(path: str | Path, interactions: Iterable[Interaction]) ->
             for interaction in interactions:
                 if interaction.id in ids:
                     problem = f"{shown(interaction.id)} is the id of two interactions"
-                    raise fault("id", problem, "Give each its own id")
+                    raise DataError(problem, field="id", hint="Give each its own id")
                 ids.add(interaction.id)
                 file.write(orjson.dumps(to_row(interaction), option=orjson.OPT_APPEND_NEWLINE))
             file.flush()
@@ -264,7 +283,9 @@ def _from_turn(turn: object, name: str) -> Message:
     sender = as_text(turn["from"], f"{name}.from")
     if sender not in _ROLE_OF:
         problem = f"unknown sender {shown(sender)}"
-        raise fault(f"{name}.from", problem, f"Use {_KNOWN_ROLES}; leave tool messages out")
+        raise DataError(
+            problem, field=f"{name}.from", hint=f"Use {_KNOWN_ROLES}; leave tool messages out"
+        )
     return Message(_ROLE_OF[sender], as_text(turn.get("value"), f"{name}.value"))
 
 
@@ -273,14 +294,18 @@ def _spoken_by(role: str, turn: object, name: str) -> str:
         return as_text(turn, name)
     message = _from_turn(turn, name)
     if message.role != role:
-        raise fault(name, f"a message of role {message.role!r}", f"It must be of role {role!r}")
+        raise DataError(
+            f"a message of role {message.role!r}", field=name, hint=f"It must be of role {role!r}"
+        )
     return message.content
 
 
 def _turn_id(value: object) -> int | None:
     if value is None or (_is_integer(value) and value.bit_length() < 64):
         return value
-    raise fault("turn_id", f"found {kind(value)}, not an integer", "Leave it out if unknown")
+    raise DataError(
+        f"found {kind(value)}, not an integer", field="turn_id", hint="Leave it out if unknown"
+    )
 
 
 def _weight(value: object) -> float:
@@ -289,11 +314,15 @@ def _weight(value: object) -> float:
 
 def _number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise fault(name, f"found {kind(value)} where a number is needed", "Write it as a number")
+        raise DataError(
+            f"found {kind(value)} where a number is needed", field=name, hint="Write it as a number"
+        )
     try:
         return float(value)
     except OverflowError:
-        raise fault(name, "the number is too large for a float", "Write a smaller one") from None
+        raise DataError(
+            "the number is too large for a float", field=name, hint="Write a smaller one"
+        ) from None
 
 
 def _token_ids(value: object) -> tuple[int, ...] | None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdpo.conversations import DataError, Message
+from sdpo.conversations import Message
+from sdpo.errors import DataError
 from sdpo.interactions import (
     Interaction,
     iter_interactions,
@@ -206,7 +207,7 @@ def test_files_that_are_no_interactions(tmp_path):
     with pytest.raises(DataError, match="the file is empty"):
         read_interactions(path)
     path.write_text(json.dumps(TRIPLE) + "\n" + json.dumps(TRIPLE)[:-5])
-    with pytest.raises(DataError, match=r"line 2, column \d+: broken JSON"):
+    with pytest.raises(DataError, match=r"line 2: broken JSON at column \d+"):
         read_interactions(path)
 
 

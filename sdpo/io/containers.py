@@ -18,7 +18,8 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..conversations import DataError, as_text, kind, located
+from ..errors import DataError
+from .fields import as_text, kind
 
 Paths = str | Path | Iterable[str | Path]
 Container = Literal["parquet", "jsonl", "jsonl.gz", "jsonl.zst", "json", "json.gz", "json.zst"]
@@ -53,7 +54,9 @@ def resolve_paths(paths: Paths) -> list[Path]:
         for file in _expand(path):
             files.setdefault(file.resolve(), file)
     if not files:
-        raise DataError("no data: the list of paths is empty. Name at least one file or folder.")
+        raise DataError(
+            "no data: the list of paths is empty", hint="Name at least one file or folder"
+        )
     return list(files.values())
 
 
@@ -64,21 +67,23 @@ def _expand(name: str | Path) -> list[Path]:
     if path.is_dir():
         if files := _files_under(path):
             return files
-        kinds = ".parquet, .jsonl, .ndjson or .json"
-        raise DataError(f"{path}: the folder holds no {kinds} file. Check the path.")
+        problem = "the folder holds no .parquet, .jsonl, .ndjson or .json file"
+        raise DataError(problem, file=str(path), hint="Check the path")
     if path.is_file():
         return [path]
     if path.exists():
-        raise DataError(f"{path}: neither a file nor a folder. Write it to a file first.")
+        hint = "Write it to a file first"
+        raise DataError("neither a file nor a folder", file=str(path), hint=hint)
     if glob.has_magic(str(path)):
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         files = [file for m in matches for file in (_files_under(m) if m.is_dir() else [m])]
         if not files:
-            raise DataError(f"{path}: the glob matches no file. Check the pattern and the folder.")
+            hint = "Check the pattern and the folder"
+            raise DataError("the glob matches no file", file=str(path), hint=hint)
         return files
     if _HUB_NAME.fullmatch(str(name)) and not path.parent.is_dir():
         return _from_hub(str(name))
-    raise DataError(f"{path}: no such file or folder. Check the path.")
+    raise DataError("no such file or folder", file=str(path), hint="Check the path")
 
 
 def _files_under(folder: Path) -> list[Path]:
@@ -98,9 +103,8 @@ def _from_hub(name: str) -> list[Path]:
 
     parts = _HUB_PARTS.fullmatch(name)
     if parts is None:
-        raise DataError(
-            f"{name}: no data set's name. Write owner/name, or owner/name@revision/path."
-        )
+        hint = "Write owner/name, or owner/name@revision/path"
+        raise DataError("not the name of a data set", file=name, hint=hint)
     dataset, revision, pattern = parts.groups()
     wanted = [pattern] if pattern else [f"*{suffix}" for suffix in (*SUFFIXES, ".json")]
     try:
@@ -113,16 +117,16 @@ def _from_hub(name: str) -> list[Path]:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{name}: no such file or folder, and not to be had as a data set of the Hugging Face "
-            f"hub ({reason}). Check the name, the network and, for gated data, `hf auth login`."
+            f"no such file or folder, and no data set of the Hugging Face hub ({reason})",
+            file=name,
+            hint="Check the name, the network and, for gated data, `hf auth login`",
         ) from None
     files = _files_under(Path(folder))  # of a cache that may hold more than was asked for
     names = {file: str(file.relative_to(folder)) for file in files}
     if found := [f for f in files if any(fnmatch(names[f], pattern) for pattern in wanted)]:
         return found
-    raise DataError(
-        f"{name}: the data set on the hub has no such file. Name one after the data set."
-    )
+    hint = "Name a file of it after its name"
+    raise DataError("the data set on the hub has no such file", file=name, hint=hint)
 
 
 # Containers
@@ -133,7 +137,7 @@ def container_of(path: Path) -> Container:
     with _opened(path) as file:
         magic = file.read(4)
     if not magic:
-        raise DataError(f"{path}: the file is empty. Write it again, or leave it out.")
+        raise empty(path)
     if magic == b"PAR1" or (path.suffix == ".parquet" and magic[:3] not in _PACKED):
         return "parquet"
     ending = _ENDINGS[_compression(path)]
@@ -162,7 +166,8 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         file = path.open("rb", buffering=_BUFFER)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from None
+        problem = f"cannot be read ({error.strerror})"
+        raise DataError(problem, file=str(path), hint="Check the path") from None
     with file:
         yield file
 
@@ -212,12 +217,20 @@ class _Decompressed(io.RawIOBase):
         return len(data)
 
 
-def broken(where: Path | str, what: str, error: Exception) -> DataError:
+def empty(path: Path) -> DataError:
+    """The error of a file without rows."""
+    return DataError("the file is empty", file=str(path), hint="Write it again, or leave it out")
+
+
+def broken(path: Path, what: str, error: Exception, row: str = "") -> DataError:
     """The error of a file that another library could not read to its end."""
     reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
     return DataError(
-        f"{where}: truncated or corrupt {what} ({reason}). Fetch or write the file again; "
-        "a file of a few hundred bytes may be a Git LFS pointer."
+        f"truncated or corrupt {what} ({reason})",
+        file=str(path),
+        row=row,
+        hint="Fetch or write the file again; if it has a few hundred bytes, it may be a Git LFS "
+        "pointer",
     )
 
 
@@ -238,22 +251,22 @@ def lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, str, Any]]:
-    """Streams (number, place, row or the DataError of its line) of a JSONL file or a JSON array.
+    """Streams (number, place, row or what is wrong with it) of a JSONL file or a JSON array.
 
-    Lines are counted from 1, "file, line 12"; items from 0, "file, item 12 (counted from 0)"; blank
-    lines are no rows. Raises DataError where the rest of the file cannot be read.
+    Lines are counted from 1, "line 12"; items from 0, "item 12 (counted from 0)"; blank lines are
+    not rows. Raises DataError if the file is empty, and where the rest of it cannot be read.
     """
+    number = None
     if container_of(path).startswith("jsonl"):
         for number, (_, raw) in enumerate(lines(path), start=1):
             if not raw.isspace():
-                where = f"{path}, line {number}"
-                yield number, where, parse_or_error(raw, where)
+                place = f"line {number}"
+                yield number, place, parse_or_error(raw, path, place)
     else:
         for number, item in array_items(path):
-            where = f"{path}, item {number} (counted from 0)"
-            if isinstance(item, DataError):
-                item = DataError(f"{where}, {item}")
-            yield number, where, item
+            yield number, f"item {number} (counted from 0)", item
+    if number is None:
+        raise empty(path)
 
 
 def array_items(path: Path) -> Iterator[tuple[int, Any]]:
@@ -267,11 +280,13 @@ def array_items(path: Path) -> Iterator[tuple[int, Any]]:
         text = io.TextIOWrapper(file, encoding="utf-8-sig")
         try:
             for item in _items(text):
+                if isinstance(item, DataError):
+                    item = item.at(file=str(path), row=f"item {number} (counted from 0)")
                 yield number, item
                 number += 1
         except (ValueError, RecursionError) as error:
-            where = f"{path}, at or after item {number} (counted from 0)"
-            raise broken(where, "JSON array", error) from None
+            place = f"at or after item {number} (counted from 0)"
+            raise broken(path, "JSON array", error, place) from None
         finally:
             text.detach()
 
@@ -346,13 +361,12 @@ def _checked(item: Any, source: str) -> Any:
     return item
 
 
-def parse_or_error(raw: bytes, where: str) -> dict[str, Any] | DataError:
+def parse_or_error(raw: bytes, path: Path, place: str) -> dict[str, Any] | DataError:
     """The JSON object of a line, or what is wrong with the line."""
     try:
-        with located(where):
-            return parse_line(raw)
+        return parse_line(raw)
     except DataError as error:
-        return error
+        return error.at(file=str(path), row=place)
 
 
 def parse_line(raw: bytes) -> dict[str, Any]:
@@ -362,9 +376,8 @@ def parse_line(raw: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError:
         row = _parse_tolerantly(raw)  # a byte-order mark, NaN, huge numbers; and better messages
     if not isinstance(row, dict):
-        raise DataError(
-            f"found {kind(row)} where an object is needed. Write one JSON object per line."
-        )
+        problem = f"found {kind(row)} where an object is needed"
+        raise DataError(problem, hint="Write one JSON object per line")
     return row
 
 
@@ -373,18 +386,19 @@ def _parse_tolerantly(raw: bytes) -> Any:
         row = json.loads(raw.decode("utf-8-sig"))
         _refuse_half_characters(row)
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"byte {error.start + 1}: not valid UTF-8. Save the file as UTF-8."
-        ) from None
+        problem = f"not valid UTF-8 at byte {error.start + 1}"
+        raise DataError(problem, hint="Save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise DataError(
-            f"column {error.colno}: broken JSON ({error.msg}). Write one whole JSON object per "
-            "line; a last line cut short means that the file was not written to its end."
+            f"broken JSON at column {error.colno} ({error.msg})",
+            hint="Write one whole JSON object per line; if the last line is cut short, the file "
+            "was not written to its end",
         ) from None
     except DataError:
         raise
     except (ValueError, RecursionError) as error:
-        raise DataError(f"unreadable JSON ({error}). Repair or remove the line.") from None
+        problem = f"unreadable JSON ({error})"
+        raise DataError(problem, hint="Repair or remove the line") from None
     return row
 
 
@@ -429,8 +443,8 @@ def parquet_batches(
         try:
             batch = next(batches, None)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            where = f"{path}, at or after row {number} (counted from 0)"
-            raise broken(where, "parquet", error) from None
+            place = f"at or after row {number} (counted from 0)"
+            raise broken(path, "parquet", error, place) from None
         if batch is None:
             return
         yield batch

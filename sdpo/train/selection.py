@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..conversations import DataError, as_object, fault, kind, located
-from ..errors import SdpoError
+from ..errors import DataError, SdpoError
 from ..interactions import Interaction
 from ..io.containers import json_rows
+from ..io.fields import as_object, kind
 from ..io.files import sha256
 
 CAP = 4.0
@@ -98,15 +98,17 @@ class Judge:
     def __init__(self, config: SelectConfig):
         assert config.scores is not None
         self.path, self._verdicts = config.scores, dict[str, float | str]()
-        for _, where, row in json_rows(Path(config.scores)):
+        for _, place, row in json_rows(Path(config.scores)):
             if isinstance(row, DataError):
                 raise row
-            with located(where):
+            try:
                 row = as_object(row, "row")
                 id, signal = row.get("id"), _number(row, "mean_abs_advantage")
                 if not isinstance(id, str):
-                    raise fault("id", f"found {kind(id)}, not text", _AGAIN)
+                    raise DataError(f"found {kind(id)}, not text", field="id", hint=_AGAIN)
                 self._verdicts[id] = _reason(row, config) or signal
+            except DataError as error:
+                raise error.at(file=str(config.scores), row=place) from None
 
     def __call__(self, id: str) -> float | str:
         if (verdict := self._verdicts.get(id)) is None:
@@ -123,7 +125,7 @@ _AGAIN = "Score the same file again with `sdpo data score`"
 def _number(row: dict[str, Any], name: str) -> float:
     value = row.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise fault(name, f"found {kind(value)}, not a finite number", _AGAIN)
+        raise DataError(f"found {kind(value)}, not a finite number", field=name, hint=_AGAIN)
     return float(value)
 
 

@@ -18,6 +18,8 @@ from itertools import chain
 import numpy as np
 from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue]
 
+from ...errors import SdpoError
+
 SKETCH = 64
 """Hashes of a sketch: a similarity s is estimated with a deviation of sqrt(s (1 - s) / 64)."""
 
@@ -115,10 +117,10 @@ def earlier_similar(sketches: np.ndarray, threshold: float = 0.8) -> np.ndarray:
         threshold: estimated similarity, 0 < threshold <= 1.
 
     Raises:
-        ValueError: the threshold is out of range.
+        SdpoError: the threshold is out of range.
     """
     if not 0 < threshold <= 1:
-        raise ValueError(f"threshold is a similarity above 0 and at most 1, got {threshold}")
+        raise SdpoError(f"threshold is a similarity above 0 and at most 1, got {threshold}")
     count = len(sketches)
     pairs = np.empty(0, np.int64)
     width = _band_width(threshold)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from ...conversations import DataError
+from ...errors import DataError, SdpoError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +35,9 @@ class GuardrailConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.similarity <= 1:
-            raise ValueError(f"guardrails.similarity is {self.similarity}; use one in (0, 1]")
+            raise SdpoError(f"guardrails.similarity is {self.similarity}; use one in (0, 1]")
         if self.max_per_user is not None and self.max_per_user < 0:
-            raise ValueError(f"guardrails.max_per_user is {self.max_per_user}; use 0 for no cap")
+            raise SdpoError(f"guardrails.max_per_user is {self.max_per_user}; use 0 for no cap")
 
 
 ON = GuardrailConfig(
@@ -84,6 +84,7 @@ def read_opt_out(path: str) -> frozenset[str]:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise DataError(f"{path}: the opt-out list cannot be read ({reason}). Check it.") from None
+        problem = f"the opt-out list cannot be read ({reason})"
+        raise DataError(problem, file=path, hint="Check it") from None
     ids = (line.strip() for line in text.splitlines())
     return frozenset(id for id in ids if id and not id.startswith("#"))

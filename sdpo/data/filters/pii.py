@@ -17,6 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...errors import SdpoError
+
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
@@ -467,12 +469,12 @@ def presidio_finder(language: str = "en") -> Finder:
         language: ISO 639-1 code, one that presidio and spaCy support.
 
     Raises:
-        ValueError: presidio-analyzer is not installed.
+        SdpoError: presidio-analyzer is not installed.
     """
     try:
         from presidio_analyzer import AnalyzerEngine  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(
+        raise SdpoError(
             "presidio-analyzer is not installed; run pip install 'sdpo[presidio]', or go without: "
             "e-mails, phones, cards, IP addresses and keys are found by pattern"
         ) from error

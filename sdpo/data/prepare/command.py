@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ...conversations import DataError
+from ...errors import DataError
 from ..filters.guardrails import GuardrailConfig
 from ..manifest import manifest_path, report_path
 from ..read.formats import Format
@@ -61,7 +61,7 @@ def prepare_command(
         explain: also say why one conversation went or stayed, named by its id or "file:row".
     """
     if not inputs:
-        raise DataError("no input: name at least one file, folder, glob or data set")
+        raise DataError("no input", hint="Name at least one file, folder, glob or data set")
     config = PrepareConfig(
         inputs=tuple(inputs),
         out=out,

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ...conversations import DataError
+from ...errors import DataError
 from ...io.containers import array_items, lines, open_parquet, parse_or_error
 from ..read.formats import (
     ROWS_AT_ONCE,
@@ -187,12 +187,11 @@ def read_unit(
             continue
         if isinstance(row, bytes):
             size += len(row)
-            where = f"{unit.log.path}, line {number}"
-            row = parse_or_error(row, where)
+            place = f"line {number}"
+            row = parse_or_error(row, unit.log.path, place)
         else:
-            where = f"{unit.log.path}, item {number} (counted from 0)"
-            row = DataError(f"{where}, {row}") if isinstance(row, DataError) else row
-        batch.append((number, unit.offset + index, item_of(row, unit.log, number, where)))
+            place = f"item {number} (counted from 0)"
+        batch.append((number, unit.offset + index, item_of(row, unit.log, number, place)))
         if len(batch) >= ROWS_AT_ONCE or size >= _BATCH_BYTES:
             yield _as_rows(batch)
             batch, size = [], 0

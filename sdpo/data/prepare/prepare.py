@@ -35,8 +35,9 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from ...conversations import DataError, listed
+from ...errors import DataError, SdpoError
 from ...io.containers import resolve_paths
+from ...io.fields import listed
 from ..arrow import pc
 from ..filters.guardrails import GuardrailConfig, read_opt_out, resolve, states
 from ..filters.pii import presidio_finder
@@ -91,15 +92,15 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         if Path(self.out).suffix not in (".jsonl", ".parquet"):
-            raise DataError(f"out is {self.out}: name a file that ends in .jsonl or .parquet")
+            raise SdpoError(f"out is {self.out}: name a file that ends in .jsonl or .parquet")
         allowed = {"preset": PRESETS, "format": ("auto", *FORMATS), "bad_rows": ("stop", "skip")}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
-                raise DataError(f"{name} is {getattr(self, name)!r}: use one of {listed(values)}")
+                raise SdpoError(f"{name} is {getattr(self, name)!r}: use one of {listed(values)}")
         if self.languages == ():
-            raise DataError("languages: none named. Name some, or any, or leave it out.")
+            raise SdpoError("languages: none named. Name some, or any, or leave it out.")
         if self.workers < 0:
-            raise DataError(f"workers is {self.workers}: use 1 or more, or 0 for one a core")
+            raise SdpoError(f"workers is {self.workers}: use 1 or more, or 0 for one a core")
 
     def rules(self) -> ExtractionRules:
         """The preset's, with what was asked for in their place."""
@@ -145,7 +146,7 @@ def prepare(
 
     Raises:
         DataError: an input cannot be read; nothing is left behind.
-        ValueError: another run writes to the same file, or a worker died.
+        SdpoError: another run writes to the same file, or a worker died.
     """
     rules = rules or config.rules()
     guardrails = resolve(config.guardrails, config.preset)
@@ -183,15 +184,17 @@ def prepare(
 
 def _check_out(out: Path, files: list[Path]) -> None:
     if out.is_dir():
-        raise DataError(f"{out}: is a folder. Name a file.")
+        raise DataError("is a folder", file=str(out), hint="Name a file")
     for path in (out, manifest_path(out), report_path(out)):
         if path.exists() and any(file.samefile(path) for file in files):
-            raise DataError(f"{path}: is one of the inputs. Write to another folder.")
+            hint = "Write to another folder"
+            raise DataError("is one of the inputs", file=str(path), hint=hint)
     other = out.with_suffix(".parquet" if out.suffix == ".jsonl" else ".jsonl")
     if other.exists() and manifest_path(out).exists():
         raise DataError(
-            f"{other}: stands there with the manifest that {out.name} would have. Choose another "
-            "name, or move it away together with its manifest and report."
+            f"stands there with the manifest that {out.name} would have",
+            file=str(other),
+            hint="Choose another name, or move it away together with its manifest and report",
         )
 
 
@@ -224,7 +227,7 @@ def _locked(out: Path) -> Iterator[None]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(
+                raise SdpoError(
                     f"{out}: another run is writing it; wait for it, or choose another --out"
                 ) from None
             if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
@@ -296,7 +299,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     try:
         yield pool
     except BrokenProcessPool:
-        raise ValueError(
+        raise SdpoError(
             "a worker died, perhaps for lack of memory: run the same command again to go on from "
             "what is done, with fewer --workers (in a script, `prepare` must be called below "
             "`if __name__ == '__main__'`, as workers import it)"

@@ -20,7 +20,8 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from ...conversations import Conversation, DataError, Message
+from ...conversations import Conversation, Message
+from ...errors import DataError
 from ...interactions import Interaction, to_row
 from ..filters import duplicates, pii
 from ..filters.guardrails import GuardrailConfig

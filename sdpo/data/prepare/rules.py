@@ -22,6 +22,7 @@ from itertools import dropwhile
 from typing import Literal, NamedTuple
 
 from ...conversations import Conversation, Message
+from ...errors import SdpoError
 from ..read.formats import is_among
 
 
@@ -80,13 +81,13 @@ class ExtractionRules:
 
     def __post_init__(self) -> None:
         if self.history_messages < 1:
-            raise ValueError(f"history_messages is {self.history_messages}; it must be at least 1")
+            raise SdpoError(f"history_messages is {self.history_messages}; it must be at least 1")
         if self.max_conversations is not None and self.max_conversations < 1:
-            raise ValueError(
+            raise SdpoError(
                 f"max_conversations is {self.max_conversations}; use at least 1, or None for all"
             )
         if self.languages is not None and any(name != name.lower() for name in self.languages):
-            raise ValueError(f"languages are {self.languages}; write them in lower case")
+            raise SdpoError(f"languages are {self.languages}; write them in lower case")
 
 
 _STRICT = ExtractionRules(

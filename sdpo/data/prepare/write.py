@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
+from ...errors import SdpoError
 from ..arrow import pc
 from .merge import DECISIONS, Choice
 from .plan import FilePlan
@@ -139,7 +140,7 @@ def _copied(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
     for at in range(start, end, _COPIED):
         piece = os.pread(file.fileno(), min(_COPIED, end - at), at)
         if len(piece) != min(_COPIED, end - at):
-            raise ValueError(f"{file.name} was cut short: remove its folder, and run again")
+            raise SdpoError(f"{file.name} was cut short: remove its folder, and run again")
         yield piece
 
 

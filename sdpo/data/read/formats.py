@@ -27,29 +27,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...conversations import (
-    Conversation,
-    DataError,
-    Message,
-    as_id,
-    as_list,
-    as_object,
-    as_text,
-    fault,
-    kind,
-    listed,
-    located,
-    shown,
-)
+from ...conversations import Conversation, Message
+from ...errors import DataError
 from ...interactions import Interaction, from_row
 from ...io.containers import (
     Paths,
     container_of,
+    empty,
     json_rows,
     open_parquet,
     parquet_batches,
     resolve_paths,
 )
+from ...io.fields import as_id, as_list, as_object, as_text, kind, listed, shown
 from ..arrow import pc
 
 Format = Literal["wildchat", "lmsys", "wildfeedback", "sharegpt", "messages", "triples"]
@@ -118,20 +108,24 @@ def describe(path: Path, forced: Format | Literal["auto"] = "auto", *, lenient=F
     if container == "parquet":
         with open_parquet(path) as file:
             schema = file.schema_arrow
-        where, fields, inner = str(path), set(schema.names), _message_fields_of(schema)
+        place, fields, inner = "", set(schema.names), _message_fields_of(schema)
     else:
-        where, fields, inner = _first_row(path, forced, lenient)
+        place, fields, inner = _first_row(path, forced, lenient)
     found = _recognised(fields, inner, forced)
     if found is None:
         needed = f"the format {forced!r} that was asked for" if forced != "auto" else "known format"
         raise DataError(
-            f"{where}: not of {needed}; its fields are {listed(sorted(fields))}. Rows need one of "
-            f"`conversation`, `conversations`, `messages`, or all of {listed(_TRIPLE)}; name the "
-            "right format, rename fields, or leave the file out."
+            f"not of {needed}; its fields are {listed(sorted(fields))}",
+            file=str(path),
+            row=place,
+            hint="Rows need one of `conversation`, `conversations`, `messages`, or all of "
+            f"{listed(_TRIPLE)}; name the right format, rename fields, or leave the file out",
         )
     if schema is not None and found != "triples":
-        with located(f"{path}, every row"):
+        try:
             _check_schema(schema, found)
+        except DataError as error:
+            raise error.at(file=str(path), row="every row") from None
     return LogFile(path=path, container=container, format=found, knows=_known(fields))
 
 
@@ -142,10 +136,10 @@ def _first_row(path: Path, forced: str, lenient: bool) -> tuple[str, set[str], s
     """
     rows = list(_looked_at(path, lenient))
     if not rows:
-        raise DataError(f"{path}: the file is empty. Write it again, or leave it out.")
+        raise empty(path)
     if not lenient:
-        where, fields, _ = rows[0]
-        return where, fields, next((inner for _, _, inner in rows if inner), None)
+        place, fields, _ = rows[0]
+        return place, fields, next((inner for _, _, inner in rows if inner), None)
     formats = [_recognised(fields, inner, forced) for _, fields, inner in rows]
     most = Counter(filter(None, formats)).most_common(1)
     return rows[formats.index(most[0][0])] if most else rows[0]
@@ -154,10 +148,10 @@ def _first_row(path: Path, forced: str, lenient: bool) -> tuple[str, set[str], s
 def _looked_at(path: Path, lenient: bool) -> Iterator[tuple[str, set[str], set[str] | None]]:
     """Place, fields and fields of the first message: of the first rows, until a message is seen,
     or if `lenient` of a hundred."""
-    for n, (_, where, row) in enumerate(islice(json_rows(path), _LOOKED_AT)):
+    for n, (_, place, row) in enumerate(islice(json_rows(path), _LOOKED_AT)):
         if isinstance(row, dict):
             inner = _message_fields(row)
-            yield where, set(row), inner
+            yield place, set(row), inner
             if not lenient and (inner or set(_TRIPLE) <= set(row)):
                 return
         elif not lenient:
@@ -165,7 +159,8 @@ def _looked_at(path: Path, lenient: bool) -> Iterator[tuple[str, set[str], set[s
                 return
             if isinstance(row, DataError):
                 raise row
-            raise DataError(f"{where}: no JSON object. Write one object per row.")
+            hint = "Write one object per row"
+            raise DataError("not a JSON object", file=str(path), row=place, hint=hint)
 
 
 def _recognised(fields: set[str], message: set[str] | None, forced: str) -> Format | None:
@@ -231,8 +226,9 @@ def read_conversations(paths: Paths) -> Iterator[Conversation]:
         file = describe(path)
         if file.format == "triples":
             raise DataError(
-                f"{path}: holds ready interactions (prompt, completion, user_response), not "
-                "conversations. Read it with sdpo.interactions.read_interactions."
+                "holds ready interactions (prompt, completion, user_response), not conversations",
+                file=str(path),
+                hint="Read it with sdpo.interactions.read_interactions",
             )
         for _, item in read_file(file):
             if isinstance(item, DataError):
@@ -248,24 +244,22 @@ def read_file(file: LogFile) -> Iterator[tuple[int, Item]]:
             for numbers, items in read_row_groups(file, parquet):
                 yield from zip(numbers, items, strict=True)
     else:
-        for number, where, row in json_rows(file.path):
-            yield number, item_of(row, file, number, where)
+        for number, place, row in json_rows(file.path):
+            yield number, item_of(row, file, number, place)
 
 
 # JSON rows
 
 
-def item_of(row: Any, file: LogFile, number: int, where: str) -> Item:
+def item_of(row: Any, file: LogFile, number: int, place: str) -> Item:
     """What a parsed row holds, or the DataError that says what is wrong with it."""
     if isinstance(row, DataError):
         return row
     try:
-        with located(where):
-            if file.format == "triples":
-                return _ready(as_object(row, "row"), file, number)
-            return _conversation(as_object(row, "row"), file, number)
+        make = _ready if file.format == "triples" else _conversation
+        return make(as_object(row, "row"), file, number)
     except DataError as error:
-        return error
+        return error.at(file=str(file.path), row=place)
 
 
 def _ready(row: dict[str, Any], file: LogFile, number: int) -> Ready:
@@ -332,7 +326,9 @@ def _truth(value: object, field: str) -> bool:
     """A mark must not be passed over because of how it is written."""
     if value is None or value in (True, False):  # and so 0 and 1
         return bool(value)
-    raise fault(field, f"found {kind(value)} where true or false is needed", "Write a boolean")
+    raise DataError(
+        f"found {kind(value)} where true or false is needed", field=field, hint="Write a boolean"
+    )
 
 
 def _message(message: object, key: str, i: int, format: Format) -> Message:
@@ -378,7 +374,7 @@ def _text_part(part: object, field: str) -> str:
         return ""
     if part.get("type") != "text":
         problem = f"a content part of type {shown(part.get('type'))}; only text can be trained on"
-        raise fault(field, problem, "Remove the part or the conversation")
+        raise DataError(problem, field=field, hint="Remove the part or the conversation")
     return as_text(part.get("text"), f"{field}.text")
 
 
@@ -411,13 +407,13 @@ def _check_schema(schema: pa.Schema, format: Format) -> None:
         if pa.types.is_null(getattr(column, "value_type", column)):
             return
         problem = f"the column is of type {column}, not a list of {{role, content}}"
-        raise fault(key, problem, "Convert the file to a list of messages")
+        raise DataError(problem, field=key, hint="Convert the file to a list of messages")
     names = {field.name for field in struct}
     role, content = _pair(names)
     for name in (role, content):
         if name not in names:
             problem = f"its messages have {listed(sorted(names))}, but no `{name}`"
-            raise fault(key, problem, "Rename or add the field")
+            raise DataError(problem, field=key, hint="Rename or add the field")
     _check_text(f"{key}.{role}", struct.field(role).type)
     if format != "messages":
         _check_text(f"{key}.{content}", struct.field(content).type)
@@ -456,12 +452,14 @@ def _check_truth(field: str, column: pa.DataType) -> None:
     tests = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_null)
     if not any(test(column) for test in tests):
         problem = f"the column is of type {column}, not boolean"
-        raise fault(field, problem, "Cast it to boolean")
+        raise DataError(problem, field=field, hint="Cast it to boolean")
 
 
 def _check_text(field: str, column: pa.DataType) -> None:
     if not _is_text(column):
-        raise fault(field, f"the column is of type {column}, not text", "Cast it to string")
+        raise DataError(
+            f"the column is of type {column}, not text", field=field, hint="Cast it to string"
+        )
 
 
 def read_row_groups(
@@ -524,11 +522,11 @@ def _items_of(
             singly = ((batch.slice(i, 1), [n]) for i, n in enumerate(numbers))
             return [item for b, n in singly for item in _items_of(b, file, n, key, languages)]
         return [_undecodable(batch, file, numbers[0], error)]
-    return [item_of(r, file, n, _where(file, n)) for n, r in zip(numbers, rows, strict=True)]
+    return [item_of(r, file, n, _place(n)) for n, r in zip(numbers, rows, strict=True)]
 
 
-def _where(file: LogFile, number: int) -> str:
-    return f"{file.path}, row {number} (counted from 0)"
+def _place(number: int) -> str:
+    return f"row {number} (counted from 0)"
 
 
 def _undecodable(batch: pa.RecordBatch, file: LogFile, number: int, error: Exception) -> DataError:
@@ -541,7 +539,8 @@ def _undecodable(batch: pa.RecordBatch, file: LogFile, number: int, error: Excep
 
     name = next(filter(is_bad, batch.schema.names), "row")
     problem = f"not valid UTF-8 ({getattr(error, 'reason', error)})"
-    return DataError(f"{_where(file, number)}, {fault(name, problem, 'Write it again as UTF-8')}")
+    hint = "Write it again as UTF-8"
+    return DataError(problem, field=name, row=_place(number), file=str(file.path), hint=hint)
 
 
 def _is_plain(column: pa.DataType) -> bool:

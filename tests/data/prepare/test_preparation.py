@@ -16,12 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sdpo.conversations import DataError, Message
+from sdpo.conversations import Message
 from sdpo.data.filters.guardrails import OFF, GuardrailConfig
 from sdpo.data.manifest import manifest_path, report_path
 from sdpo.data.prepare import prepare as prepare_module
 from sdpo.data.prepare.prepare import PrepareConfig, Report, prepare
 from sdpo.data.prepare.rules import PRESETS
+from sdpo.errors import DataError, SdpoError
 from sdpo.interactions import Interaction, read_interactions, write_interactions
 
 PAPER = PRESETS["paper-wildchat"]
@@ -447,7 +448,7 @@ def test_bad_data_leaves_nothing_and_skipping_counts_it(tmp_path):
         file.write(json.dumps({"id": "c", "messages": said("c")}) + "\n")
     broken = tmp_path / "d.parquet"
     broken.write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match="line 2, column"):
+    with pytest.raises(DataError, match="line 2: broken JSON at column"):
         run(tmp_path, log)
     assert list((tmp_path / "out").iterdir()) == []
     found, report = run(tmp_path, log, broken, bad_rows="skip")
@@ -469,7 +470,7 @@ def test_an_old_file_stays_where_a_new_one_cannot_be_made(tmp_path):
 
 def test_what_cannot_be_asked_for(tmp_path):
     log = write_log(tmp_path / "c.jsonl", {"id": "a", "messages": said("a")})
-    with pytest.raises(DataError, match=r"ends in .jsonl or .parquet"):
+    with pytest.raises(SdpoError, match=r"ends in .jsonl or .parquet"):
         run(tmp_path, log, name="x.csv")
     run(tmp_path, log)
     with pytest.raises(DataError, match="is one of the inputs"):
@@ -479,9 +480,9 @@ def test_what_cannot_be_asked_for(tmp_path):
     (tmp_path / "out" / "folder.jsonl").mkdir()
     with pytest.raises(DataError, match="is a folder"):
         run(tmp_path, log, name="folder.jsonl")
-    with pytest.raises(DataError, match="languages: none named"):
+    with pytest.raises(SdpoError, match="languages: none named"):
         run(tmp_path, log, languages=())
-    with pytest.raises(DataError, match="format is 'jsonlines': use one of"):
+    with pytest.raises(SdpoError, match="format is 'jsonlines': use one of"):
         run(tmp_path, log, format="jsonlines")
     with pytest.raises(ValueError, match="guardrails.similarity"):
         GuardrailConfig(similarity=0.0)
@@ -587,4 +588,4 @@ def test_a_data_set_of_the_hub_is_read_by_its_name(tmp_path, hub):
     assert [i.id for i in read_interactions(tmp_path / "y.jsonl")] == ["h1_1"]
     missing = sdpo("lab/none", "--out", tmp_path / "z.jsonl", **env)
     assert missing.returncode == 2
-    assert "not to be had as a data set of the Hugging Face hub" in missing.stderr
+    assert "and no data set of the Hugging Face hub" in missing.stderr

@@ -7,9 +7,9 @@ import pytest
 
 from helpers import logs
 from helpers.logs import Row, all_turns, exchange, interaction, rows_of
-from sdpo.conversations import DataError
 from sdpo.data.manifest import manifest_path, report_path
 from sdpo.data.prepare.prepare import prepare
+from sdpo.errors import DataError
 from sdpo.interactions import iter_interactions, read_interactions, write_interactions
 
 EVERY = pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from hypothesis import seed as seeded
 
 from helpers import logs
 from helpers.logs import all_turns, rows_of
-from sdpo.conversations import DataError
 from sdpo.data.prepare.prepare import prepare
+from sdpo.errors import DataError
 
 SECONDS = float(os.environ.get("SDPO_FUZZ_SECONDS", "60"))
 NAMES = [f"r{i}" for i in range(6)]

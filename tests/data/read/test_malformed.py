@@ -16,9 +16,9 @@ import pytest
 from helpers import logs, malformed
 from helpers.logs import all_turns, rows_of
 from helpers.malformed import ERROR, FINE, NOTHING, Case
-from sdpo.conversations import DataError
 from sdpo.data.manifest import manifest_path, report_path
 from sdpo.data.prepare.prepare import prepare
+from sdpo.errors import DataError
 
 MEMORY = 4 * 2**30
 CASES = malformed.cases()

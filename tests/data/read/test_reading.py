@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sdpo.conversations import Conversation, DataError, Message
+from sdpo.conversations import Conversation, Message
 from sdpo.data.read.formats import read_conversations, sniff
+from sdpo.errors import DataError
 from sdpo.io.containers import resolve_paths
 
 HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
@@ -220,7 +221,7 @@ def test_empty_file(tmp_path, name, content):
 def test_broken_json_far_into_the_file(tmp_path):
     good = json.dumps({"messages": HELLO})
     path = write_lines(tmp_path / "m.jsonl", *[good] * 1233, '{"messages": [}', good)
-    assert_says(error_of(path), f"{path}, line 1234, column 15: broken JSON", "one whole JSON")
+    assert_says(error_of(path), f"{path}, line 1234: broken JSON at column 15", "one whole JSON")
 
 
 BAD_LINES = {
@@ -235,14 +236,14 @@ BAD_LINES = {
 def test_lines_that_are_no_rows(tmp_path, bad):
     line, problem = BAD_LINES[bad]
     path = write_lines(tmp_path / "m.jsonl", json.dumps({"messages": HELLO}), line)
-    assert_says(error_of(path), f"{path}, line 2, ", problem)
+    assert_says(error_of(path), f"{path}, line 2: ", problem)
 
 
 def test_invalid_utf8_in_jsonl(tmp_path):
     path = write_messages(tmp_path / "m.jsonl", {"messages": HELLO})
     with path.open("ab") as file:
         file.write(b'{"messages": "\xff"}\n')
-    assert_says(error_of(path), f"{path}, line 2, byte 15: not valid UTF-8")
+    assert_says(error_of(path), f"{path}, line 2: not valid UTF-8 at byte 15")
 
 
 def test_a_first_row_of_no_known_format(tmp_path):

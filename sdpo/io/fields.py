@@ -1,0 +1,67 @@
+"""Fields of a row as the type they must have, or a DataError that names the field."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from ..errors import DataError
+
+
+def as_text(value: object, field: str) -> str:
+    """`value` if it is text that UTF-8 can hold."""
+    if not isinstance(value, str):
+        raise _mistyped(value, field, "text is needed", "Write it as a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        problem = f"half of a surrogate pair at character {error.start}, which is not valid text"
+        raise DataError(problem, field=field, hint="Repair or remove that character") from None
+    return value
+
+
+def as_list(value: object, field: str) -> list[Any]:
+    """`value` if it is a list."""
+    if not isinstance(value, list):
+        raise _mistyped(value, field, "a list is needed", "Write it as a list")
+    return value
+
+
+def as_object(value: object, field: str) -> dict[str, Any]:
+    """`value` if it is a JSON object."""
+    if not isinstance(value, dict):
+        raise _mistyped(value, field, "an object is needed", "Write it as a JSON object")
+    return value
+
+
+def as_id(value: object, default: str, field: str = "id") -> str:
+    """A row's id: text or an integer, or `default` if the row has none."""
+    if value is None:
+        return default
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not as_text(value, field):
+        hint = "Give the row an id, or leave the field out"
+        raise DataError("the id is empty", field=field, hint=hint)
+    return str(value)
+
+
+def _mistyped(value: object, field: str, needed: str, hint: str) -> DataError:
+    return DataError(f"found {kind(value)} where {needed}", field=field, hint=hint)
+
+
+def kind(value: object) -> str:
+    """What JSON calls a value, for messages."""
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "text"}
+    names |= {list: "a list", dict: "an object", type(None): "nothing (null or missing)"}
+    return names.get(type(value), type(value).__name__)
+
+
+def shown(value: object) -> str:
+    """A value for messages: short texts and numbers themselves, of anything else its kind."""
+    if isinstance(value, str) and len(value) > 40:
+        value = value[:40] + "…"
+    return repr(value) if isinstance(value, str | int | float) else kind(value)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in backticks, for messages."""
+    return ", ".join(f"`{name}`" for name in names) or "none"
