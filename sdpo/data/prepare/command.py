@@ -22,7 +22,7 @@ from rich.text import Text
 
 from ...errors import DataError
 from ..filters.guardrails import GuardrailConfig
-from ..manifest import manifest_path, report_path
+from ..manifest import find, manifest_path, report_path
 from ..read.formats import Format
 from .prepare import PrepareConfig, Preset, Report, prepare
 
@@ -87,8 +87,6 @@ def prepare_command(
 
 def _explained(id: str, report: Report, out: str) -> Iterator[str]:
     """What became of a conversation, and of those that it repeats or that repeat it."""
-    from ...analysis.trace import find
-
     hits = find(out, id)
     if not hits:
         examined, rows = (report.counts[n] for n in ("conversations_examined", "rows"))
