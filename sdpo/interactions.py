@@ -21,8 +21,8 @@ import orjson
 
 from .conversations import Message
 from .errors import DataError
-from .io.containers import container_of, empty, json_rows, open_parquet, parquet_batches
 from .io.fields import as_id, as_list, as_object, as_text, kind, shown
+from .io.rows import read_rows
 
 _ROLE_OF = {"human": "user", "gpt": "assistant", "system": "system"}
 _NAME_OF = {role: name for name, role in _ROLE_OF.items()}
@@ -178,7 +178,7 @@ def iter_rows(path: str | Path) -> Iterator[tuple[str, Interaction | DataError]]
     Raises DataError where the file cannot be read on.
     """
     place_of: dict[str, str] = {}
-    for number, place, row in _rows(Path(path)):
+    for number, place, row in read_rows(path):
         found = row if isinstance(row, DataError) else _interaction_or_error(row, number)
         if isinstance(found, Interaction) and found.id in place_of:
             problem = f"{shown(found.id)} is the id of {place_of[found.id]} too"
@@ -188,20 +188,6 @@ def iter_rows(path: str | Path) -> Iterator[tuple[str, Interaction | DataError]]
             yield place, found
         else:
             yield place, found.at(file=str(path), row=place)
-
-
-def _rows(path: Path) -> Iterator[tuple[int, str, Any]]:
-    if container_of(path) != "parquet":
-        yield from json_rows(path)
-        return
-    number = 0
-    with open_parquet(path) as file:
-        for batch in parquet_batches(file, path):
-            for row in batch.to_pylist():
-                yield number, f"row {number} (counted from 0)", row
-                number += 1
-    if not number:
-        raise empty(path)
 
 
 def _interaction_or_error(row: Any, number: int) -> Interaction | DataError:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from ..errors import DataError, SdpoError
 from ..interactions import Interaction
-from ..io.containers import json_rows
 from ..io.fields import as_object, kind
+from ..io.rows import read_rows
 from ..io.files import sha256
 
 CAP = 4.0
@@ -98,7 +98,7 @@ class Judge:
     def __init__(self, config: SelectConfig):
         assert config.scores is not None
         self.path, self._verdicts = config.scores, dict[str, float | str]()
-        for _, place, row in json_rows(Path(config.scores)):
+        for _, place, row in read_rows(config.scores):
             if isinstance(row, DataError):
                 raise row
             try:

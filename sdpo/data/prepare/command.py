@@ -24,7 +24,9 @@ from ...errors import DataError
 from ..filters.guardrails import GuardrailConfig
 from ..manifest import find, manifest_path, report_path
 from ..read.formats import Format
-from .prepare import PrepareConfig, Preset, Report, prepare
+from .config import PrepareConfig, Preset
+from .prepare import prepare
+from .report import Report
 
 
 def prepare_command(

@@ -1,6 +1,6 @@
-"""What only all rows together can tell: duplicates, caps per user, where to stop, unique ids.
+"""Decisions that need all rows: duplicates, caps per user, where to stop, unique ids.
 
-The workers' tables are memory-mapped; of a row, some 300 bytes are held, most of them its sketch.
+The workers' tables are memory-mapped; some 300 bytes per row are held, most of them its sketch.
 """
 
 from dataclasses import dataclass
@@ -25,22 +25,22 @@ class Choice:
     decisions: np.ndarray
     """(R,) index into `DECISIONS`."""
     places: np.ndarray
-    """(R,) in the extraction's order."""
+    """(R,) in the order of `plan.order_of`."""
     kept: np.ndarray
-    """Positions of the kept rows, in the extraction's order."""
+    """Positions of the kept rows, in that order."""
     duplicate_of: np.ndarray
     """(R,) position of the earlier row that it repeats, or -1."""
     counts: np.ndarray
-    """(R,) interactions that each gave."""
+    """(R,) interactions that each row gave."""
     renamed: dict[tuple[int, int], int]
     """(position, which of its interactions) -> n, where its id becomes "id~n"."""
     examined: np.ndarray
-    """(R,) the extraction had not stopped before the row."""
+    """(R,) bool: the rules had not stopped before the row."""
     stopped: bool
     """The rules said that it is enough."""
 
 
-def choose(
+def merge(
     shards: list[Shard],
     order: np.ndarray | None,
     rules: ExtractionRules,
@@ -49,7 +49,7 @@ def choose(
     """Decides on all rows.
 
     Args:
-        order: place of every row of the log in the extraction's order; None: as they come.
+        order: place of every row of the log; None: as they come.
     """
     table = whole_table(shards)
     index = _numbers(table, "index")
@@ -124,7 +124,7 @@ def _similar(table: pa.Table, kept: np.ndarray, similarity: float) -> np.ndarray
 
 
 def _nth(keys: np.ndarray) -> np.ndarray:
-    """How many of the same key there are up to and with each; 0 for key 0, which is none."""
+    """Each key's number among its equals, from 1; 0 for key 0, which stands for none."""
     by_key = np.argsort(keys, kind="stable")
     is_first = np.diff(keys[by_key], prepend=keys[by_key][:1] + np.uint64(1)) != 0
     starts = np.maximum.accumulate(np.where(is_first, np.arange(len(keys)), 0))
@@ -136,7 +136,7 @@ def _nth(keys: np.ndarray) -> np.ndarray:
 def _enough(
     conversations: np.ndarray, interactions: np.ndarray, rules: ExtractionRules
 ) -> int | None:
-    """Index of the row after which so many of both are enough; None: never."""
+    """Index of the row after which the rules stop; None: never."""
     enough = np.zeros(len(conversations), bool)
     if rules.max_conversations is not None:
         enough |= conversations >= rules.max_conversations
@@ -147,7 +147,7 @@ def _enough(
 
 
 def _renamed(table: pa.Table, kept: np.ndarray, counts: np.ndarray) -> dict[tuple[int, int], int]:
-    """Marks repeated ids: public logs do repeat conversation ids."""
+    """Numbers for repeated ids: public logs do repeat conversation ids."""
     column = table["id_keys"].take(pa.array(kept))
     keys = pc.list_flatten(column).to_numpy()
     nth = _nth(keys)

@@ -1,20 +1,17 @@
-"""What a worker makes of one unit: the rendered rows, and a table of what became of each row.
+"""What a worker makes of a unit: the rendered interactions, and a table of what became of each row.
 
-Both are files of the work folder, `0-00012.jsonl` and `0-00012.arrow` (0: the first place that was
-looked for). The table is renamed into place last: where it stands, the unit is done.
+Both are files of the work folder, `0-00012.jsonl` and `0-00012.arrow` (0: the first of the places
+that were processed). The table is renamed into place last: where it stands, the unit is done.
 """
 
 import gc
-import multiprocessing
 import os
-import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import orjson
@@ -22,12 +19,13 @@ import pyarrow as pa
 
 from ...conversations import Conversation, Message
 from ...errors import DataError
-from ...interactions import Interaction, to_row
+from ...interactions import Interaction, conversation_of, to_row
+from ...io.rows import Batch, read_chunk
 from ..filters import duplicates, pii
 from ..filters.guardrails import GuardrailConfig
 from ..filters.injections import injection
-from ..read.formats import Ready
-from .plan import Rows, Unit, read_unit
+from ..read.formats import Item, Ready, items_of
+from .plan import Unit
 from .rules import Drop, Extraction, ExtractionRules, Turn, examine
 
 KEPT = "kept"
@@ -66,7 +64,7 @@ _NAME_OF = {"user": b"human", "assistant": b"gpt", "system": b"system"}
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What all units of a run have in common."""
+    """What all units of a preparation have in common."""
 
     folder: Path
     rules: ExtractionRules
@@ -74,9 +72,13 @@ class Job:
     opted_out: frozenset[str]
     lenient: bool
     order: Path | None
-    """.npy of every row's place in the extraction's order; None: as they come."""
+    """.npy of every row's place in the order; None: as they come."""
     places: tuple[int, int]
     """Only rows of these places are read, [from, to)."""
+
+    def load_order(self) -> np.ndarray | None:
+        """Every row's place, memory-mapped."""
+        return None if self.order is None else np.load(self.order, mmap_mode="r")
 
     def table_of(self, unit: int) -> Path:
         """Where the unit's table stands once it is done."""
@@ -97,20 +99,20 @@ class Shard:
 
     @classmethod
     def of(cls, job: Job, unit: Unit) -> "Shard":
-        """What `process` has made."""
+        """Opens what `process` has made."""
         mapped = pa.memory_map(str(job.table_of(unit.index)))
         table = pa.ipc.open_file(mapped).read_all()
         return cls(unit=unit.index, table=table, lines=job.lines_of(unit.index))
 
 
 def whole_table(shards: list[Shard]) -> pa.Table:
-    """All shards' tables, one after the other."""
+    """All shards' tables, end to end."""
     return pa.concat_tables([SCHEMA.empty_table(), *(shard.table for shard in shards)])
 
 
 @dataclass(slots=True)
 class _Row:
-    """One row on its way: what is known of it, and what it will be in the table."""
+    """One row on its way: what is known of it, and its row of the table."""
 
     table: dict[str, Any]
     id: str = ""
@@ -120,12 +122,15 @@ class _Row:
 
 
 def process(unit: Unit, job: Job) -> int:
-    """Does a unit unless it is done; returns its rows. Raises DataError for an unreadable row
-    unless the job is lenient."""
+    """Processes a unit unless that is done; returns the number of its rows.
+
+    Raises DataError for an unreadable row, unless the job is lenient.
+    """
     table = job.table_of(unit.index)
     if table.exists():
-        return unit.piece.rows
-    places = _places(unit, job)
+        return unit.chunk.rows
+    order, end = job.load_order(), unit.offset + unit.chunk.rows
+    places = np.arange(unit.offset, end) if order is None else np.array(order[unit.offset : end])
     wanted = (places >= job.places[0]) & (places < job.places[1])
     redactor = _redactor(job.guardrails.pii)
     lines = job.lines_of(unit.index)
@@ -136,36 +141,30 @@ def process(unit: Unit, job: Job) -> int:
         pa.OSFile(str(partials[table]), "wb") as sink,
         pa.ipc.new_file(sink, SCHEMA) as writer,
     ):
-        for rows in read_unit(unit, wanted, job.lenient, job.rules.languages):
-            stems = places[rows.indices - unit.offset]
-            done = _process_rows(rows, stems.tolist(), job, redactor, out)
+        for batch in read_chunk(
+            unit.log.file,
+            unit.chunk,
+            wanted=wanted,
+            columns=unit.log.columns,
+            lenient=job.lenient,
+        ):
+            done = _process_batch(batch, unit, places[batch.indices].tolist(), job, redactor, out)
             columns = {name: [row.table.get(name) for row in done] for name in SCHEMA.names}
             writer.write_batch(pa.record_batch(columns, SCHEMA))
     for path, partial in partials.items():
         os.replace(partial, path)
-    return unit.piece.rows
+    return unit.chunk.rows
 
 
 def _partial(path: Path) -> Path:
-    """Of this process: one that outlives its parent for a moment must not write into another's."""
+    """This process's own: one that outlives its parent must not write into another's file."""
     return path.with_name(f"{path.name}.{os.getpid()}.partial")
-
-
-def end_with_parent() -> None:
-    """Has this worker end when its parent does, however that ends."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """A unit makes millions of objects and no cycles; looking for some is a fifth of the time."""
+    """Without garbage collection: a unit makes millions of objects and no cycles, and looking for
+    cycles takes a fifth of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -175,26 +174,23 @@ def _no_collections() -> Iterator[None]:
             gc.enable()
 
 
-def _places(unit: Unit, job: Job) -> np.ndarray:
-    rows = slice(unit.offset, unit.offset + unit.piece.rows)
-    if job.order is None:
-        return np.arange(rows.start, rows.stop)
-    return np.array(np.load(job.order, mmap_mode="r")[rows])
-
-
 def _redactor(kind: str | None) -> pii.Redactor | None:
     if kind == "off":
         return None
     return pii.Redactor(pii.presidio_finder() if kind == "presidio" else pii.find_pii)
 
 
-def _process_rows(
-    batch: Rows, places: list[int], job: Job, redactor: pii.Redactor | None, out
+def _process_batch(
+    batch: Batch,
+    unit: Unit,
+    places: list[int],
+    job: Job,
+    redactor: pii.Redactor | None,
+    out: BinaryIO,
 ) -> list[_Row]:
-    rows = []
-    for number, index, place, item in zip(
-        batch.numbers, batch.indices.tolist(), places, batch.items, strict=True
-    ):
+    rows, indices = [], (batch.indices + unit.offset).tolist()
+    items = items_of(batch, unit.log, job.rules.languages)
+    for number, index, place, item in zip(batch.numbers, indices, places, items, strict=True):
         row = _examined(item, place, job)
         row.table |= {"index": index, "number": number}
         rows.append(row)
@@ -207,7 +203,7 @@ def _process_rows(
     return rows
 
 
-def _examined(item: Any, place: int, job: Job) -> _Row:
+def _examined(item: Item, place: int, job: Job) -> _Row:
     if isinstance(item, DataError):
         if not job.lenient:
             raise item
@@ -247,19 +243,18 @@ def _has_opted_out(item: Conversation | Ready, id: str, job: Job) -> bool:
 
 
 def _ready(item: Ready, job: Job) -> _Row:
-    """A ready triple: its rules are its author's; the guardrails are ours."""
-    triple = item.interaction
-    row = _Row({"conversation_id": triple.id, "ready": True, **_user(item)}, id=triple.id)
-    # as `prepare` made them, "c1_3" is of the conversation "c1"
-    if _has_opted_out(item, triple.id, job) or triple.id.rpartition("_")[0] in job.opted_out:
+    """A ready interaction: the guardrails apply to it, the rules do not."""
+    ready = item.interaction
+    row = _Row({"conversation_id": ready.id, "ready": True, **_user(item)}, id=ready.id)
+    if _has_opted_out(item, ready.id, job) or conversation_of(ready) in job.opted_out:
         row.table |= {"decision": Drop.OPTED_OUT, "user": None}
         return row
-    followup = Message("user", triple.followup)
-    messages = [*triple.prompt, Message("assistant", triple.response), followup]
-    n = len(triple.prompt)
+    followup = Message("user", ready.followup)
+    messages = [*ready.prompt, Message("assistant", ready.response), followup]
+    n = len(ready.prompt)
     row.found = Extraction(None, messages, [Turn(tuple(range(n)), n)], 0, 0)
     row.texts = [message.content for message in messages]
-    row.ready = triple
+    row.ready = ready
     row.table |= {"decision": KEPT, **_sizes(messages)}
     return row
 
@@ -269,7 +264,7 @@ def _sizes(messages: Sequence[Message]) -> dict[str, int]:
 
 
 def _stem(conversation: Conversation, place: int, rules: ExtractionRules) -> str:
-    """What the conversation's rows are called after."""
+    """What the ids of the conversation's interactions begin with."""
     if rules.ids == "own" or (rules.ids == "conversation_id" and conversation.named):
         return conversation.id
     return str(place)
@@ -291,8 +286,8 @@ def key(text: str) -> int:
 
 
 def _sketch(rows: list[_Row], guardrails: GuardrailConfig) -> None:
-    """Fingerprints, and sketches of conversations; ready triples of one conversation share most
-    of their history, and would be taken for near-duplicates."""
+    """Adds fingerprints, and sketches of conversations: ready interactions of one conversation
+    share most of their history, and would be taken for near-duplicates."""
     if guardrails.duplicates == "off" or not rows:
         return
     texts = ["\n\0\n".join(row.texts) for row in rows]  # where one message ends counts, too
@@ -316,11 +311,11 @@ def _redact(rows: list[_Row], redactor: pii.Redactor, all_suspect: bool) -> None
             row.table["pii"] = sorted(counts.items())
 
 
-def _render(row: _Row, job: Job, out) -> None:
+def _render(row: _Row, job: Job, out: BinaryIO) -> None:
     """Writes the row's interactions, except those whose follow-up is an injection."""
     assert row.found is not None
     ids, ends, caught, opted_out = [], [], 0, 0
-    said = _Said(row)
+    rendered = _Rendered(row)
     for turn in row.found.turns:
         id = row.id if row.ready else f"{row.id}_{turn.answer}"
         if id in job.opted_out:
@@ -329,7 +324,7 @@ def _render(row: _Row, job: Job, out) -> None:
         if job.guardrails.injections and injection(row.texts[turn.answer + 1]):
             caught += 1
             continue
-        out.write(said.ready() if row.ready else said.line(id, turn))
+        out.write(rendered.ready() if row.ready else rendered.line(id, turn))
         ids.append(id)
         ends.append(out.tell())
     row.table |= {
@@ -341,23 +336,23 @@ def _render(row: _Row, job: Job, out) -> None:
     }
 
 
-class _Said:
+class _Rendered:
     """The messages of a row as JSON, each rendered once for all interactions that hold it."""
 
     def __init__(self, row: _Row):
         self.row = row
-        self.rendered: dict[int, bytes] = {}
+        self.turns: dict[int, bytes] = {}
 
     def _turn(self, i: int) -> bytes:
-        if i not in self.rendered:
+        if i not in self.turns:
             assert self.row.found is not None
             name = _NAME_OF[self.row.found.messages[i].role]
             value = orjson.dumps(self.row.texts[i])
-            self.rendered[i] = b'{"from":"' + name + b'","value":' + value + b"}"
-        return self.rendered[i]
+            self.turns[i] = b'{"from":"' + name + b'","value":' + value + b"}"
+        return self.turns[i]
 
     def line(self, id: str, turn: Turn) -> bytes:
-        """As `orjson.dumps(to_row(...))` would have it."""
+        """The line that `orjson.dumps(to_row(...))` would give."""
         return b'{"id":%b,"turn_id":%d,"prompt":[%b],"completion":%b,"user_response":%b}\n' % (
             orjson.dumps(id),
             turn.answer,
@@ -367,25 +362,20 @@ class _Said:
         )
 
     def ready(self) -> bytes:
-        """The ready triple; tokens as sampled would tell what was replaced in its text."""
+        """The line of a ready interaction.
+
+        If its response was redacted, the sampled tokens go: they would tell what was replaced.
+        """
         item, texts = self.row.ready, self.row.texts
         assert item is not None
-        *prompt, completion, followup = texts
-        if completion != item.response:
+        *prompt, response, followup = texts
+        if response != item.response:
             item = replace(item, response_token_ids=None, response_logprobs=None)
         roles = (message.role for message in item.prompt)
         item = replace(
             item,
             prompt=tuple(Message(r, t) for r, t in zip(roles, prompt, strict=True)),
-            response=completion,
+            response=response,
             followup=followup,
         )
         return orjson.dumps(to_row(item), option=orjson.OPT_APPEND_NEWLINE)
-
-
-def total(counts: Iterable[Sequence[tuple[str, int]] | None]) -> dict[str, int]:
-    """Sums of the table's `pii` column."""
-    sums: Counter[str] = Counter()
-    for row in counts:
-        sums.update(dict(row or ()))
-    return dict(sorted(sums.items()))

@@ -1,11 +1,12 @@
-"""The three files of a preparation, each written beside and then renamed: the interactions, the
-manifest that ties every one of them to its source row, and the report."""
+"""The three files of a preparation: the interactions, the manifest that ties every one of them to
+its source row, and the report. Each is written beside its place and then renamed."""
 
 import hashlib
 import io
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,9 +19,12 @@ import pyarrow.parquet as pq
 
 from ...errors import SdpoError
 from ..arrow import pc
+from ..manifest import manifest_path, report_path
+from .config import PrepareConfig
 from .merge import DECISIONS, Choice
 from .plan import FilePlan
-from .process import Shard, whole_table
+from .process import Job, Shard, whole_table
+from .report import Report, make_report
 
 _TURN = pa.struct({"from": pa.string(), "value": pa.string()})
 INTERACTIONS = pa.schema(
@@ -54,8 +58,33 @@ MANIFEST = pa.schema(
 _COPIED = 1 << 25
 
 
+def write(
+    config: PrepareConfig, job: Job, plans: list[FilePlan], shards: list[Shard], choice: Choice
+) -> Report:
+    """Writes the three files, whole or not at all, and returns the report."""
+    out = Path(config.out)
+    manifest, summary = manifest_path(out), report_path(out)
+    partials = {path: path.with_name(f".{path.name}.partial") for path in (manifest, summary, out)}
+    try:
+        digest = _write_rows(partials[out], shards, choice)
+        _write_manifest(partials[manifest], shards, plans, choice)
+        report = make_report(config, job, plans, shards, choice, digest)
+        text = json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n"
+        partials[summary].write_text(text, encoding="utf-8")
+        for path, written in partials.items():
+            os.replace(written, path)
+    except BaseException:
+        for written in partials.values():
+            written.unlink(missing_ok=True)
+        raise
+    return report
+
+
+# The interactions
+
+
 class _Summed(io.RawIOBase):
-    """A file that is only appended to, and its sha256."""
+    """A file that is only appended to, with its sha256."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.sum = file, hashlib.sha256()
@@ -81,7 +110,7 @@ class _ParquetSink:
             self._flush()
 
     def _flush(self) -> None:
-        """Of the lines that are whole by now."""
+        """Writes the lines that are whole by now."""
         end = self._held.rfind(b"\n") + 1
         if end:
             options = pa_json.ReadOptions(block_size=end + 1)
@@ -96,8 +125,8 @@ class _ParquetSink:
         self._writer.close()
 
 
-def write_rows(partial: Path, shards: list[Shard], choice: Choice) -> str:
-    """Writes the chosen interactions to `x.jsonl.partial` or `x.parquet.partial`; their sha256."""
+def _write_rows(partial: Path, shards: list[Shard], choice: Choice) -> str:
+    """Writes the interactions to `x.jsonl.partial` or `x.parquet.partial`; returns the sha256."""
     with partial.open("wb") as file:
         sink = _Summed(file)
         if partial.name.endswith(".parquet.partial"):
@@ -170,7 +199,10 @@ def _with_new_ids(lines: bytes, row: int, choice: Choice) -> bytes:
     return b"".join(out)
 
 
-def write_manifest(
+# The manifest
+
+
+def _write_manifest(
     partial: Path, shards: list[Shard], plans: list[FilePlan], choice: Choice
 ) -> None:
     """Writes the decision on every examined row, in the order of the log."""
@@ -233,15 +265,10 @@ class _Sources:
         self._number = table["number"].to_numpy()
 
     def of(self, row: int) -> str:
-        """ "path:row" """
+        """The place of a row, "path:number"."""
         return f"{self.names[self.file[row]]}:{self._number[row]}"
 
 
 def _ids(row: int, ids: list[str], choice: Choice) -> list[str]:
     renamed = ((id, choice.renamed.get((row, i))) for i, id in enumerate(ids))
     return [f"{id}~{n}" if n else id for id, n in renamed]
-
-
-def write_json(partial: Path, value: dict) -> None:
-    """Writes a report, readable and the same every time."""
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
-"""Rows of any supported format as `Conversation`s, or as `Ready` interactions.
+"""What the rows of a log mean: each is a `Conversation`, or a `Ready` interaction.
 
-A format is told by what a file's rows hold, and may sit in any container (`files.Container`):
+`describe` recognises a file's format from what its rows hold, whatever container
+(`sdpo.io.rows`) they are in; `items_of` reads rows of that format.
 
 | format | a row |
 |---|---|
@@ -13,11 +14,12 @@ A format is told by what a file's rows hold, and may sit in any container (`file
 
 Where a row has them, `language`, `model`, a user (`hashed_ip`, `user_id`, `user`), `toxic`,
 `redacted` (also of single messages) and `openai_moderation[].flagged` are read, too. Tools' and
-system messages stay in the conversation under their role; extraction has a rule for them.
+system messages stay in the conversation under their role; `prepare` has a rule for them.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,16 +32,18 @@ import pyarrow.parquet as pq
 from ...conversations import Conversation, Message
 from ...errors import DataError
 from ...interactions import Interaction, from_row
-from ...io.containers import (
-    Paths,
-    container_of,
-    empty,
-    json_rows,
-    open_parquet,
-    parquet_batches,
-    resolve_paths,
-)
 from ...io.fields import as_id, as_list, as_object, as_text, kind, listed, shown
+from ...io.paths import Paths, resolve_paths
+from ...io.rows import (
+    Batch,
+    RowFile,
+    open_parquet,
+    plain_rows,
+    read_chunk,
+    read_rows,
+    recognise,
+    split,
+)
 from ..arrow import pc
 
 Format = Literal["wildchat", "lmsys", "wildfeedback", "sharegpt", "messages", "triples"]
@@ -48,7 +52,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A ready triple, and what its row says of where it is from (as in `Conversation`)."""
+    """A ready interaction, and what its row says of where it is from (as in `Conversation`)."""
 
     interaction: Interaction
     source: str
@@ -57,10 +61,8 @@ class Ready:
 
 
 Item = Conversation | Ready | DataError
-ROWS_AT_ONCE = 1024
-"""Rows that are in memory at a time."""
 
-_TRIPLE = ("prompt", "completion", "user_response")
+_INTERACTION = ("prompt", "completion", "user_response")
 _LISTS: dict[str, tuple[str, ...]] = {
     "wildchat": ("conversation",),
     "lmsys": ("conversation",),
@@ -73,70 +75,82 @@ _HASH = "conversation_hash"
 _USERS = ("hashed_ip", "user_id", "user")
 _TEXTS = (*_NAMES, _HASH, *_USERS, "language", "model")
 _OF_WILDCHAT = {_HASH, "toxic", "hashed_ip", "detoxify_moderation"}
-# What an assistant message may hold instead of content in OpenAI's format.
+# in OpenAI's format, what an assistant's message may hold instead of content
 _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "refusal", "audio")
 _LOOKED_AT = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogFile:
-    """One file of rows: how it is packed, what it holds, and which of the columns that guardrails
-    read ("language", "user", "flagged", "redacted") it has."""
+    """A file and what its rows mean."""
 
-    path: Path
-    container: str
+    file: RowFile
     format: Format
     knows: frozenset[str]
+    """Columns of the guardrails that it has, of "language", "user", "flagged" and "redacted"."""
+    columns: list[str] | None = None
+    """Paths of the leaf columns to read of a parquet file; None: all."""
 
 
 def sniff(path: str | Path) -> Format:
     """The format of a file; see `describe`."""
-    return describe(Path(path)).format
+    return describe(path).format
 
 
-def describe(path: Path, forced: Format | Literal["auto"] = "auto", *, lenient=False) -> LogFile:
+def describe(
+    path: str | Path, forced: Format | Literal["auto"] = "auto", *, lenient: bool = False
+) -> LogFile:
     """Recognises a file by its parquet schema, or by its first JSON rows.
 
     Args:
         forced: the format that it must have.
-        lenient: pass over rows that are no JSON objects, up to a hundred.
+        lenient: look at a hundred rows, and pass over those that are not JSON objects.
 
     Raises:
-        DataError: the file is empty, broken, of none of the known formats or not of ``forced``.
+        DataError: the file is empty, broken, of none of the known formats or not of `forced`.
     """
-    container, schema = container_of(path), None
-    if container == "parquet":
-        with open_parquet(path) as file:
-            schema = file.schema_arrow
-        place, fields, inner = "", set(schema.names), _message_fields_of(schema)
-    else:
-        place, fields, inner = _first_row(path, forced, lenient)
-    found = _recognised(fields, inner, forced)
-    if found is None:
-        needed = f"the format {forced!r} that was asked for" if forced != "auto" else "known format"
-        raise DataError(
-            f"not of {needed}; its fields are {listed(sorted(fields))}",
-            file=str(path),
-            row=place,
-            hint="Rows need one of `conversation`, `conversations`, `messages`, or all of "
-            f"{listed(_TRIPLE)}; name the right format, rename fields, or leave the file out",
-        )
-    if schema is not None and found != "triples":
+    file = recognise(path)
+    if file.container != "parquet":
+        place, fields, inner = _first_row(file.path, forced, lenient)
+        format = _format(fields, inner, forced, file, place)
+        return LogFile(file=file, format=format, knows=_known(fields))
+    with open_parquet(file.path) as parquet:
+        schema, leaves = parquet.schema_arrow, parquet.schema
+    fields = set(schema.names)
+    format = _format(fields, _message_fields_of(schema), forced, file)
+    columns = None
+    if format != "triples":
         try:
-            _check_schema(schema, found)
+            _check_schema(schema, format)
         except DataError as error:
             raise error.at(file=str(path), row="every row") from None
-    return LogFile(path=path, container=container, format=found, knows=_known(fields))
+        columns = _needed_leaves(leaves, _key(schema, format))
+    return LogFile(file=file, format=format, knows=_known(fields), columns=columns)
+
+
+def _format(
+    fields: set[str], message: set[str] | None, forced: str, file: RowFile, place: str = ""
+) -> Format:
+    if (found := _recognised(fields, message, forced)) is not None:
+        return found
+    needed = f"the format {forced!r} that was asked for" if forced != "auto" else "a known format"
+    hint = (
+        "Rows need one of `conversation`, `conversations`, `messages`, or all of "
+        f"{listed(_INTERACTION)}; name the right format, rename fields, or leave the file out"
+    )
+    problem = f"not of {needed}; its fields are {listed(sorted(fields))}"
+    raise DataError(problem, file=str(file.path), row=place, hint=hint)
 
 
 def _first_row(path: Path, forced: str, lenient: bool) -> tuple[str, set[str], set[str] | None]:
-    """Place and fields of the first row, and the fields of the first message of the first rows.
+    """Place and fields of a file's first row, and fields of its first message.
 
-    Of a file that may have bad rows, the first row of the format that most of the first rows have.
+    Where bad rows are passed over, "first" is the first row of the most frequent format.
     """
     rows = list(_looked_at(path, lenient))
     if not rows:
-        raise empty(path)
+        problem = f"none of the first {_LOOKED_AT} rows is a JSON object"
+        raise DataError(problem, file=str(path), hint="Write one object per row")
     if not lenient:
         place, fields, _ = rows[0]
         return place, fields, next((inner for _, _, inner in rows if inner), None)
@@ -146,13 +160,15 @@ def _first_row(path: Path, forced: str, lenient: bool) -> tuple[str, set[str], s
 
 
 def _looked_at(path: Path, lenient: bool) -> Iterator[tuple[str, set[str], set[str] | None]]:
-    """Place, fields and fields of the first message: of the first rows, until a message is seen,
-    or if `lenient` of a hundred."""
-    for n, (_, place, row) in enumerate(islice(json_rows(path), _LOOKED_AT)):
+    """Place, fields and fields of the first message of each row, until a message is seen.
+
+    If `lenient`, of a hundred rows.
+    """
+    for n, (_, place, row) in enumerate(islice(read_rows(path), _LOOKED_AT)):
         if isinstance(row, dict):
             inner = _message_fields(row)
             yield place, set(row), inner
-            if not lenient and (inner or set(_TRIPLE) <= set(row)):
+            if not lenient and (inner or set(_INTERACTION) <= set(row)):
                 return
         elif not lenient:
             if n:
@@ -186,7 +202,7 @@ def _message_fields_of(schema: pa.Schema) -> set[str] | None:
 
 
 def _recognise(fields: set[str], message: set[str] | None) -> Format | None:
-    if set(_TRIPLE) <= fields:
+    if set(_INTERACTION) <= fields:
         return "triples"
     if "messages" in fields:
         return "messages"
@@ -204,7 +220,7 @@ def _recognise(fields: set[str], message: set[str] | None) -> Format | None:
 
 def _has_shape(fields: set[str], format: str) -> bool:
     if format == "triples":
-        return set(_TRIPLE) <= fields
+        return set(_INTERACTION) <= fields
     return any(key in fields for key in _LISTS[format])
 
 
@@ -223,63 +239,70 @@ def read_conversations(paths: Paths) -> Iterator[Conversation]:
     Raises DataError for the first thing that cannot be read, ready triples included.
     """
     for path in resolve_paths(paths):
-        file = describe(path)
-        if file.format == "triples":
+        log = describe(path)
+        if log.format == "triples":
             raise DataError(
                 "holds ready interactions (prompt, completion, user_response), not conversations",
                 file=str(path),
                 hint="Read it with sdpo.interactions.read_interactions",
             )
-        for _, item in read_file(file):
-            if isinstance(item, DataError):
-                raise item
-            if isinstance(item, Conversation):
-                yield item
+        for chunk in split(log.file):
+            for batch in read_chunk(log.file, chunk, columns=log.columns):
+                for item in items_of(batch, log):
+                    if isinstance(item, DataError):
+                        raise item
+                    assert isinstance(item, Conversation)
+                    yield item
 
 
-def read_file(file: LogFile) -> Iterator[tuple[int, Item]]:
-    """Streams (row number, what the row holds or what is wrong with it) of one whole file."""
-    if file.container == "parquet":
-        with open_parquet(file.path) as parquet:
-            for numbers, items in read_row_groups(file, parquet):
-                yield from zip(numbers, items, strict=True)
-    else:
-        for number, place, row in json_rows(file.path):
-            yield number, item_of(row, file, number, place)
+def items_of(
+    batch: Batch, log: LogFile, languages: tuple[str, ...] | None = None
+) -> Iterable[Item]:
+    """What each row of a batch holds, or what is wrong with it.
+
+    Args:
+        languages: conversations in other languages may come without their messages.
+    """
+    if not isinstance(batch.rows, list) and log.columns is not None:
+        key = _key(batch.rows.schema, log.format)
+        if _is_plain(batch.rows.schema.field(key).type):
+            with suppress(UnicodeDecodeError):
+                return list(_conversations(batch.rows, log, batch.numbers, key, languages))
+    rows = plain_rows(batch, log.file)
+    return [_item(row, log, number) for row, number in zip(rows, batch.numbers, strict=True)]
 
 
-# JSON rows
+# Rows as JSON has them
 
 
-def item_of(row: Any, file: LogFile, number: int, place: str) -> Item:
-    """What a parsed row holds, or the DataError that says what is wrong with it."""
+def _item(row: Any, log: LogFile, number: int) -> Item:
     if isinstance(row, DataError):
         return row
     try:
-        make = _ready if file.format == "triples" else _conversation
-        return make(as_object(row, "row"), file, number)
+        make = _ready if log.format == "triples" else _conversation
+        return make(as_object(row, "row"), log, number)
     except DataError as error:
-        return error.at(file=str(file.path), row=place)
+        return error.at(file=str(log.file.path), row=log.file.place(number))
 
 
-def _ready(row: dict[str, Any], file: LogFile, number: int) -> Ready:
-    interaction = from_row(row, default_id=f"{file.path.stem}-{number}")
-    return Ready(interaction, f"{file.path}:{number}", _names(row), _name(row, _USERS))
+def _ready(row: dict[str, Any], log: LogFile, number: int) -> Ready:
+    interaction = from_row(row, default_id=f"{log.file.path.stem}-{number}")
+    return Ready(interaction, f"{log.file.path}:{number}", _names(row), _name(row, _USERS))
 
 
-def _conversation(row: dict[str, Any], file: LogFile, number: int) -> Conversation:
-    keys = [key for key in _LISTS[file.format] if key in row]
-    key = next((key for key in keys if row[key] is not None), (keys or _LISTS[file.format])[0])
-    is_empty = bool(keys) and row[key] is None and file.format != "messages"
+def _conversation(row: dict[str, Any], log: LogFile, number: int) -> Conversation:
+    keys = [key for key in _LISTS[log.format] if key in row]
+    key = next((key for key in keys if row[key] is not None), (keys or _LISTS[log.format])[0])
+    is_empty = bool(keys) and row[key] is None and log.format != "messages"
     raw = [] if is_empty else as_list(row.get(key), key)
-    id, named = _id(row, f"{file.path.stem}-{number}")
+    id, named = _id(row, f"{log.file.path.stem}-{number}")
     language = row.get("language")
     return Conversation(
         id=id,
-        messages=tuple(_message(m, key, i, file.format) for i, m in enumerate(raw)),
-        source=f"{file.path}:{number}",
+        messages=tuple(_message(m, key, i, log.format) for i, m in enumerate(raw)),
+        source=f"{log.file.path}:{number}",
         language=None if language is None else as_text(language, "language"),
-        has_language="language" in row or "language" in file.knows,
+        has_language="language" in row or "language" in log.knows,
         named=named,
         user=_name(row, _USERS),
         names=_names(row),
@@ -394,13 +417,13 @@ def _pair(names: set[str]) -> tuple[str, str]:
     return ("from", "value") if "from" in names and "role" not in names else ("role", "content")
 
 
-def _key(schema: pa.Schema, format: Format) -> str | None:
-    return next((key for key in _LISTS[format] if key in schema.names), None)
+def _key(schema: pa.Schema, format: Format) -> str:
+    """The column of messages, by which the format was recognised."""
+    return next(key for key in _LISTS[format] if key in schema.names)
 
 
 def _check_schema(schema: pa.Schema, format: Format) -> None:
     key = _key(schema, format)
-    assert key is not None, "recognised by it"
     column = schema.field(key).type
     struct = _struct(column)
     if struct is None:
@@ -462,34 +485,6 @@ def _check_text(field: str, column: pa.DataType) -> None:
         )
 
 
-def read_row_groups(
-    file: LogFile,
-    parquet: pq.ParquetFile,
-    *,
-    row_groups: list[int] | None = None,
-    first: int = 0,
-    wanted: np.ndarray | None = None,
-    languages: tuple[str, ...] | None = None,
-) -> Iterator[tuple[list[int], list[Item]]]:
-    """Streams (row numbers, items) of row groups of a parquet file, `ROWS_AT_ONCE` at a time.
-
-    Args:
-        first: the number of their first row.
-        wanted: which rows to read at all.
-        languages: of which messages are needed; conversations in others come without theirs.
-    """
-    key = None if file.format == "triples" else _key(parquet.schema_arrow, file.format)
-    columns = None if key is None else _needed_leaves(parquet.schema, key)
-    options = {"row_groups": row_groups, "columns": columns, "first": first, "size": ROWS_AT_ONCE}
-    for batch in parquet_batches(parquet, file.path, **options):
-        numbers = np.arange(first, first + batch.num_rows)
-        first += batch.num_rows
-        if wanted is not None:
-            keep, wanted = wanted[: batch.num_rows], wanted[batch.num_rows :]
-            batch, numbers = batch.filter(pa.array(keep)), numbers[keep]
-        yield numbers.tolist(), _items_of(batch, file, numbers.tolist(), key, languages)
-
-
 def _needed_leaves(schema: pq.ParquetSchema, key: str) -> list[str]:
     """Paths of the needed leaf columns; what lies between list and field depends on the writer."""
     inside = {"role", "content", "from", "value", "toxic", "redacted"}
@@ -498,49 +493,12 @@ def _needed_leaves(schema: pq.ParquetSchema, key: str) -> list[str]:
         top, *within = path.split(".")
         field = within[-1] if within else ""
         if top == key:
-            # messages of OpenAI's may hold parts and calls; of others two texts and marks do
+            # OpenAI's messages may hold parts and calls; of others, two texts and the marks do
             return key == "messages" or not within or (field in inside and len(within) <= 3)
         is_verdict = top == "openai_moderation" and field == "flagged"
         return is_verdict or path in (*_TEXTS, "toxic", "redacted")
 
     return list(filter(is_needed, (schema.column(i).path for i in range(len(schema)))))
-
-
-def _items_of(
-    batch: pa.RecordBatch,
-    file: LogFile,
-    numbers: list[int],
-    key: str | None,
-    languages: tuple[str, ...] | None,
-) -> list[Item]:
-    try:
-        if key is not None and _is_plain(batch.schema.field(key).type):
-            return list(_conversations(batch, file, numbers, key, languages))
-        rows = batch.to_pylist()
-    except UnicodeDecodeError as error:
-        if batch.num_rows > 1:
-            singly = ((batch.slice(i, 1), [n]) for i, n in enumerate(numbers))
-            return [item for b, n in singly for item in _items_of(b, file, n, key, languages)]
-        return [_undecodable(batch, file, numbers[0], error)]
-    return [item_of(r, file, n, _place(n)) for n, r in zip(numbers, rows, strict=True)]
-
-
-def _place(number: int) -> str:
-    return f"row {number} (counted from 0)"
-
-
-def _undecodable(batch: pa.RecordBatch, file: LogFile, number: int, error: Exception) -> DataError:
-    def is_bad(name: str) -> bool:
-        try:
-            batch.column(name).to_pylist()
-        except UnicodeDecodeError:
-            return True
-        return False
-
-    name = next(filter(is_bad, batch.schema.names), "row")
-    problem = f"not valid UTF-8 ({getattr(error, 'reason', error)})"
-    hint = "Write it again as UTF-8"
-    return DataError(problem, field=name, row=_place(number), file=str(file.path), hint=hint)
 
 
 def _is_plain(column: pa.DataType) -> bool:
@@ -554,7 +512,7 @@ def _is_plain(column: pa.DataType) -> bool:
 
 def _conversations(
     batch: pa.RecordBatch,
-    file: LogFile,
+    log: LogFile,
     numbers: list[int],
     key: str,
     languages: tuple[str, ...] | None,
@@ -574,11 +532,11 @@ def _conversations(
     pairs = zip(_texts(flat, role), _texts(flat, content), strict=True)
     for i, (number, length) in enumerate(zip(numbers, lengths.tolist(), strict=True)):
         row = {name: values[i] for name, values in texts.items()}
-        id, named = _id(row, f"{file.path.stem}-{number}")
+        id, named = _id(row, f"{log.file.path.stem}-{number}")
         yield Conversation(
             id=id,
             messages=tuple([Message(r, c) for r, c in islice(pairs, length)]),
-            source=f"{file.path}:{number}",
+            source=f"{log.file.path}:{number}",
             language=row.get("language"),
             has_language=has_language,
             named=named,

@@ -12,7 +12,7 @@ import pytest
 from sdpo.conversations import Conversation, Message
 from sdpo.data.read.formats import read_conversations, sniff
 from sdpo.errors import DataError
-from sdpo.io.containers import resolve_paths
+from sdpo.io.paths import resolve_paths
 
 HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 
