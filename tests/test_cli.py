@@ -1,15 +1,21 @@
 """Bad input, answered: the place and what to do, exit status 2, no traceback, no debris."""
 
 import json
+import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import tiny
-from sdpo.cli import main
+from sdpo.cli import main, run
+from sdpo.errors import DataError
 
 
 def answer(capsys: pytest.CaptureFixture, *args: object) -> str:
@@ -26,18 +32,8 @@ def answer(capsys: pytest.CaptureFixture, *args: object) -> str:
 def training(model, data, out, *more) -> list:
     limits = "--hindsight.max-prompt-tokens 100 --hindsight.max-hindsight-prompt-tokens 200 "
     limits += "--hindsight.max-response-tokens 60 --engine transformers"
-    return [
-        "train",
-        "reverse-kl",
-        "--model",
-        model,
-        "--data",
-        data,
-        "--out",
-        out,
-        *limits.split(),
-        *more,
-    ]
+    files = ["--model", model, "--data", data, "--out", out]
+    return ["train", "reverse-kl", *files, *limits.split(), *more]
 
 
 @pytest.fixture
@@ -54,12 +50,10 @@ def rewrite(path: str, line: int, **fields) -> None:
 def test_prepare_and_inspect(tmp_path, capsys):
     log = tmp_path / "log.jsonl"
     turns = [("user", "hi there"), ("assistant", "hello"), ("user", "longer please")]
-    row = {"messages": [{"role": r, "content": c} for r, c in turns]}
-    rows = [
-        {"messages": [turn | {"content": f"{turn['content']} {i}"} for turn in row["messages"]]}
-        for i in range(3)
-    ]
-    log.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
+    for i in (0, 1, 2, 0):
+        row = {"messages": [{"role": role, "content": f"{text} {i}"} for role, text in turns]}
+        with log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
     out = tmp_path / "out" / "interactions.jsonl"
     main(["data", "prepare", str(log), "--preset", "all-turns", "--out", str(out)])
     assert len(out.read_text().splitlines()) == 3
@@ -69,29 +63,34 @@ def test_prepare_and_inspect(tmp_path, capsys):
     assert "3 interactions" in shown and "longer please" in shown
 
 
-def test_a_missing_log(tmp_path, capsys):
-    err = answer(capsys, "data", "prepare", tmp_path / "no.parquet", "--out", tmp_path / "o.jsonl")
-    assert "no.parquet" in err
-    assert not (tmp_path / "o.jsonl").exists()
-
-
-def test_a_parquet_without_the_columns(tmp_path, capsys):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "x.parquet")
-    err = answer(capsys, "data", "prepare", tmp_path / "x.parquet", "--out", tmp_path / "o.jsonl")
-    assert "x.parquet" in err and "conversation" in err and "text" in err
-
-
-def test_a_broken_line_1234(tmp_path, capsys):
-    log = tmp_path / "log.jsonl"
+def test_logs_that_cannot_be_prepared(tmp_path, capsys):
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "columns.parquet")
     good = json.dumps({"messages": [{"role": "user", "content": "hi"}]})
-    log.write_text("\n".join([good] * 1233 + [good[:-3]] + [good] * 10) + "\n")
-    err = answer(
-        capsys, "data", "prepare", log, "--out", tmp_path / "o.jsonl", "--preset", "all-turns"
-    )
-    assert "line 1234" in err and not (tmp_path / "o.jsonl").exists()
+    lines = [good] * 1233 + [good[:-3]] + [good] * 10
+    (tmp_path / "line.jsonl").write_text("\n".join(lines) + "\n")
+    for name, said in (
+        ("no.parquet", "no such file"),
+        ("columns.parquet", "its fields are `text`. Rows need one of `conversation`"),
+        ("line.jsonl", "line 1234: broken JSON"),
+    ):
+        err = answer(capsys, "data", "prepare", tmp_path / name, "--out", tmp_path / "o.jsonl")
+        assert name in err and said in err and not (tmp_path / "o.jsonl").exists()
+
+
+def test_an_error_of_ours_is_a_line_and_a_bug_keeps_its_traceback(capsys, monkeypatch):
+    def fail(error: Exception) -> None:
+        raise error
+
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    error = DataError("not so", file="x.jsonl", row="line 3", field="id", hint="Do this")
+    with pytest.raises(SystemExit) as stop:
+        run(lambda: fail(pickle.loads(pickle.dumps(error))))
+    assert stop.value.code == 2
+    says = "sdpo: error: rank 3: x.jsonl, line 3, field `id`: not so. Do this.\n"
+    assert capsys.readouterr().err == says
+    with pytest.raises(ValueError, match="a bug"):
+        run(lambda: fail(ValueError("a bug")))
 
 
 def test_empty_conversations_give_no_interactions(tmp_path, capsys, models):
@@ -155,9 +154,6 @@ def test_nan_in_a_models_weight(engine, data, models, tmp_path, capsys):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     args = training(folder, data, tmp_path / "run", "--engine", engine)
     if engine == "torchtitan":  # a process group of its own
-        import subprocess
-        import sys
-
         result = subprocess.run(
             [sys.executable, "-m", "sdpo", *map(str, args)], capture_output=True, text=True
         )
@@ -177,13 +173,13 @@ def test_limits_beyond_the_models_positions(data, models, tmp_path, capsys):
 
 
 def test_a_run_is_not_overwritten_and_not_resumed_as_another(data, models, tmp_path, capsys):
-    run = training(models("qwen3"), data, tmp_path / "run")
-    main([str(a) for a in run])
-    assert "--resume" in answer(capsys, *run)
-    err = answer(capsys, *run, "--resume", "--optimizer.lr", "0.5")
+    args = training(models("qwen3"), data, tmp_path / "run")
+    main([str(a) for a in args])
+    assert "--resume" in answer(capsys, *args)
+    err = answer(capsys, *args, "--resume", "--optimizer.lr", "0.5")
     assert "optimizer.lr" in err and "0.5" in err
     tiny.make_interactions(Path(data), 4, seed=9)
-    assert "has changed" in answer(capsys, *run, "--resume")
+    assert "has changed" in answer(capsys, *args, "--resume")
 
 
 def test_a_dry_run_trains_nothing(data, models, tmp_path, capsys):

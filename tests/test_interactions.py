@@ -12,6 +12,7 @@ from sdpo.conversations import Message
 from sdpo.errors import DataError
 from sdpo.interactions import (
     Interaction,
+    conversation_of,
     iter_interactions,
     read_interactions,
     write_interactions,
@@ -94,6 +95,16 @@ def test_rows_as_others_write_them(tmp_path):
     first, second = read_interactions(path)
     assert first == interaction(id="1", prompt=(Message("system", ""), Message("user", "x")))
     assert second == interaction(id="2")
+
+
+def test_conversations_by_their_ids():
+    def of(id: str, turn_id: int | None = None) -> str:
+        return conversation_of(interaction(id=id, turn_id=turn_id))
+
+    assert [of("c_3", 3), of("c_3~2", 3), of("c_1_2~10", 2)] == ["c", "c", "c_1"]
+    assert [of("row_7", 3), of("a_b"), of("7"), of("row_7"), of("x_1~2")] == [
+        *("row_7", "a_b", "7", "row", "x")
+    ]
 
 
 def test_a_published_prompt_may_end_with_an_answer(tmp_path):

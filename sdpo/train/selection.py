@@ -7,14 +7,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError, SdpoError
 from ..interactions import Interaction
 from ..io.fields import as_object, kind
-from ..io.rows import read_rows
 from ..io.files import sha256
+from ..io.rows import read_rows
 
 CAP = 4.0
 """Largest factor of a weight. Mean |A| has a heavy tail: without a cap, the few interactions that

@@ -12,7 +12,7 @@ import io
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -28,22 +28,29 @@ GOOD = ("g1", "g2")
 _MISSING = object()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Case:
-    """good: names of the conversations of the file that must come out. doubtful: names that come
-    out if the outcome is "fine", and may come out of a file that breaks off. outcomes: those
-    allowed, as "fine|error". bad_rows: how many rows are unreadable, None if it is the file, or
-    the file's lines are of no certain number. says: what the error names, beside the file.
+    """A malformed file and what may become of it.
+
+    good: names of the file's conversations that must come out. doubtful: names that come out if the
+    outcome is "fine", and may come out of a file that breaks off. outcomes: those allowed, as
+    "fine|error". bad_rows: how many rows are unreadable; None if the file is, or if the number of
+    its lines is uncertain. says: what the error names, beside the file.
     """
 
     name: str
     file: str
-    make: Callable[[], bytes]
+    content: bytes | Callable[[], bytes]
+    """A function where it is large."""
+    outcomes: str
+    _: KW_ONLY
     good: tuple[str, ...] = GOOD
     doubtful: tuple[str, ...] = ()
-    outcomes: str
     bad_rows: int | None = None
     says: tuple[str, ...] = ()
+
+    def make(self) -> bytes:
+        return self.content if isinstance(self.content, bytes) else self.content()
 
 
 def row(name: str, shape: str = "messages") -> logs.Row:
@@ -74,8 +81,8 @@ def cases() -> list[Case]:
 # Lines of JSONL
 
 
-def _between(bad: bytes) -> Callable[[], bytes]:
-    return lambda: line("g1") + bad + b"\n" + line("g2")
+def _between(bad: bytes) -> bytes:
+    return line("g1") + bad + b"\n" + line("g2")
 
 
 def _text_row(text: str) -> bytes:
@@ -149,51 +156,51 @@ OPEN_LINES = {"a row of WildChat", "a row of ShareGPT", "a ready interaction"}
 def _bad_lines() -> Iterator[Case]:
     for name, bad in BAD_LINES.items():
         yield Case(
-            name=f"line: {name}",
-            file="m.jsonl",
-            make=_between(bad),
+            f"line: {name}",
+            "m.jsonl",
+            _between(bad),
+            f"{FINE}|{ERROR}" if name in OPEN_LINES else ERROR,
             doubtful=("m",),
-            outcomes=f"{FINE}|{ERROR}" if name in OPEN_LINES else ERROR,
             bad_rows=1,
             says=("line 2",),
         )
     yield Case(
-        name="line: 50 MB that breaks off",
-        file="m.jsonl",
-        make=lambda: _between(line("m")[:60] + b"x" * HUGE_LINE)(),
-        outcomes=ERROR,
+        "line: 50 MB that breaks off",
+        "m.jsonl",
+        lambda: _between(line("m")[:60] + b"x" * HUGE_LINE),
+        ERROR,
         bad_rows=1,
         says=("line 2",),
     )
     yield Case(
-        name="line: 50 MB of brackets",
-        file="m.jsonl",
-        make=lambda: _between(b"[" * HUGE_LINE)(),
-        outcomes=ERROR,
+        "line: 50 MB of brackets",
+        "m.jsonl",
+        lambda: _between(b"[" * HUGE_LINE),
+        ERROR,
         bad_rows=1,
         says=("line 2",),
     )
     yield Case(
-        name="line: the last one cut short",
-        file="m.jsonl",
-        make=lambda: line("g1") + line("g2") + line("m")[:50],
-        outcomes=ERROR,
+        "line: the last one cut short",
+        "m.jsonl",
+        line("g1") + line("g2") + line("m")[:50],
+        ERROR,
         bad_rows=1,
         says=("line 3",),
     )
     yield Case(
-        name="line: the first one is of no known format",
-        file="m.jsonl",
-        make=lambda: b'{"a": 1}\n' + line("g1") + line("g2"),
-        outcomes=ERROR,
+        "line: the first one is of no known format",
+        "m.jsonl",
+        b'{"a": 1}\n' + line("g1") + line("g2"),
+        ERROR,
         bad_rows=1,
         says=("line 1",),
     )
     yield Case(
-        name="line: every second one is bad",
-        file="m.jsonl",
-        make=lambda: b"{\n" + line("g1") + b"nonsense\n" + line("g2") + b"[\n",
-        outcomes=ERROR,
+        "line: every second one is bad",
+        "m.jsonl",
+        b"{\n" + line("g1") + b"nonsense\n" + line("g2") + b"[\n",
+        ERROR,
         bad_rows=3,
         says=("line 1",),
     )
@@ -238,20 +245,20 @@ def _fine_lines() -> Iterator[Case]:
     for outcomes, lines in ((FINE, FINE_LINES), (f"{FINE}|{ERROR}", OPEN_FINE_LINES)):
         for name, fine in lines.items():
             yield Case(
-                name=f"line: {name}",
-                file="m.jsonl",
-                make=_between(fine),
+                f"line: {name}",
+                "m.jsonl",
+                _between(fine),
+                outcomes,
                 doubtful=("m",),
-                outcomes=outcomes,
                 bad_rows=1,
                 says=("line 2",),
             )
     yield Case(
-        name="line: 50 MB in one message",
-        file="m.jsonl",
-        make=lambda: _between(_text_row("x" * HUGE_LINE))(),
+        "line: 50 MB in one message",
+        "m.jsonl",
+        lambda: _between(_text_row("x" * HUGE_LINE)),
+        FINE,
         doubtful=("m",),
-        outcomes=FINE,
     )
 
 
@@ -269,7 +276,7 @@ def _whole_jsonl_files() -> Iterator[Case]:
         ).encode(),
     }
     for name, data in fine.items():
-        yield Case(name=f"jsonl: {name}", file="m.jsonl", make=lambda d=data: d, outcomes=FINE)
+        yield Case(f"jsonl: {name}", "m.jsonl", data, FINE)
     broken = {
         "UTF-16 with a mark": text.encode("utf-16"),
         "UTF-16-LE": text.encode("utf-16-le"),
@@ -287,13 +294,7 @@ def _whole_jsonl_files() -> Iterator[Case]:
         "only a byte order mark": b"\xef\xbb\xbf",
     }
     for name, data in broken.items():
-        yield Case(
-            name=f"jsonl: {name}",
-            file="m.jsonl",
-            make=lambda d=data: d,
-            good=(),
-            outcomes=ERROR,
-        )
+        yield Case(f"jsonl: {name}", "m.jsonl", data, ERROR, good=())
 
 
 # Wrong types, field by field
@@ -382,17 +383,11 @@ def _fields() -> Iterator[Case]:
             for value, outcome in outcomes.items():
                 bad = json.dumps(_with(row("m", shape), path, VALUES[value]), default=str)
                 data = line("g1", shape) + bad.encode() + b"\n" + line("g2", shape)
-                field = str(path[0])
-                yield Case(
-                    name=f"field: {shape} {'.'.join(map(str, path))} is {value}",
-                    file="m.jsonl",
-                    make=lambda d=data: d,
-                    doubtful=("m",),
-                    outcomes=outcome,
-                    bad_rows=1,
-                    # JSON that no reader takes is told by its column, not by its field
-                    says=("line 2",) if value in UNREADABLE else ("line 2", field),
-                )
+                # JSON that no reader takes is told by its column, not by its field
+                says = ("line 2",) if value in UNREADABLE else ("line 2", str(path[0]))
+                name = f"field: {shape} {'.'.join(map(str, path))} is {value}"
+                more = {"doubtful": ("m",), "bad_rows": 1, "says": says}
+                yield Case(name, "m.jsonl", data, outcome, **more)
 
 
 UNREADABLE = ("a lone surrogate", "NaN")
@@ -424,7 +419,7 @@ def _json_files() -> Iterator[Case]:
         "spread over lines": json.dumps([row(name) for name in GOOD], indent=4).encode(),
     }
     for name, data in fine.items():
-        yield Case(name=f"json: {name}", file="m.json", make=lambda d=data: d, outcomes=FINE)
+        yield Case(f"json: {name}", "m.json", data, FINE)
     rows = {
         "a number": b"7",
         "null": b"null",
@@ -436,10 +431,10 @@ def _json_files() -> Iterator[Case]:
     }
     for name, bad in rows.items():
         yield Case(
-            name=f"json: a row that is {name}",
-            file="m.json",
-            make=lambda b=bad: b"[" + g1 + b", " + b + b", " + g2 + b"]",
-            outcomes=ERROR,
+            f"json: a row that is {name}",
+            "m.json",
+            b"[" + g1 + b", " + bad + b", " + g2 + b"]",
+            ERROR,
             bad_rows=1,
         )
     broken = {
@@ -454,14 +449,7 @@ def _json_files() -> Iterator[Case]:
         "NUL bytes after": whole + b"\x00" * 16,
     }
     for name, data in broken.items():
-        yield Case(
-            name=f"json: {name}",
-            file="m.json",
-            make=lambda d=data: d,
-            good=(),
-            doubtful=GOOD,
-            outcomes=ERROR,
-        )
+        yield Case(f"json: {name}", "m.json", data, ERROR, good=(), doubtful=GOOD)
     for name, data in {
         "one object": g1,
         "lines of objects": g1 + b"\n" + g2 + b"\n",
@@ -476,16 +464,16 @@ def _json_files() -> Iterator[Case]:
         "UTF-16": whole.decode().encode("utf-16"),
     }.items():
         yield Case(
-            name=f"json: {name}",
-            file="m.json",
-            make=lambda d=data: d,
-            good=(),
-            doubtful=("g1",) if name == "one object" else GOOD,
-            outcomes={
+            f"json: {name}",
+            "m.json",
+            data,
+            {
                 "one object": _EITHER,
                 "lines of objects": _EITHER,
                 "an empty array": _NO_ERROR,
             }.get(name, ERROR),
+            good=(),
+            doubtful=("g1",) if name == "one object" else GOOD,
         )
 
 
@@ -512,29 +500,15 @@ def _streams() -> Iterator[Case]:
         last = packed[:-2] + bytes([packed[-2] ^ 0xFF]) + packed[-1:]
         yield _cut_stream(f"{suffix}: a wrong checksum", file, last, names)
         two = pack(line("g1")) + pack(line("g2"))
-        yield Case(name=f"{suffix}: two streams", file=file, make=lambda d=two: d, outcomes=FINE)
+        yield Case(f"{suffix}: two streams", file, two, FINE)
         bad = pack(line("g1") + b"{nonsense\n" + line("g2"))
-        yield Case(
-            name=f"{suffix}: a bad line inside",
-            file=file,
-            make=lambda d=bad: d,
-            outcomes=ERROR,
-            bad_rows=1,
-            says=("line 2",),
-        )
+        yield Case(f"{suffix}: a bad line inside", file, bad, ERROR, bad_rows=1, says=("line 2",))
         for name, data, outcomes in (
             ("trailing nonsense", packed + b"nonsense", _EITHER),
             ("packed twice", pack(pack(line("g1") + line("g2"))), ERROR),
             ("nothing packed", pack(b""), ERROR),
         ):
-            yield Case(
-                name=f"{suffix}: {name}",
-                file=file,
-                make=lambda d=data: d,
-                good=(),
-                doubtful=tuple(names),
-                outcomes=outcomes,
-            )
+            yield Case(f"{suffix}: {name}", file, data, outcomes, good=(), doubtful=tuple(names))
         yield _misnamed(f"jsonl named {suffix}", file, line("g1") + line("g2"))
         plain = pack(line("g1") + line("g2"))
         yield _misnamed(f"{suffix} named jsonl", "m.jsonl", plain)
@@ -544,26 +518,12 @@ def _streams() -> Iterator[Case]:
 
 def _cut_stream(name: str, file: str, data: bytes, names: list[str]) -> Case:
     """Rows before the break may come out or not; none of what comes after it is made up."""
-    return Case(
-        name=name,
-        file=file,
-        make=lambda: data,
-        good=(),
-        doubtful=tuple(names),
-        outcomes=ERROR,
-    )
+    return Case(name, file, data, ERROR, good=(), doubtful=tuple(names))
 
 
 def _misnamed(name: str, file: str, data: bytes) -> Case:
     """Readable if it is known by its first bytes."""
-    return Case(
-        name=name,
-        file=file,
-        make=lambda: data,
-        good=(),
-        doubtful=GOOD,
-        outcomes=_EITHER,
-    )
+    return Case(name, file, data, _EITHER, good=(), doubtful=GOOD)
 
 
 # Files that are something else
@@ -592,13 +552,7 @@ def _foreign_files() -> Iterator[Case]:
     }
     for suffix in ("parquet", "jsonl", "jsonl.gz", "jsonl.zst", "json"):
         for name, data in contents.items():
-            yield Case(
-                name=f"{name} as {suffix}",
-                file=f"m.{suffix}",
-                make=lambda d=data: d,
-                good=(),
-                outcomes=ERROR,
-            )
+            yield Case(f"{name} as {suffix}", f"m.{suffix}", data, ERROR, good=())
     good = [row(name, "wildchat") for name in GOOD]
     yield _misnamed("parquet named jsonl", "m.jsonl", logs.parquet("wildchat", good))
     yield _misnamed("parquet named json", "m.json", logs.parquet("wildchat", good))
@@ -622,11 +576,7 @@ def _cut_parquet() -> Iterator[Case]:
     cuts = [1, 3, 4, 5, 8, 12, 100, *range(1_000, len(whole), len(whole) // 16)]
     for cut in [*cuts, *(len(whole) - n for n in (1, 2, 4, 5, 8, 9, 100))]:
         yield Case(
-            name=f"parquet: cut at {cut} of {len(whole)}",
-            file="m.parquet",
-            make=lambda c=cut: whole[:c],
-            good=(),
-            outcomes=ERROR,
+            f"parquet: cut at {cut} of {len(whole)}", "m.parquet", whole[:cut], ERROR, good=()
         )
     changed = {
         "the footer's length is huge": whole[:-8] + b"\xff\xff\xff\x7f" + whole[-4:],
@@ -638,22 +588,15 @@ def _cut_parquet() -> Iterator[Case]:
         "text after": whole + b"hello",
     }
     for name, data in changed.items():
-        yield Case(
-            name=f"parquet: {name}",
-            file="m.parquet",
-            make=lambda d=data: d,
-            good=(),
-            doubtful=tuple(names),
-            outcomes=ERROR,
-        )
+        yield Case(f"parquet: {name}", "m.parquet", data, ERROR, good=(), doubtful=tuple(names))
     for start in (4, 40, 400, 4_000):
         yield Case(
-            name=f"parquet: 16 bytes changed at {start}",
-            file="m.parquet",
-            make=lambda s=start: _overwritten(whole, s, 16),
+            f"parquet: 16 bytes changed at {start}",
+            "m.parquet",
+            _overwritten(whole, start, 16),
+            _EITHER,
             good=(),
             doubtful=tuple(names),
-            outcomes=_EITHER,  # columns that nobody reads may hold anything
         )
 
 
@@ -721,12 +664,12 @@ def _parquet_schemas() -> Iterator[Case]:
     ):  # fmt: skip
         data = _table({"conversation_id": ids, "conversation": chat} | columns)
         yield Case(
-            name=f"columns: {name}",
-            file="m.parquet",
-            make=lambda d=data: d,
+            f"columns: {name}",
+            "m.parquet",
+            data,
+            outcomes,
             good=GOOD if outcomes == FINE else (),
             doubtful=() if outcomes == FINE else GOOD,
-            outcomes=outcomes,
         )
     wrong = {
         "no conversation": {"conversation_id": ids},
@@ -736,20 +679,8 @@ def _parquet_schemas() -> Iterator[Case]:
         "text": {"text": ["hello"]},
     }
     for name, columns in wrong.items():
-        yield Case(
-            name=f"columns: {name}",
-            file="m.parquet",
-            make=lambda c=columns: _table(c),
-            good=(),
-            outcomes=ERROR,
-        )
-    yield Case(
-        name="columns: no rows",
-        file="m.parquet",
-        make=lambda: logs.parquet("wildchat", []),
-        good=(),
-        outcomes=_EITHER,
-    )
+        yield Case(f"columns: {name}", "m.parquet", _table(columns), ERROR, good=())
+    yield Case("columns: no rows", "m.parquet", logs.parquet("wildchat", []), _EITHER, good=())
 
 
 def _parquet_rows() -> Iterator[Case]:
@@ -766,20 +697,14 @@ def _parquet_rows() -> Iterator[Case]:
     }
     for name, between in rows.items():
         data = logs.parquet("wildchat", [g1, *between, g2])
-        yield Case(
-            name=f"parquet: {name}",
-            file="m.parquet",
-            make=lambda d=data: d,
-            doubtful=("m",),
-            outcomes=NOTHING,
-        )
+        yield Case(f"parquet: {name}", "m.parquet", data, NOTHING, doubtful=("m",))
     for field in ("content", "role"):
         yield Case(
-            name=f"parquet: a {field} not in UTF-8",
-            file="m.parquet",
-            make=lambda f=field: _not_utf8(f),
+            f"parquet: a {field} not in UTF-8",
+            "m.parquet",
+            _not_utf8(field),
+            ERROR,
             doubtful=("m",),
-            outcomes=ERROR,
             bad_rows=1,
             says=("row 1", "conversation"),
         )

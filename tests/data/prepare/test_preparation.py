@@ -20,6 +20,7 @@ from sdpo.conversations import Message
 from sdpo.data.filters.guardrails import OFF, GuardrailConfig
 from sdpo.data.manifest import manifest_path, report_path
 from sdpo.data.prepare import prepare as prepare_module
+from sdpo.data.prepare import work
 from sdpo.data.prepare.prepare import PrepareConfig, Report, prepare
 from sdpo.data.prepare.rules import PRESETS
 from sdpo.errors import DataError, SdpoError
@@ -343,22 +344,28 @@ class Killed(BaseException):
     """What a kill looks like from inside: nothing catches it, nothing is cleaned up for it."""
 
 
+def killed_at(unit: int, process=prepare_module.process):
+    """`process`, until the run is killed at a unit."""
+
+    def killed(at, job):
+        if at.index == unit:
+            raise Killed
+        return process(at, job)
+
+    return killed
+
+
 @pytest.mark.parametrize("after", [0, 1, 4])
 def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, after):
     _, whole = run(tmp_path / "whole", logs(tmp_path))
     process, made = prepare_module.process, []
-
-    def killed(unit, job):
-        if unit.index == after:
-            raise Killed
-        return process(unit, job)
 
     def watched(unit, job):
         if not job.table_of(unit.index).exists():
             made.append(unit.index)
         return process(unit, job)
 
-    monkeypatch.setattr(prepare_module, "process", killed)
+    monkeypatch.setattr(prepare_module, "process", killed_at(after))
     with pytest.raises(Killed):
         run(tmp_path / "killed", tmp_path / "log")
     assert not (tmp_path / "killed" / "out" / "x.jsonl").exists()
@@ -369,30 +376,30 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, after):
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole")
 
 
-def test_other_settings_or_other_data_start_anew(tmp_path, monkeypatch):
-    process = prepare_module.process
-
-    def killed(unit, job):
-        if unit.index == 3:
-            raise Killed
-        return process(unit, job)
-
-    monkeypatch.setattr(prepare_module, "process", killed)
-    with pytest.raises(Killed):
-        run(tmp_path, logs(tmp_path))
-    monkeypatch.undo()
-    write_log(tmp_path / "log" / "0.parquet", row("new"))
-    found, _ = run(tmp_path, tmp_path / "log")
-    assert found[0].id == "new_1"
-    monkeypatch.setattr(prepare_module, "process", killed)
-    (tmp_path / "opt-out").write_text("")
-    config = replace(OFF, opt_out=str(tmp_path / "opt-out"))
-    with pytest.raises(Killed):
-        run(tmp_path, tmp_path / "log", guardrails=config)
-    monkeypatch.undo()
-    (tmp_path / "opt-out").write_text("new\n")
-    found, _ = run(tmp_path, tmp_path / "log", guardrails=config)
-    assert "new_1" not in {i.id for i in found}
+@pytest.mark.parametrize("changed", ["nothing", "data", "opt-out", "version", "library"])
+def test_what_is_done_is_dropped_once_it_would_be_done_otherwise(
+    tmp_path, monkeypatch, capsys, changed
+):
+    folder, opt_out = logs(tmp_path), tmp_path / "opt-out"
+    opt_out.write_text("")
+    config = {"guardrails": replace(OFF, opt_out=str(opt_out))}
+    with monkeypatch.context() as killing, pytest.raises(Killed):
+        killing.setattr(prepare_module, "process", killed_at(3))
+        run(tmp_path, folder, **config)
+    match changed:
+        case "data":
+            write_log(folder / "0.parquet", row("new"))
+        case "opt-out":
+            opt_out.write_text("0-1\n")
+        case "version":
+            monkeypatch.setattr(work, "PREPARATION_VERSION", work.PREPARATION_VERSION + 1)
+        case "library":
+            monkeypatch.setattr(work, "version", lambda package: "0")
+    found, _ = run(tmp_path, folder, **config)
+    assert ("goes on from 3 units" in capsys.readouterr().err) == (changed == "nothing")
+    ids = {i.id for i in found}
+    assert ("new_1" in ids) == (changed == "data")
+    assert ("0-1_1" in ids) == (changed not in ("data", "opt-out"))
 
 
 KILLED_IN_ITS_WORKERS = """

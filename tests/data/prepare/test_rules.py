@@ -9,6 +9,7 @@ from sdpo.data.prepare.rules import PRESETS, Drop, ExtractionRules, examine
 
 PAPER = PRESETS["paper-wildchat"]
 ALL_TURNS = PRESETS["all-turns"]
+CLEANED = pytest.mark.parametrize("rules", [PAPER, ALL_TURNS], ids=["paper", "all"])
 
 
 def conversation(*messages: tuple[str, str], **known) -> Conversation:
@@ -40,31 +41,38 @@ def test_a_plain_conversation():
     ]
 
 
-def test_history_is_the_last_five_messages_from_a_user_message_on():
-    assert turns(alternating(11), PAPER)[-1][::3] == (["u4", "a5", "u6", "a7", "u8"], 9)
+@CLEANED
+def test_history_is_the_last_five_messages_from_a_user_message_on(rules):
+    assert turns(alternating(11), rules)[-1][::3] == (["u4", "a5", "u6", "a7", "u8"], 9)
     run = conversation(*[("user", f"u{i}") for i in range(6)], ("assistant", "a"), ("user", "o"))
-    ((history, *_),) = turns(run, PAPER)
+    ((history, *_),) = turns(run, rules)
     assert history == ["u1"], "of a run within the last five, the first stays"
 
 
-def test_an_answer_that_follows_an_answer_has_no_history():
+@CLEANED
+def test_an_answer_that_follows_an_answer_has_no_history(rules):
     twice = conversation(("user", "u"), ("assistant", "a"), ("assistant", "b"), ("user", "o"))
-    found = examine(twice, PAPER)
+    found = examine(twice, rules)
     assert (found.dropped, found.turns, found.without_history) == (None, [], 1)
     opening = conversation(("assistant", "a"), ("user", "u"), ("assistant", "b"))
-    assert examine(opening, PAPER).without_history == 1
+    assert examine(opening, rules).without_history == 1
 
 
-def test_indices_count_cleaned_messages():
+@CLEANED
+def test_indices_count_cleaned_messages(rules):
     logged = conversation(
         ("system", "s"),
-        ("user", " "),
+        ("developer", "d"),
+        ("user", " \u2003"),
         ("User", " x "),
         ("tool", "t"),
+        ("function", "f"),
+        ("assistant", ""),
+        ("user", "\t\x1f\n"),
         ("ASSISTANT ", "\ty\n"),
         ("user", "o\u00a0"),
     )
-    assert turns(logged, PAPER) == [(["x"], "y", "o", 1)]
+    assert turns(logged, rules) == [(["x"], "y", "o", 1)]
 
 
 def test_roles_of_every_format_are_turns_unless_a_paper_counts_only_its_own():

@@ -99,6 +99,7 @@ def test_stop_says_where_and_leaves_nothing(case, tmp_path):
         for part in (str(log[1]), *case.says):
             assert part in message[0]
         assert len(message[0]) < 2_000, "nobody reads this"
+        assert re.search(r"\. [A-Z].*\.$", message[0]), f"it does not say what to do: {message}"
         assert list(out.parent.iterdir()) == []
     else:
         assert outcome_of(case, names_in(out), failed=False) in case.outcomes
