@@ -39,10 +39,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import DataError
-from ..interactions import Interaction, iter_interactions
+from ..interactions import Interaction, conversation_of, iter_interactions
 from ..io.files import written_whole
 from .options import ReaderOptions
-from .score import conversation_of, interval, partners
+from .score import interval, partners
 
 if TYPE_CHECKING:
     from .advantages import Reader
@@ -139,7 +139,7 @@ def sample(path: str, count: int, seed: int) -> list[Interaction]:
     """
     turns: dict[str, list[int]] = {}
     for place, i in enumerate(iter_interactions(path)):
-        turns.setdefault(conversation_of(i.id, i.turn_id), []).append(place)
+        turns.setdefault(conversation_of(i), []).append(place)
     if len(turns) < FEWEST:
         raise DataError(
             f"interactions of {len(turns)} conversations are too few to tell",
@@ -158,7 +158,7 @@ def check(reader: "Reader", interactions: Sequence[Interaction], *, seed: int = 
     Args:
         interactions: as ``sample`` draws them.
     """
-    conversations = [conversation_of(i.id, i.turn_id) for i in interactions]
+    conversations = [conversation_of(i) for i in interactions]
     partner = partners(conversations, seed, "the sample")
     asked = [(i, _others(i, interactions[j])) for i, j in zip(interactions, partner, strict=True)]
     readings = list(reader.read(asked))

@@ -18,7 +18,6 @@ that.
 """
 
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
@@ -34,7 +33,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ..errors import DataError
-from ..interactions import Interaction, iter_interactions
+from ..interactions import Interaction, conversation_of, iter_interactions
 from ..io.files import written_whole
 from .options import ReaderOptions
 
@@ -64,15 +63,6 @@ FIGURES = np.dtype(
 )
 """Figures of one interaction over its response tokens, in nats. `shuffled_difference` is the mean
 of |A_own - A_other|."""
-
-
-def conversation_of(id: str, turn_id: int | None = None) -> str:
-    """The conversation of an interaction's id: "c1" of "c1_3" and of "c1_3~2".
-
-    With a `turn_id`, only that turn's number is taken off: "row_7" of no turn 7 stays whole.
-    """
-    whole = re.sub(r"~\d+$", "", id)
-    return re.sub(r"_\d+$" if turn_id is None else rf"_{turn_id}$", "", whole)
 
 
 def partners(conversations: Sequence[str], seed: int, where: str) -> NDArray[np.int64]:
@@ -211,7 +201,7 @@ def _first_look(path: str, texts: FollowUps) -> tuple[list[str], list[str], Foll
     ids, conversations = [], []
     for i in iter_interactions(path):
         ids.append(i.id)
-        conversations.append(conversation_of(i.id, i.turn_id))
+        conversations.append(conversation_of(i))
         texts.append(i.followup)
     return ids, conversations, texts
 
