@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers import tiny
-from sdpo.conversations import DataError
 from sdpo.data.validate import VERY_LONG, validate, validate_command
+from sdpo.errors import DataError
 
 CHAT = {"from": "human", "value": "question"}
 
@@ -185,7 +185,7 @@ def test_answers_without_tokens(file, models, capsys):
     assert found.findings[0].field == "completion"
     with pytest.raises(SystemExit):
         validate_command(str(file), model=str(folder))
-    assert "interaction b␛[2J, field completion" in capsys.readouterr().out
+    assert "interaction b␛[2J, field `completion`" in capsys.readouterr().out
 
 
 def _nothing():
