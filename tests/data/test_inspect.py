@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers import tiny
-from sdpo.conversations import DataError
 from sdpo.data.inspect import inspection
 from sdpo.data.inspect import page as inspect_page
 from sdpo.data.inspect import tables as inspect_tables
@@ -22,6 +21,7 @@ from sdpo.data.inspect.inspection import inspect
 from sdpo.data.inspect.page import to_html
 from sdpo.data.manifest import manifest_path, report_path
 from sdpo.data.prepare.prepare import PrepareConfig, prepare
+from sdpo.errors import DataError
 from sdpo.hindsight import prompt_ids, response_ids
 from sdpo.interactions import read_interactions
 
@@ -176,7 +176,7 @@ def test_a_report_about_another_file_is_not_shown(prepared):
 @pytest.mark.parametrize("text", ["{", "[]", '{"version": 2}', '{"version": 1}'])
 def test_a_broken_report_is_named(prepared, text):
     report_path(prepared).write_text(text)
-    with pytest.raises(DataError, match=r"x\.report\.json.*prepare again"):
+    with pytest.raises(DataError, match=r"x\.report\.json.*[Pp]repare again"):
         inspect(prepared)
 
 
@@ -188,10 +188,10 @@ def test_a_report_of_another_version_is_named(prepared):
 
 def test_a_broken_manifest_is_named(prepared):
     manifest_path(prepared).write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match=r"x\.manifest\.parquet.*prepare again"):
+    with pytest.raises(DataError, match=r"x\.manifest\.parquet.*[Pp]repare again"):
         inspect(prepared)
     pq.write_table(pa.table({"user": ["u"]}), manifest_path(prepared))
-    with pytest.raises(DataError, match=r"x\.manifest\.parquet.*prepare again"):
+    with pytest.raises(DataError, match=r"x\.manifest\.parquet.*[Pp]repare again"):
         inspect(prepared)
 
 
