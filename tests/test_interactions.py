@@ -102,8 +102,8 @@ def test_conversations_by_their_ids():
         return conversation_of(interaction(id=id, turn_id=turn_id))
 
     assert [of("c_3", 3), of("c_3~2", 3), of("c_1_2~10", 2)] == ["c", "c", "c_1"]
-    assert [of("row_7", 3), of("a_b"), of("7"), of("row_7"), of("x_1~2")] == [
-        *("row_7", "a_b", "7", "row", "x")
+    assert [of("row_7", 3), of("a_b"), of("7"), of("row_7"), of("x_1~2"), of("c~2")] == [
+        *("row_7", "a_b", "7", "row", "x", "c")
     ]
 
 

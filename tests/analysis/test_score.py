@@ -12,11 +12,8 @@ from helpers import tiny
 from sdpo.analysis.advantages import Reader
 from sdpo.analysis.options import ReaderOptions
 from sdpo.analysis.score import interval, outliers, partners, score_command, share, shortened
-from sdpo.conversations import Message
 from sdpo.errors import DataError
-from sdpo.interactions import Interaction, conversation_of, read_interactions, write_interactions
-
-INTERACTION = Interaction(id="c1_1", prompt=(Message("user", "x"),), response="y", followup="o")
+from sdpo.interactions import conversation_of, read_interactions, write_interactions
 
 
 @pytest.fixture
@@ -136,23 +133,6 @@ def test_the_seed_decides_who_gets_what():
     names = [f"c{n}" for n in range(40)]
     first = partners(names, 0, "")
     assert (partners(names, 0, "") == first).all() and (partners(names, 1, "") != first).any()
-
-
-@pytest.mark.parametrize(
-    ("id", "turn_id", "conversation"),
-    [
-        ("c1_3", 3, "c1"),
-        ("c1_3~2", 3, "c1"),
-        ("c1_3", None, "c1"),
-        ("a_b_12~10", None, "a_b"),
-        ("row_7", 3, "row_7"),
-        ("12", None, "12"),
-        ("c~2", None, "c"),
-    ],
-)
-def test_the_conversation_of_an_id(id, turn_id, conversation):
-    interaction = replace(INTERACTION, id=id, turn_id=turn_id)
-    assert conversation_of(interaction) == conversation
 
 
 def test_outliers_of_both_tails():

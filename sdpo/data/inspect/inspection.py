@@ -28,7 +28,8 @@ from ...hindsight import (
 from ...interactions import Interaction, conversation_of, iter_interactions
 from ...io.files import sha256
 from ..manifest import manifest_path, read_manifest, report_path
-from ..prepare.prepare import PrepareConfig, prepare
+from ..prepare.config import PrepareConfig
+from ..prepare.prepare import prepare
 from ..read.formats import sniff
 
 if TYPE_CHECKING:
