@@ -12,7 +12,7 @@ do; every rank computes the same assignment from all lengths, and nothing is com
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
@@ -182,7 +182,7 @@ Example = tuple[Encoded, float]
 """An encoded interaction and its weight, normalised over the whole step."""
 
 
-def micro_batches(examples: Sequence[Example], config: BatchConfig) -> Iterator[Batch]:
+def micro_batches(examples: Iterable[Example], config: BatchConfig) -> Iterator[Batch]:
     """One process's examples in order, cut so that no pass exceeds ``micro_batch_tokens``."""
     group: list[Example] = []
     for example in examples:

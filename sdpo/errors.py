@@ -29,7 +29,7 @@ class DataError(SdpoError):
     def at(self, *, file: str = "", row: str = "") -> "DataError":
         """The same error with the file and the row it did not know."""
         place = {"file": self.file or file, "row": self.row or row}
-        return DataError(self.problem, hint=self.hint, field=self.field, **place)
+        return type(self)(self.problem, hint=self.hint, field=self.field, **place)
 
     def __str__(self) -> str:
         place = ", ".join(
@@ -40,8 +40,10 @@ class DataError(SdpoError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Errors cross process borders whole."""
-        return _rebuilt, (self.problem, self.hint, self.field, self.row, self.file)
+        return _rebuilt, (type(self), self.problem, self.hint, self.field, self.row, self.file)
 
 
-def _rebuilt(problem: str, hint: str, field: str, row: str, file: str) -> DataError:
-    return DataError(problem, hint=hint, field=field, row=row, file=file)
+def _rebuilt(
+    error: type[DataError], problem: str, hint: str, field: str, row: str, file: str
+) -> DataError:
+    return error(problem, hint=hint, field=field, row=row, file=file)

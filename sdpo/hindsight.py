@@ -144,8 +144,9 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]
     except TemplateError as error:
         roles = ", ".join(m.role for m in messages)
         raise DataError(
-            f"the model's chat template refuses a prompt of the roles {roles} ({error}); drop such "
-            "interactions, or use a model whose template takes them"
+            f"the model's chat template refuses a prompt of the roles {roles} ({error})",
+            field="prompt",
+            hint="Drop such interactions, or use a model whose template takes them",
         ) from error
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore
 
@@ -175,9 +176,8 @@ def encode(
     else:
         response = response_ids(tokenizer, interaction.response)
         if len(response) == 1:
-            raise DataError(
-                f"interaction {interaction.id}, field completion: it has no tokens; remove the row"
-            )
+            row = f"interaction {interaction.id}"
+            raise DataError("no tokens", row=row, field="completion", hint="Remove the row")
     kept = response[: config.max_response_tokens]
     old = interaction.response_logprobs
     return Encoded(

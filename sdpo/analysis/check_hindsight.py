@@ -1,36 +1,35 @@
 """`sdpo check-hindsight`: does this model make use of hindsight, under this template?
 
-A pre-flight on a sample of interactions, before anyone spends GPU hours. Each response is read
-without a note, and under notes that hold
+A pre-flight check on a sample of interactions, before anyone spends GPU hours. Each response is
+read without a hindsight context, and with one that holds
 
   own        the follow-up that it got;
   shuffled   the follow-up of another conversation;
-  neutral    a follow-up that says nothing: what the template's wording alone does;
+  neutral    a follow-up that says nothing: the effect of the template's wording alone;
   revealed   "You should have answered: ..." and the response itself;
   misled     the same with another conversation's response.
 
-A is log q(y_t) - log p(y_t), with and without the note, in nats; an interaction counts with the
-mean over its response's tokens. No two are of one conversation; two by two they swap follow-ups.
-Intervals are 95%, by paired bootstrap.
+A is log q(y_t) - log p(y_t), with and without the hindsight context, in nats. An interaction counts
+with the mean over its response tokens. No two interactions are of one conversation, and pairs of
+them exchange follow-ups. Intervals are 95%, by paired bootstrap.
 
-The verdict. Own must move the response more than neutral does. That alone proves little: the
-longer text moves any model more, one of random weights too. So one of two controls, in which
-only *whose* text the note holds differs, must confirm that it is what the note says:
+The verdict. Own must move the response more than neutral does. That alone proves little: a longer
+text moves any model more, even one of random weights. So one of two controls, in which only *whose*
+text the hindsight context holds differs, must confirm that its content matters:
 
   specific   |A| under own is above that under shuffled, by a share of it; or
   reads      A under revealed is above that under misled, by a share of what there is to gain, the
              response's surprisal -log p(y_t).
 
-Without the first and with the second, users may all want the same thing: a note, not a failure.
-Without the second and with the first, the model has learned no such sentence, as tiny ones may not.
+Reads without specific is no failure: users may all want the same thing. Specific without reads is
+none either: tiny models may never have learned such a sentence.
 """
 
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import tyro
@@ -39,21 +38,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..conversations import DataError
-from ..hindsight import HindsightConfig, encode, load_tokenizer
-from ..interactions import Interaction, iter_interactions
-from ..io.files import write_text
-from .score import conversation_of, interval, strangers
+from ..errors import DataError
+from ..interactions import Interaction, conversation_of, iter_interactions
+from ..io.files import written_whole
+from .options import ReaderOptions
+from .score import interval, partners
 
-NOTES = ("own", "shuffled", "neutral", "revealed", "misled")
+if TYPE_CHECKING:
+    from .advantages import Reader
+
+CONTEXTS = ("own", "shuffled", "neutral", "revealed", "misled")
 NEUTRAL = "Okay."
 REVEALED = "You should have answered: {}"
 FLOOR = 0.005
-"""Nats per token that own must exceed neutral by."""
+"""Nats per token by which own must exceed neutral."""
 SHARE = 0.05
-"""Of |A| under own (specific), of the surprisal (reads), that a control's difference must reach."""
+"""Share that a control's difference must reach: of |A| under own, or of the surprisal."""
 FEWEST = 16
-"""Conversations under which an interval says nothing."""
+"""Fewest conversations from which an interval says anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ class Difference:
     high: float
 
     def exceeds(self, floor: float) -> bool:
-        """It is as large as ``floor``, and its interval lies above 0."""
+        """At least ``floor``, with an interval above 0."""
         return self.mean >= floor and self.low > 0
 
     def __str__(self) -> str:
@@ -74,15 +76,15 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """Means over a sample, in nats per token, by note; and what the verdict is made of."""
+    """Means over a sample in nats per token, by hindsight context, and the verdict from them."""
 
     interactions: int
     surprisal: float
-    """-log p(y_t) without a note."""
+    """-log p(y_t) without a hindsight context."""
     size: dict[str, float]
-    """|A|."""
+    """Mean |A|."""
     advantage: dict[str, float]
-    """A."""
+    """Mean A."""
     own_over_neutral: Difference
     own_over_shuffled: Difference
     revealed: Difference
@@ -90,7 +92,7 @@ class Findings:
 
     @property
     def moved(self) -> bool:
-        """The follow-up does more than the template's wording."""
+        """Follow-ups do more than the template's wording."""
         return self.own_over_neutral.exceeds(FLOOR)
 
     @property
@@ -100,16 +102,16 @@ class Findings:
 
     @property
     def reads(self) -> bool:
-        """It matters which answer the note gives away."""
+        """It matters which response the hindsight context gives away."""
         return self.revealed_over_misled.exceeds(SHARE * self.surprisal)
 
     @property
     def uses_hindsight(self) -> bool:
-        """The verdict."""
+        """Whether the model makes use of hindsight."""
         return self.moved and (self.specific or self.reads)
 
     def reasons(self) -> list[str]:
-        """Of the verdict, a sentence each."""
+        """Sentences that explain the verdict."""
         moved, specific, reads = (
             "" if so else "not " for so in (self.moved, self.specific, self.reads)
         )
@@ -118,30 +120,31 @@ class Findings:
             f"{self.own_over_neutral}",
             f"they do {specific}move them more than other conversations' follow-ups: "
             f"{self.own_over_shuffled}",
-            f"an answer that the note gives away does {reads}become likelier than one it does not: "
-            f"{self.revealed_over_misled}",
+            f"responses do {reads}become likelier when the hindsight context gives them away than "
+            f"when it gives away others: {self.revealed_over_misled}",
         ]
         if self.uses_hindsight and not self.specific:
-            told.append("so it reads its notes, and users may say much the same as each other here")
+            told.append("so it reads its hindsight context, and users may say much the same here")
         if self.moved and not self.uses_hindsight:
-            told.append("so it may be no more than the length of the note that moves the model")
+            told.append("so it may be no more than the length of the context that moves the model")
         return told
 
 
 def sample(path: str, count: int, seed: int) -> list[Interaction]:
-    """An even number of interactions, ``count`` at most, each of another conversation, in the
-    file's order; the rest is not held in memory.
+    """An even number of interactions, at most ``count``, each from a different conversation, in the
+    file's order. Only these are held in memory.
 
     Raises:
         DataError: the file has fewer than ``FEWEST`` conversations.
     """
     turns: dict[str, list[int]] = {}
     for place, i in enumerate(iter_interactions(path)):
-        turns.setdefault(conversation_of(i.id, i.turn_id), []).append(place)
+        turns.setdefault(conversation_of(i), []).append(place)
     if len(turns) < FEWEST:
         raise DataError(
-            f"{path}: interactions of {len(turns)} conversations are too few to tell; give "
-            f"those of {FEWEST} or more"
+            f"interactions of {len(turns)} conversations are too few to tell",
+            hint=f"Give those of {FEWEST} or more",
+            file=path,
         )
     rng = random.Random(seed)
     even = min(count, len(turns)) // 2 * 2
@@ -149,41 +152,24 @@ def sample(path: str, count: int, seed: int) -> list[Interaction]:
     return [i for place, i in enumerate(iter_interactions(path)) if place in drawn]
 
 
-def check(
-    model,
-    tokenizer,
-    interactions: Sequence[Interaction],
-    config: HindsightConfig,
-    *,
-    seed: int = 0,
-    batch_tokens: int = 8192,
-) -> Findings:
-    """Reads every response six times.
+def check(reader: "Reader", interactions: Sequence[Interaction], *, seed: int = 0) -> Findings:
+    """Read every response six times.
 
     Args:
         interactions: as ``sample`` draws them.
     """
-    from .signal import read
-
-    conversations = [conversation_of(i.id, i.turn_id) for i in interactions]
-    partner = strangers(conversations, seed, "the sample")
-    others = [interactions[j] for j in partner]
-    encoded = [encode(i, tokenizer, config) for i in interactions]
-    prompts = [
-        tuple(encode(replace(i, followup=o), tokenizer, config).hindsight for o in _notes(i, j))
-        for i, j in zip(interactions, others, strict=True)
-    ]
-    device = str(model.module.device)
-    passes = read(model, encoded, prompts, device=device, batch_tokens=batch_tokens)
-    rows = [[logp.double() for logp in row] for row in passes]
-    advantage = np.array([[float((q - p).mean()) for q in qs] for p, *qs in rows])
-    size = np.array([[float((q - p).abs().mean()) for q in qs] for p, *qs in rows])
-    surprisal = float(np.mean([-float(p.mean()) for p, *_ in rows]))
+    conversations = [conversation_of(i) for i in interactions]
+    partner = partners(conversations, seed, "the sample")
+    asked = [(i, _others(i, interactions[j])) for i, j in zip(interactions, partner, strict=True)]
+    readings = list(reader.read(asked))
+    advantage = np.array([[float(a.mean()) for a in r.advantages] for r in readings])
+    size = np.array([[float(a.abs().mean()) for a in r.advantages] for r in readings])
+    surprisal = float(np.mean([-float(r.policy.mean()) for r in readings]))
     return _findings(advantage, size, surprisal, partner, seed)
 
 
-def _notes(interaction: Interaction, other: Interaction) -> tuple[str, ...]:
-    """What the notes hold after the first, in the order of ``NOTES``."""
+def _others(interaction: Interaction, other: Interaction) -> tuple[str, ...]:
+    """The follow-ups of `CONTEXTS` after an interaction's own."""
     revealed, misled = (REVEALED.format(i.response) for i in (interaction, other))
     return other.followup, NEUTRAL, revealed, misled
 
@@ -191,11 +177,16 @@ def _notes(interaction: Interaction, other: Interaction) -> tuple[str, ...]:
 def _findings(
     advantage: NDArray, size: NDArray, surprisal: float, partner: NDArray, seed: int
 ) -> Findings:
-    """From means by interaction and note, (n, len(NOTES)); who swapped with whom, (n,)."""
-    a, s = (dict(zip(NOTES, x.T, strict=True)) for x in (advantage, size))
+    """Findings from the means by interaction and hindsight context.
+
+    Args:
+        advantage, size: (n, len(CONTEXTS)).
+        partner: (n,), with whom each interaction exchanged follow-ups.
+    """
+    a, s = (dict(zip(CONTEXTS, x.T, strict=True)) for x in (advantage, size))
     alone = np.arange(len(partner))
-    # What a follow-up does to any response, and what moves a response whatever it is told, cancels
-    # within the two who swapped: drawn together, they tell more from as many.
+    # What a follow-up does to any response, and what moves a response whatever the follow-up says,
+    # cancels within a pair that exchanged them: pairs drawn together give narrower intervals.
     swapped = np.minimum(alone, partner)
 
     def difference(values: NDArray, groups: NDArray = alone) -> Difference:
@@ -205,8 +196,8 @@ def _findings(
     return Findings(
         interactions=len(size),
         surprisal=surprisal,
-        size={note: float(x.mean()) for note, x in s.items()},
-        advantage={note: float(x.mean()) for note, x in a.items()},
+        size={context: float(x.mean()) for context, x in s.items()},
+        advantage={context: float(x.mean()) for context, x in a.items()},
         own_over_neutral=difference(s["own"] - s["neutral"]),
         own_over_shuffled=difference(s["own"] - s["shuffled"], swapped),
         revealed=difference(a["revealed"]),
@@ -218,63 +209,49 @@ def command(
     *,
     model: str,
     interactions: str,
-    template: str = "paper-offline",
+    options: Annotated[ReaderOptions, tyro.conf.arg(name="")],
     sample_size: Annotated[int, tyro.conf.arg(name="sample")] = 256,
     seed: int = 0,
     json_out: Annotated[str | None, tyro.conf.arg(name="json")] = None,
-    max_prompt_tokens: int = 2048,
-    max_hindsight_prompt_tokens: int = 4096,
-    max_response_tokens: int = 2048,
-    batch_tokens: int = 8192,
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
 ) -> bool:
     """Whether a model makes use of hindsight under a template; exit status 0 if it does, else 1.
 
     Args:
         model: local Hugging Face folder of any causal LM.
-        interactions: as `sdpo data prepare` writes them.
-        template: hindsight template, a preset or a text with {followup}.
-        sample_size: interactions to read, drawn at random, one of a conversation.
-        seed: of the draw, and of who gets whose follow-up.
-        json_out: file to write the findings to, as JSON.
-        max_prompt_tokens: longer prompts lose their left end.
-        max_hindsight_prompt_tokens: the same for prompts with a note.
-        max_response_tokens: longer responses lose their right end.
-        batch_tokens: tokens of one pass computed at a time.
-        dtype: of the weights; auto is bfloat16 on a GPU, float32 on a CPU.
+        interactions: file that `sdpo data prepare` wrote.
+        sample_size: number of interactions to read, drawn at random, one per conversation.
+        seed: decides which interactions are drawn, and which exchange follow-ups.
+        json_out: JSON file to write the findings to.
     """
-    from sdpo_parallel.transformers.engine import load_model
+    from .advantages import Reader  # torch and transformers: seconds, which --help need not pay
 
-    config = HindsightConfig(
-        template=template,
-        max_prompt_tokens=max_prompt_tokens,
-        max_hindsight_prompt_tokens=max_hindsight_prompt_tokens,
-        max_response_tokens=max_response_tokens,
-    )
     drawn = sample(interactions, sample_size, seed)
-    tokenizer, policy = load_tokenizer(model), load_model(model, dtype=dtype)
-    found = check(policy, tokenizer, drawn, config, seed=seed, batch_tokens=batch_tokens)
+    found = check(Reader.load(model, options), drawn, seed=seed)
+    template = options.hindsight.template
     _show(found, model, template)
     if json_out is not None:
-        _write(json_out, found, model=model, interactions=interactions, template=template)
+        row = {"uses_hindsight": found.uses_hindsight, "reasons": found.reasons()}
+        row |= {"model": model, "interactions": interactions, "template": template}
+        with written_whole(json_out) as file:
+            json.dump(row | asdict(found), file, indent=2, allow_nan=False)
     return found.uses_hindsight
 
 
 def _show(found: Findings, model: str, template: str) -> None:
     console = Console()
     title = f"{found.interactions} interactions, nats per token"
-    table = Table("note", "mean |A|", "mean A", title=title, title_justify="left")
+    table = Table("hindsight context", "mean |A|", "mean A", title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
-    for note in NOTES:
-        table.add_row(note, f"{found.size[note]:.4f}", f"{found.advantage[note]:+.4f}")
+    for context in CONTEXTS:
+        table.add_row(context, f"{found.size[context]:.4f}", f"{found.advantage[context]:+.4f}")
     console.print(table)
     table = Table("comparison", "difference, 95%", title_justify="left")
     table.add_row("|A|: own - neutral", escape(str(found.own_over_neutral)))
     table.add_row("|A|: own - shuffled", escape(str(found.own_over_shuffled)))
     table.add_row("A: revealed", escape(str(found.revealed)))
     table.add_row("A: revealed - misled", escape(str(found.revealed_over_misled)))
-    table.add_row("surprisal, without a note", f"{found.surprisal:.4f}")
+    table.add_row("surprisal, without any", f"{found.surprisal:.4f}")
     console.print(table)
     for reason in found.reasons():
         console.print(f"- {reason}", markup=False, highlight=False)
@@ -282,13 +259,7 @@ def _show(found: Findings, model: str, template: str) -> None:
     console.print(f"{model} {verdict} under template {template!r}", markup=False, soft_wrap=True)
 
 
-def _write(path: str, found: Findings, **asked: str) -> None:
-    row = {"uses_hindsight": found.uses_hindsight, "reasons": found.reasons(), **asked}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(row | asdict(found), indent=2, allow_nan=False))
-
-
 def main(args: Sequence[str] | None = None) -> None:
-    """Parse and run."""
+    """Parse the command line and run."""
     if not tyro.cli(command, prog="sdpo check-hindsight", args=args):
         raise SystemExit(1)

@@ -4,48 +4,52 @@ Every response is read three times: without its follow-up, with it, and with the
 another conversation, the control. A is log q(y_t) - log p(y_t), hindsight minus policy, in nats.
 
 How to read the control. `relevance` = mean |A| with its own follow-up - mean |A| with another's:
-above 0, this user's words move this answer more than a stranger's do. A single negative one is no
-fault: a stranger's remark may well be the stronger. Nor is a mean of 0 over the file: users who
-all want the same say the same. So the file gets a second number, which compares token by token:
+above 0, this user's words move the response more than another user's do. A single negative value
+means little, as the other follow-up may simply be the stronger one. Nor is a mean of 0 over the
+file a fault: users who all want the same say the same. So the file gets a second number, which
+compares token by token:
 
     share = mean |A_own - A_other| / (mean |A_own| + mean |A_other|),   from 0 to 1
 
-At 0 the note moves every token alike, whoever's follow-up it holds: the signal is its wording's.
-At 1 the two have no token's shift in common: all of it is about what the follow-up says. It does
-not say that the model is right to be moved; `sdpo check-hindsight` asks that.
+At 0, every token moves alike whichever follow-up the hindsight context holds: the signal comes
+from the template's wording. At 1, the two have nothing in common: the signal is all about what the
+follow-up says. It does not say that the model is right to be moved; `sdpo check-hindsight` tests
+that.
 """
 
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 import numpy as np
+import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from ..conversations import DataError
-from ..hindsight import HindsightConfig, encode, load_tokenizer
-from ..interactions import Interaction, iter_interactions
+from ..errors import DataError
+from ..interactions import Interaction, conversation_of, iter_interactions
 from ..io.files import written_whole
+from .options import ReaderOptions
+
+if TYPE_CHECKING:
+    from .advantages import Reader
 
 CHUNK = 512
-"""Interactions encoded at a time."""
+"""Interactions after which a new batch begins: the same rows in any version, to the last bit."""
 OUTLIER = 3.5
-"""Modified z-score beyond which a value is one (Iglewicz and Hoaglin, 1993)."""
+"""Modified z-score beyond which a value is an outlier (Iglewicz and Hoaglin, 1993)."""
 DRAWS = 1000
-"""Of a bootstrap."""
+"""Bootstrap samples."""
 NAMED = 3
-"""Outliers of each tail that are shown with their text."""
+"""Outliers of each tail that are printed with their texts."""
 SHOWN = 90
-"""Characters of a text that is shown shortened."""
+"""Characters to which a printed text is shortened."""
 FIGURES = np.dtype(
     [
         ("tokens", np.int64),
@@ -57,27 +61,19 @@ FIGURES = np.dtype(
         ("relevance", np.float64),
     ]
 )
-"""One interaction's: of its response's tokens, in nats. `shuffled_difference` is the mean of
-|A_own - A_other|."""
+"""Figures of one interaction over its response tokens, in nats. `shuffled_difference` is the mean
+of |A_own - A_other|."""
 
 
-def conversation_of(id: str, turn_id: int | None = None) -> str:
-    """The conversation of an interaction's id: "c1" of "c1_3" and of "c1_3~2".
+def partners(conversations: Sequence[str], seed: int, where: str) -> NDArray[np.int64]:
+    """(n,): index of the interaction whose follow-up each one gets, always from another
+    conversation; every follow-up is used once.
 
-    With a `turn_id`, only that turn's number is taken off: "row_7" of no turn 7 stays whole.
-    """
-    whole = re.sub(r"~\d+$", "", id)
-    return re.sub(r"_\d+$" if turn_id is None else rf"_{turn_id}$", "", whole)
-
-
-def strangers(conversations: Sequence[str], seed: int, where: str) -> NDArray[np.int64]:
-    """(n,) whose follow-up each interaction gets: another conversation's, each used once.
-
-    In a random order that keeps conversations together, everyone takes the follow-up half a turn
-    on; of an even number, partners exchange theirs.
+    The interactions are shuffled, conversations staying together, and each takes the follow-up
+    half the list further on: if n is even, partners exchange theirs.
 
     Raises:
-        DataError: one conversation has more than half of the interactions; `where` is named.
+        DataError: one conversation has more than half of the interactions of the file ``where``.
     """
     groups, of = np.unique(np.asarray(conversations), return_inverse=True)
     n, sizes = len(of), np.bincount(of, minlength=1)
@@ -85,9 +81,10 @@ def strangers(conversations: Sequence[str], seed: int, where: str) -> NDArray[np
     if 2 * longest > n:
         name = groups[sizes.argmax()] if n else ""
         raise DataError(
-            f"{where}: {longest} of {n} interactions are of one conversation ('{name}'), so there "
-            "are too few follow-ups of others to compare with: add conversations, or, where these "
-            "are several, ids of the form conversation_turn"
+            f"{longest} of {n} interactions are of one conversation ('{name}'), so there are too "
+            "few follow-ups of others to compare with",
+            hint="Add conversations or, where these are several, ids of the form conversation_turn",
+            file=where,
         )
     rng = np.random.default_rng(seed)
     order = np.lexsort((rng.random(n), rng.permutation(len(groups))[of]))
@@ -102,13 +99,13 @@ def interval(
     statistic: Callable[[NDArray], float],
     seed: int = 0,
 ) -> tuple[float, float]:
-    """A 95% bootstrap interval. Whole groups are drawn: turns of one conversation, say, are not
-    independent.
+    """A 95% bootstrap interval. Whole groups are drawn, as the turns of one conversation, for
+    example, are not independent.
 
     Args:
-        columns: k of (n,), drawn together: what is compared in pairs stays paired.
+        columns: k arrays of (n,), drawn together, so that pairs stay paired.
         groups: (n,) labels.
-        statistic: of the columns' means, (k,).
+        statistic: function of the columns' means, (k,).
     """
     _, of = np.unique(np.asarray(groups), return_inverse=True)
     sums = np.stack([np.bincount(of, weights=c) for c in (*columns, np.ones(len(of)))], axis=1)
@@ -121,8 +118,8 @@ def interval(
 
 
 def outliers(values: NDArray) -> list[Literal["low", "high"] | None]:
-    """Which of (n,) magnitudes lie far below or above the rest, by the modified z-score of their
-    logarithms; none where half of them are equal."""
+    """Marks the (n,) magnitudes that lie far below or above the rest, by the modified z-score of
+    their logarithms; none if half of them are equal."""
     logs = np.log(np.maximum(values, 1e-12))
     deviation = logs - np.median(logs)
     mad = np.median(np.abs(deviation))
@@ -132,22 +129,14 @@ def outliers(values: NDArray) -> list[Literal["low", "high"] | None]:
     return ["high" if x > OUTLIER else "low" if x < -OUTLIER else None for x in z]
 
 
-def figures(own: NDArray, other: NDArray) -> tuple:
-    """A row of `FIGURES` from the advantages of a response's tokens, twice (tokens,)."""
-    mean_abs, shuffled = float(np.abs(own).mean()), float(np.abs(other).mean())
-    difference = float(np.abs(own - other).mean())
-    most = float(np.abs(own).max())
-    return len(own), float(own.mean()), mean_abs, most, shuffled, difference, mean_abs - shuffled
-
-
 class FollowUps:
-    """Texts in a file, by number: a log's need not fit into memory."""
+    """Texts kept in a file and read by index: those of a whole log need not fit into memory."""
 
     def __init__(self, file: BinaryIO):
         self._file, self._ends = file, [0]
 
     def append(self, text: str) -> None:
-        """The next one."""
+        """Add a text."""
         self._ends.append(self._ends[-1] + self._file.write(text.encode()))
 
     def __getitem__(self, i: int) -> str:
@@ -155,32 +144,22 @@ class FollowUps:
         return self._file.read(self._ends[i + 1] - self._ends[i]).decode()
 
 
-def score(
-    model,
-    tokenizer,
-    pairs: Iterable[tuple[Interaction, str]],
-    config: HindsightConfig,
-    *,
-    batch_tokens: int = 8192,
-) -> Iterator[tuple]:
+def score(reader: "Reader", pairs: Iterable[tuple[Interaction, Sequence[str]]]) -> Iterator[tuple]:
     """Rows of `FIGURES` for interactions, each with another conversation's follow-up."""
-    from .signal import read
-
-    pairs, device = iter(pairs), str(model.module.device)
-    while chunk := list(islice(pairs, CHUNK)):
-        encoded = [encode(i, tokenizer, config) for i, _ in chunk]
-        swapped = [replace(i, followup=other) for i, other in chunk]
-        others = [(encode(i, tokenizer, config).hindsight,) for i in swapped]
-        passes = read(model, encoded, others, device=device, batch_tokens=batch_tokens)
-        for e, logps in zip(encoded, passes, strict=True):
-            policy, own, other = (logp.double().numpy() for logp in logps)
-            row = figures(own - policy, other - policy)
-            if not np.isfinite(row).all():
-                raise DataError(
-                    f"interaction {e.id}: its log-probabilities are not finite; the model "
-                    "overflows in this dtype, try --dtype float32"
-                )
-            yield row
+    pairs = iter(pairs)
+    chunks = iter(lambda: list(islice(pairs, CHUNK)), [])
+    for reading in chain.from_iterable(map(reader.read, chunks)):
+        own, other = (advantage.numpy() for advantage in reading.advantages)
+        size, control = np.abs(own).mean(), np.abs(other).mean()
+        difference = np.abs(own - other).mean()
+        row = len(own), own.mean(), size, np.abs(own).max(), control, difference, size - control
+        if not np.isfinite(row).all():
+            raise DataError(
+                f"interaction {reading.encoded.id}: its log-probabilities are not finite, as the "
+                "model overflows in this dtype",
+                hint="Try --dtype float32",
+            )
+        yield row
 
 
 def score_command(
@@ -188,43 +167,25 @@ def score_command(
     model: str,
     interactions: str,
     out: str,
-    template: str = "paper-offline",
-    max_prompt_tokens: int = 2048,
-    max_hindsight_prompt_tokens: int = 4096,
-    max_response_tokens: int = 2048,
-    batch_tokens: int = 8192,
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    options: Annotated[ReaderOptions, tyro.conf.arg(name="")],
     seed: int = 0,
 ) -> None:
-    """How much each follow-up says about its response, beside another conversation's follow-up.
+    """Measure how much each follow-up says about its response, next to another conversation's.
 
     Args:
         model: local Hugging Face folder of any causal LM.
-        interactions: as `sdpo data prepare` writes them.
-        out: JSONL to write, a row per interaction; training selects by it.
-        template: hindsight template, a preset or a text with {followup}.
-        max_prompt_tokens: longer prompts lose their left end.
-        max_hindsight_prompt_tokens: the same for prompts with a follow-up.
-        max_response_tokens: longer responses lose their right end.
-        batch_tokens: tokens of one pass computed at a time.
-        dtype: of the weights; auto is bfloat16 on a GPU, float32 on a CPU.
-        seed: of who gets whose follow-up.
+        interactions: file that `sdpo data prepare` wrote.
+        out: JSONL file to write, one row per interaction; training selects by it.
+        seed: decides which interactions exchange follow-ups.
     """
-    from sdpo_parallel.transformers.engine import load_model
+    from .advantages import Reader  # torch and transformers: seconds, which --help need not pay
 
-    config = HindsightConfig(
-        template=template,
-        max_prompt_tokens=max_prompt_tokens,
-        max_hindsight_prompt_tokens=max_hindsight_prompt_tokens,
-        max_response_tokens=max_response_tokens,
-    )
     with tempfile.TemporaryFile() as file:
         ids, conversations, texts = _first_look(interactions, FollowUps(file))
-        partner = strangers(conversations, seed, interactions)
-        tokenizer, policy = load_tokenizer(model), load_model(model, dtype=dtype)
+        partner = partners(conversations, seed, interactions)
+        reader = Reader.load(model, options)
         data = zip(iter_interactions(interactions), partner, strict=True)
-        pairs = ((interaction, texts[j]) for interaction, j in data)
-        rows = score(policy, tokenizer, pairs, config, batch_tokens=batch_tokens)
+        rows = score(reader, ((interaction, [texts[j]]) for interaction, j in data))
         rows = track(rows, description="reading three times", total=len(ids))
         table = np.fromiter(rows, FIGURES, count=len(ids))
     flags = outliers(table["mean_abs_advantage"])
@@ -240,13 +201,13 @@ def _first_look(path: str, texts: FollowUps) -> tuple[list[str], list[str], Foll
     ids, conversations = [], []
     for i in iter_interactions(path):
         ids.append(i.id)
-        conversations.append(conversation_of(i.id, i.turn_id))
+        conversations.append(conversation_of(i))
         texts.append(i.followup)
     return ids, conversations, texts
 
 
 def _write(out: Path, ids: Sequence[str], table: NDArray, flags: Sequence[str | None]) -> None:
-    """All rows or no file."""
+    """Write all rows or no file."""
     names = FIGURES.names or ()
     with written_whole(out) as file:
         for id, values, flag in zip(ids, table, flags, strict=True):
@@ -255,8 +216,8 @@ def _write(out: Path, ids: Sequence[str], table: NDArray, flags: Sequence[str | 
 
 
 def share(means: NDArray) -> float:
-    """Of the signal, what is about the follow-up: from the means of |A_own - A_other|, |A_own|
-    and |A_other|; 0 where there is no signal."""
+    """Share of the signal that is about the follow-up, from the means of |A_own - A_other|,
+    |A_own| and |A_other|; 0 if there is no signal."""
     difference, own, other = means
     return float(difference / (own + other)) if own + other else 0.0
 
@@ -280,7 +241,7 @@ def _show(console: Console, table: NDArray, conversations: Sequence[str], seed: 
 
 
 def _name_outliers(console: Console, path: str, table: NDArray, flags: Sequence) -> None:
-    """Counts of both tails, and the furthest few with their text."""
+    """Print the counts of both tails, and the furthest few with their texts."""
     size = table["mean_abs_advantage"]
     tails = {tail: [i for i, flag in enumerate(flags) if flag == tail] for tail in ("low", "high")}
     counts = ", ".join(f"{len(of)} {tail}" for tail, of in tails.items())
@@ -292,11 +253,11 @@ def _name_outliers(console: Console, path: str, table: NDArray, flags: Sequence)
     for n in furthest:
         i = text[n]
         console.print(f"{flags[n]:>4} {size[n]:.4f} {i.id}", markup=False, highlight=False)
-        for name, words in (("answer", i.response), ("follow-up", i.followup)):
+        for name, words in (("response", i.response), ("follow-up", i.followup)):
             console.print(f"{name:>14}: {shortened(words)}", markup=False, highlight=False)
 
 
 def shortened(text: str) -> str:
-    """On one line, cut where it is long."""
+    """The text on one line, cut to `SHOWN` characters."""
     line = " ".join(text.split())
     return line if len(line) <= SHOWN else line[: SHOWN - 1] + "…"

@@ -1,12 +1,12 @@
 """`sdpo data trace ID`: where a conversation, an interaction or a user went, and what has read it.
 
-From the manifest beside a file of interactions to the rows of the logs, and from there to the
+The manifest beside a file of interactions leads back to the rows of the logs, and forward to the
 checkpoints of runs: a run draws interactions in an order that its seed and their number fix, and
-each checkpoint counts how many it has drawn, so that what it has read is known exactly. Nothing
-here reads a model.
+each checkpoint counts how many it has drawn, so what it has read is known exactly. No model is
+read.
 
-What was dropped as a duplicate lives on in the conversation kept in its place, and would come back
-if only that one were removed: duplicates are traced along.
+A conversation that was dropped as a duplicate lives on in the one kept in its place, and would come
+back if only that one were removed: duplicates are traced along.
 """
 
 import json
@@ -22,10 +22,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..batching import BatchConfig, Cursor, total_interactions
-from ..conversations import DataError
 from ..data.manifest import Hit, find
+from ..errors import DataError
 from ..interactions import iter_interactions
-from ..io.files import sha256, write_text
+from ..io.files import sha256, written_whole
 from ..train.drift import drift_places
 from ..train.selection import Judge, SelectConfig, selection_sha256
 
@@ -36,31 +36,31 @@ class Checkpoint:
 
     name: str
     interactions_seen: int
-    """All that it has drawn, repeats counted."""
+    """Interactions drawn so far, repeats counted."""
     read: dict[str, int]
-    """Times by interaction's id, of those at least once."""
+    """Id of an interaction -> how often it was read, where at least once."""
     usable: bool = True
-    """False for one that was set aside as damaged."""
+    """False if it was set aside as damaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunTrace:
-    """One run and one data file."""
+    """What one run has read of one data file."""
 
     run: str
     data: str
     trained_on_it: bool
     note: str = ""
-    """Why nothing can be told, or what else is to know."""
+    """Why nothing is known of the run."""
     left_out: tuple[str, ...] = ()
-    """Interactions that the run's selection does not train on."""
+    """Interactions that the run's selection leaves out."""
     probe: tuple[str, ...] = ()
-    """Interactions that the safeguards' probe reads, without training on them."""
+    """Interactions that the drift monitor reads, without training on them."""
     checkpoints: tuple[Checkpoint, ...] = ()
 
     @property
     def has_read(self) -> bool:
-        """Some of it."""
+        """A checkpoint has read some of the interactions traced."""
         return any(c.read for c in self.checkpoints)
 
     @property
@@ -94,13 +94,14 @@ def find_runs(folders: Iterable[str]) -> list[Path]:
     for folder in folders:
         found = [p.parent for p in sorted(Path(folder).rglob("config.json")) if _is_run(p)]
         if not found:
-            raise DataError(f"{folder}: no run there; give the folder of a run, or one of runs")
+            hint = "Give the folder of a run, or one that holds runs"
+            raise DataError("no run there", file=folder, hint=hint)
         runs |= dict.fromkeys(found)
     return list(runs)
 
 
 def _is_run(config: Path) -> bool:
-    """A model's folder has a config.json too."""
+    """Tells a run's config.json from a model's."""
     stored = _json(config)
     return isinstance(stored, dict) and {"data", "batch", "model"} <= stored.keys()
 
@@ -109,43 +110,49 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); restore it, or leave it out") from None
+        hint = "Restore it, or leave it out"
+        raise DataError(f"cannot be read ({error})", file=str(path), hint=hint) from None
 
 
 def trace_run(run: Path, data: str, digest: str, wanted: Sequence[str]) -> RunTrace:
-    """What a run's checkpoints have read of some interactions of a data file."""
-    config = _json(run / "config.json")
+    """What a run's checkpoints have read of some interactions of a data file.
 
-    def told(note: str, trained_on_it: bool = False) -> RunTrace:
-        return RunTrace(run=str(run), data=data, trained_on_it=trained_on_it, note=note)
-
-    stored = _checkpoints(run)
+    Args:
+        digest: SHA-256 of the data file.
+        wanted: ids of interactions.
+    """
+    config, stored = _json(run / "config.json"), _checkpoints(run)
+    note, trained_on_it, kept = "", False, []
     if not stored:
-        return told(f"no checkpoint, so it is not known what it read; its data is {config['data']}")
-    newest = stored[-1].manifest
-    if newest["data_sha256"] != digest:
-        return told(
-            f"trained on other data: {config['data']} (sha256 {newest['data_sha256'][:12]}), not "
-            f"on {data} as it is ({digest[:12]}); trace there, or the file as it was then"
+        note = f"no checkpoint, so it is not known what it read; its data is {config['data']}"
+    elif (theirs := stored[-1].manifest["data_sha256"]) != digest:
+        note = (
+            f"trained on other data: {config['data']} (sha256 {theirs[:12]}), not on {data} as it "
+            f"is ({digest[:12]}); trace there, or the file as it was then"
         )
-    try:
-        kept = _kept(data, newest)
-    except DataError as error:
-        return told(f"trained on this file, by a selection that cannot be told ({error})", True)
+    else:
+        trained_on_it = True
+        try:
+            kept = _kept(data, stored[-1].manifest)
+        except DataError as error:
+            note = f"trained on this file, by a selection that is not known any more ({error})"
+    if note:
+        return RunTrace(run=str(run), data=data, trained_on_it=trained_on_it, note=note)
     place = {id: i for i, id in enumerate(kept)}
     traced = {place[id]: id for id in wanted if id in place}
+    monitored = drift_places(len(kept), config["safeguard"]["probe_interactions"])
     return RunTrace(
         run=str(run),
         data=data,
         trained_on_it=True,
         left_out=tuple(id for id in wanted if id not in place),
-        probe=_probed(len(kept), config, traced),
+        probe=tuple(traced[i] for i in monitored if i in traced),
         checkpoints=tuple(_read_by(run, stored, len(kept), traced)),
     )
 
 
 def _checkpoints(run: Path) -> list[_Stored]:
-    """By step; one that was set aside as damaged is there too: its weights still are."""
+    """All by step, also those set aside as damaged, whose weights still exist."""
     paths = (run / "checkpoints").glob("step-*/manifest.json")
     whole = [p for p in paths if not p.parent.name.endswith(".partial")]
     return sorted((_Stored(p.parent, _json(p)) for p in whole), key=lambda s: s.step)
@@ -165,14 +172,10 @@ def _kept(data: str, manifest: dict[str, Any]) -> list[str]:
     return [id for id in ids if isinstance(judge(id), float)]
 
 
-def _probed(n: int, config: dict[str, Any], traced: dict[int, str]) -> tuple[str, ...]:
-    places = drift_places(n, config["safeguard"]["probe_interactions"])
-    return tuple(traced[i] for i in places if i in traced)
-
-
 def _read_by(
     run: Path, stored: Sequence[_Stored], n: int, traced: dict[int, str]
 ) -> Iterator[Checkpoint]:
+    """What each checkpoint of a run on ``n`` interactions has read of those traced."""
     batch = stored[-1].manifest["config"]["batch"]
     seen = {s.folder.name: s.manifest["interactions_seen"] for s in stored}
     if (run / "export").is_dir():  # written at a run's end
@@ -189,7 +192,7 @@ def _read_by(
 
 
 def descendants(runs: Sequence[Path], traces: Sequence[RunTrace]) -> dict[str, str]:
-    """Runs that started from, or were taught by, the export of one that has read some of it.
+    """Runs that started from, or were taught by, an export that has read some of it -> its folder.
 
     Weights that were copied or exported out of a run's folder are not recognised.
     """
@@ -198,9 +201,8 @@ def descendants(runs: Sequence[Path], traces: Sequence[RunTrace]) -> dict[str, s
     grown = True
     while grown:
         grown = False
-        for run in runs:
-            origin = _origin(_json(run / "config.json"), tainted)
-            if origin and str(run) not in out:
+        for run in (run for run in runs if str(run) not in out):
+            if origin := _origin(_json(run / "config.json"), tainted):
                 out[str(run)] = origin
                 tainted.add(str(run.resolve()))
                 grown = True
@@ -208,7 +210,7 @@ def descendants(runs: Sequence[Path], traces: Sequence[RunTrace]) -> dict[str, s
 
 
 def _origin(config: dict[str, Any], tainted: set[str]) -> str | None:
-    """The folder of weights that a run began with and that lies within one of `tainted`."""
+    """The folder inside one of ``tainted`` whose weights a run began with or was taught by."""
     for folder in (config["model"], (config.get("teacher") or {}).get("folder")):
         if folder and any(str(p) in tainted for p in Path(folder).resolve().parents):
             return folder
@@ -226,37 +228,34 @@ def trace_command(
     runs: tuple[str, ...] = (),
     json_out: Annotated[str | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
-    """Where a conversation, an interaction or a user went, and which checkpoints have read it.
+    """Show where a conversation, interaction or user went, and which checkpoints have read it.
 
     Args:
-        id: of a conversation or an interaction, a user (hashed IP or user id), or "path:row".
-        data: files of interactions with their manifests, as `sdpo data prepare` writes them.
-        runs: folders of runs, or folders of those.
-        json_out: file to write the findings to, as JSON.
+        id: a conversation's or an interaction's id, a user (hashed IP or user id), or "path:row".
+        data: files of interactions that `sdpo data prepare` wrote, with their manifests.
+        runs: folders of runs, or folders that hold runs.
+        json_out: JSON file to write the findings to.
     """
     hits = [hit for file in data for hit in find(file, id)]
     if not hits:
         print(f"{id}: in none of the manifests of {', '.join(data)}")
         raise SystemExit(1)
     folders = find_runs(runs)
-    traces = [
-        trace_run(run, file, sha256(file), _wanted(hits, file))
-        for file in data
-        if _wanted(hits, file)
-        for run in folders
-    ]
+    traces: list[RunTrace] = []
+    for file in data:
+        if wanted := [i for hit in hits if hit.data == file for i in hit.interactions]:
+            digest = sha256(file)
+            traces += [trace_run(run, file, digest, wanted) for run in folders]
     inherited = descendants(folders, traces)
     if json_out is not None:
         _write(json_out, id, hits, traces, inherited)
-    _show(Console(), id, hits, traces, inherited)
+    _show(id, hits, traces, inherited)
 
 
-def _wanted(hits: Iterable[Hit], data: str) -> list[str]:
-    return [i for hit in hits if hit.data == data for i in hit.interactions]
-
-
-def _write(path: str, id: str, hits, traces, inherited: dict[str, str]) -> None:
-    row = {
+def _write(
+    path: str, id: str, hits: list[Hit], traces: list[RunTrace], inherited: dict[str, str]
+) -> None:
+    found = {
         "id": id,
         "hits": [asdict(hit) for hit in hits],
         "runs": [
@@ -265,62 +264,55 @@ def _write(path: str, id: str, hits, traces, inherited: dict[str, str]) -> None:
         ],
         "inherited": inherited,
     }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(row, indent=2, ensure_ascii=False))
+    with written_whole(path) as file:
+        json.dump(found, file, indent=2, ensure_ascii=False)
 
 
-def _show(console: Console, id: str, hits, traces, inherited: dict[str, str]) -> None:
+def _show(id: str, hits: list[Hit], traces: list[RunTrace], inherited: dict[str, str]) -> None:
     columns = ("source", "conversation", "user", "decision", "interactions", "found as")
-    table = _table(*columns, title=id)
-    for hit in hits:
-        asked = (hit.source, hit.conversation_id, hit.user or "", hit.decision)
-        table.add_row(*map(escape, (*asked, "\n".join(hit.interactions) or "none", hit.via)))
-    console.print(table)
+    rows = [
+        (h.source, h.conversation_id, h.user or "", h.decision, "\n".join(h.interactions), h.via)
+        for h in hits
+    ]
+    _print_table(id, columns, rows)
     for trace in traces:
-        _show_run(console, trace)
+        _show_run(trace)
     for run, origin in inherited.items():
-        _say(
-            console, f"{run} began with, or was taught by, {origin}: it carries what that has read"
-        )
+        _print(f"{run} began with, or was taught by, {origin}: it carries what that has read")
     if any(hit.interactions for hit in hits):
-        _say_what_to_do(console, id, hits, traces, inherited)
+        _print("\n".join(["To remove it:", *_remedies(id, hits, traces, inherited)]))
     else:
-        _say(console, "None of it is in the data.")
+        _print("None of it is in the data.")
 
 
-def _table(*columns: str, title: str) -> Table:
-    """Whose ids are told whole, on narrow terminals too."""
-    table = Table(title=escape(title), title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _show_run(console: Console, trace: RunTrace) -> None:
+def _show_run(trace: RunTrace) -> None:
     if trace.note:
-        _say(console, f"{trace.run}: {trace.note}")
+        _print(f"{trace.run}: {trace.note}")
         return
+    rows = [
+        (
+            c.name,
+            f"{c.interactions_seen:,}",
+            ", ".join(f"{id} ({n}x)" for id, n in c.read.items()) or "nothing",
+        )
+        for c in trace.checkpoints
+    ]
     title = f"{trace.run}, trained on {trace.data}"
-    table = _table("checkpoint", "drawn", "read of it", title=title)
-    table.columns[1].justify = "right"
-    for c in trace.checkpoints:
-        read = ", ".join(f"{id} ({n}x)" for id, n in c.read.items()) or "nothing"
-        table.add_row(c.name, f"{c.interactions_seen:,}", escape(read))
-    console.print(table)
+    _print_table(title, ("checkpoint", "drawn", "read of it"), rows)
     if trace.left_out:
-        _say(console, f"left out by the run's selection: {', '.join(trace.left_out)}")
+        _print(f"left out by the run's selection: {', '.join(trace.left_out)}")
     if trace.probe:
-        names = ", ".join(trace.probe)
-        _say(console, f"the safeguards' probe reads, without training on it: {names}")
+        _print(f"the drift monitor reads, without training on it: {', '.join(trace.probe)}")
 
 
-def _say_what_to_do(console: Console, id: str, hits, traces, inherited: dict[str, str]) -> None:
-    _say(console, "To remove it:")
+def _remedies(
+    id: str, hits: list[Hit], traces: list[RunTrace], inherited: dict[str, str]
+) -> Iterator[str]:
     # a user's request names the user; one for a conversation leaves the user's others alone
     named = [id if id == hit.user else hit.conversation_id for hit in hits]
-    _say(console, f"1. add to the opt-out list: {', '.join(dict.fromkeys(named))}")
+    yield f"1. add to the opt-out list: {', '.join(dict.fromkeys(named))}"
     files = ", ".join(dict.fromkeys(hit.data for hit in hits))
-    _say(console, f"2. prepare the data again, in place of {files}")
+    yield f"2. prepare the data again, in place of {files}"
     for t in (t for t in traces if t.has_read and t.run not in inherited):
         if t.newest_before is None:
             remedy = "no checkpoint left is from before: train again from the run's own model"
@@ -330,13 +322,21 @@ def _say_what_to_do(console: Console, id: str, hits, traces, inherited: dict[str
                 f"the newest checkpoint from before is {t.newest_before}: `sdpo export {t.run} "
                 f"--step {step} --out FOLDER`, then `sdpo train --model FOLDER` on the new data"
             )
-        gone = ", ".join(c.name for c in t.checkpoints if c.read)
-        _say(console, f"3. {t.run}: {remedy}. Delete {gone}")
+        read = ", ".join(c.name for c in t.checkpoints if c.read)
+        yield f"3. {t.run}: {remedy}. Delete {read}"
     for run, origin in inherited.items():
-        _say(
-            console, f"3. {run}: train again from what replaces {origin}. Delete all of its weights"
-        )
+        yield f"3. {run}: train again from what replaces {origin}. Delete all of its weights"
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table that folds long ids, so that they are whole on narrow terminals, too."""
+    table = Table(title=escape(title), title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
+
+
+def _print(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What the demo measures, on questions no log has shown: whom the model suits, what it kept.
+"""What the demo measures, on questions that are in no log: whom the model suits, what it kept.
 
 Every score takes a `transformers` model and tokenizer, as loaded from an exported folder, and is
 the same number for the same seed.
@@ -25,7 +25,7 @@ from .world import (
 )
 
 MAX_ANSWER_TOKENS = 16
-"""The longest right answer has 7 tokens, its end included."""
+"""Tokens generated at most; the longest right answer has 7, its end included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +33,9 @@ class Scores:
     """Shares in [0, 1]."""
 
     preference: float
-    """Held-out questions answered in the style asked about, with nobody asking for it."""
+    """Held-out questions answered in the given style, without anyone asking for it."""
     hindsight_following: float
-    """Held-out questions answered in the style the hindsight note asks for."""
+    """Held-out questions answered in the style that the hindsight context asks for."""
     other_tasks: float
     """Tasks solved, word for word."""
 
@@ -86,7 +86,7 @@ def preference_rate(
     n: int = 400,
     seed: int = 0,
 ) -> float:
-    """Share of `n` held-out questions that the model answers in `style` of its own accord."""
+    """Share of `n` held-out questions that the model answers in `style` without being asked to."""
     questions = draw_questions(random.Random(seed), n, HELD_OUT_QUESTIONS)
     answers = generate(model, tokenizer, [[user(q.text)] for q in questions], seed=seed)
     return _mean(answers_in(style, q, a) for q, a in zip(questions, answers, strict=True))
@@ -100,18 +100,19 @@ def hindsight_following(
     n: int = 400,
     seed: int = 0,
 ) -> float:
-    """Share of held-out questions answered as a hindsight note asks, over both styles equally.
+    """Share of held-out questions answered as the hindsight context asks, half in either style.
 
-    A policy that has collapsed onto one style ignores notes asking for the other, and scores half.
+    A policy that has collapsed onto one style ignores follow-ups that ask for the other, and scores
+    a half.
     """
     rng = random.Random(seed)
     questions = draw_questions(rng, n, HELD_OUT_QUESTIONS)
     styles = [STYLES[i % len(STYLES)] for i in range(n)]
-    noted = [
+    prompts = [
         hindsight([user(question.text)], rng.choice(CORRECTIONS[style]))
         for question, style in zip(questions, styles, strict=True)
     ]
-    answers = generate(model, tokenizer, noted, seed=seed)
+    answers = generate(model, tokenizer, prompts, seed=seed)
     return _mean(
         answers_in(style, question, answer)
         for style, question, answer in zip(styles, questions, answers, strict=True)
@@ -138,7 +139,7 @@ def evaluate(
     n: int = 400,
     seed: int = 0,
 ) -> Scores:
-    """All three scores, `n` prompts each."""
+    """All three scores, each on `n` prompts."""
     return Scores(
         preference=preference_rate(model, tokenizer, style, n=n, seed=seed),
         hindsight_following=hindsight_following(model, tokenizer, hindsight, n=n, seed=seed),
@@ -149,7 +150,7 @@ def evaluate(
 def sample_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, n: int = 4, seed: int = 0
 ) -> list[tuple[str, str]]:
-    """`n` held-out questions, each with one sampled answer: the same questions for a seed."""
+    """`n` held-out questions with one sampled answer each; the same questions for the same seed."""
     questions = draw_questions(random.Random(seed), n, HELD_OUT_QUESTIONS)
     answers = generate(model, tokenizer, [[user(q.text)] for q in questions], seed=seed)
     return [(q.text, a) for q, a in zip(questions, answers, strict=True)]

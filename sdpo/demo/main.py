@@ -1,9 +1,9 @@
 """`sdpo demo`: the whole method on a tiny chat world, through the commands that a cluster runs.
 
-A tiny chat model is pre-trained; users with a preference talk to it; their log is prepared,
-validated, looked at, read for its signal and trained on with torchrun and FSDP2; the export is
-evaluated; the users change their mind and the same happens again; a conversation is traced to the
-checkpoints that have read it. Writes report.json and report.html.
+A tiny chat model is pre-trained, and users with a preference talk to it. Their log is prepared,
+validated, inspected, scored and trained on with torchrun and FSDP2, and the export is evaluated.
+Then the users change their mind, and the same happens again. Finally a conversation is traced to
+the checkpoints that have read it. Writes report.json and report.html.
 """
 
 import json
@@ -27,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..cli import main as sdpo
 from ..conversations import Message
+from ..errors import SdpoError
 from ..hindsight import hindsight_prompt
 from ..interactions import iter_interactions, read_interactions, write_interactions
 from ..train.run_folder import read_metrics
@@ -38,23 +39,23 @@ from .users import simulate_logs
 
 TEMPLATE = "paper-offline"
 CONVERSATIONS = 1024
-"""Of each round of users."""
+"""Conversations in each round of users."""
 PROMPTS = 400
-"""Held-out prompts sampled per rate."""
+"""Held-out prompts sampled for each rate."""
 MARKER = ".sdpo-demo"
-"""Says that a folder is a demo's, and may be replaced by the next."""
+"""File that marks a demo's folder, which the next demo may replace."""
 SHOWN = 4
 """Interactions and answers shown in the report."""
 
 
 def hindsight(messages: list[world.Message], followup: str) -> list[world.Message]:
-    """The production template, on the world's own messages."""
+    """Put a follow-up into a prompt as production does, on the world's own messages."""
     prompt = [Message(**m) for m in messages]
     return [asdict(m) for m in hindsight_prompt(prompt, followup, TEMPLATE)]
 
 
 class Demo:
-    """One run of the demo, in its folder."""
+    """One run of the demo in its folder."""
 
     def __init__(self, folder: Path, seed: int, preference: str, objective: str):
         self.folder, self.seed, self.objective = folder, seed, objective
@@ -72,7 +73,7 @@ class Demo:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     def run(self) -> dict:
-        """All phases; returns the report."""
+        """Run all phases; returns the report."""
         base = self.folder / "base"
         with self.phase("pre-training"):
             pretrain(base, seed=self.seed, hindsight=hindsight)
@@ -94,11 +95,11 @@ class Demo:
 
         folders = {"before": base, "after": first, "after_change_of_mind": second}
         report = self._report(scores, signal, folders)
-        courses = {
-            f"likes {self.likes[r]}": read_metrics(self.folder / f"train-{r}")
-            for r in ("first", "second")
+        trajectories = {
+            f"likes {style}": read_metrics(self.folder / f"train-{which}")
+            for which, style in self.likes.items()
         }
-        reports.write(self.folder, report, courses, shown)
+        reports.write(self.folder, report, trajectories, shown)
         reports.print_table(report, self.console)
         self.console.print(f"{self.folder}/report.html", soft_wrap=True)
         return report
@@ -106,13 +107,8 @@ class Demo:
     def _logs(self, model: Path, which: str) -> Path:
         """Users talk to ``model``; returns the interactions prepared from their log."""
         log = self.folder / f"log-{which}.parquet"
-        simulate_logs(
-            model,
-            log,
-            preference=self.likes[which],
-            n_conversations=CONVERSATIONS,
-            seed=self.seed,
-        )
+        likes = self.likes[which]
+        simulate_logs(model, log, preference=likes, n_conversations=CONVERSATIONS, seed=self.seed)
         out = self.folder / f"interactions-{which}.jsonl"
         page = str(out.with_suffix(".html"))
         sdpo(["data", "prepare", str(log), "--preset", "paper-wildchat", "--out", str(out)])
@@ -121,7 +117,7 @@ class Demo:
         return out
 
     def _train(self, model: Path, data: Path, which: str) -> Path:
-        """Two gloo ranks under FSDP2; returns the exported folder."""
+        """Train on two gloo ranks under FSDP2; returns the exported folder."""
         out = self.folder / f"train-{which}"
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         recipe = {"reverse-kl": "demo", "sampled-token": "demo-sampled-token"}[self.objective]
@@ -134,7 +130,8 @@ class Demo:
         return out / "export"
 
     def _signal(self, model: Path, data: Path) -> tuple[dict[str, float], dict]:
-        """Mean |advantage| of users' corrections, and of irrelevant follow-ups to the same."""
+        """Mean |advantage| under users' corrections and under irrelevant follow-ups in their place;
+        and the first follow-ups of both kinds with their signals."""
         judged = ["--model", str(model), "--interactions", str(data)]
         self.makes_use_of_hindsight = _passes(["check-hindsight", *judged])
         sdpo(["data", "score", *judged, "--out", str(self.folder / "scores.jsonl")])
@@ -145,25 +142,9 @@ class Demo:
         for kind, interactions in (("relevant", relevant), ("irrelevant", irrelevant)):
             file, out = (self.folder / f"{stem}-{kind}.jsonl" for stem in ("followups", "signal"))
             write_interactions(file, interactions)
-            sdpo(
-                [
-                    "signal",
-                    "--model",
-                    str(model),
-                    "--interactions",
-                    str(file),
-                    "--out",
-                    str(out),
-                    "--template",
-                    TEMPLATE,
-                    "--max-prompt-tokens",
-                    "256",
-                    "--max-hindsight-prompt-tokens",
-                    "256",
-                    "--show",
-                    str(SHOWN),
-                ]
-            )
+            files = ["--model", str(model), "--interactions", str(file), "--out", str(out)]
+            limits = ["--max-prompt-tokens", "256", "--max-hindsight-prompt-tokens", "256"]
+            sdpo(["signal", *files, *limits, "--template", TEMPLATE, "--show", str(SHOWN)])
             rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
             values = [abs(a) for row in rows for a in row["advantage"]]
             means[kind] = sum(values) / len(values)
@@ -173,7 +154,7 @@ class Demo:
         return means, shown
 
     def _trace(self, which: str) -> None:
-        """Which checkpoints have read the first conversation of a log."""
+        """Show which checkpoints have read the first conversation of a log."""
         data = self.folder / f"interactions-{which}.jsonl"
         first = next(iter_interactions(data)).id
         sdpo(["data", "trace", first, "--data", str(data), "--runs", str(self.folder)])
@@ -181,13 +162,9 @@ class Demo:
     def _evaluate(self, folder: Path) -> Scores:
         with self.phase("evaluation"):
             model, tokenizer = _load(folder)
+            likes = self.likes["first"]
             return evaluate(
-                model,
-                tokenizer,
-                style=self.likes["first"],
-                hindsight=hindsight,
-                n=PROMPTS,
-                seed=self.seed,
+                model, tokenizer, style=likes, hindsight=hindsight, n=PROMPTS, seed=self.seed
             )
 
     def _report(self, scores: dict[str, Scores], signal: dict, folders: dict[str, Path]) -> dict:
@@ -221,7 +198,7 @@ class Demo:
 
 
 def _passes(command: list[str]) -> bool:
-    """Whether a command that ends with a verdict ends well."""
+    """Whether a command that ends with a verdict passes."""
     try:
         sdpo(command)
     except SystemExit as verdict:
@@ -242,36 +219,38 @@ def command(
 ) -> None:
     """Align a tiny chat model from its users' conversations, on any machine, in minutes.
 
-    Exit status 1 says that a target of the table was missed.
+    The exit status is 1 if a target of the table is missed.
 
     Args:
-        out: folder of the demo; one that is there is replaced.
-        seed: of the world, its users and the model.
-        preference: what the users like before they change their mind.
-        objective: sampled-token is the paper's, with which a live teacher may collapse here.
+        out: folder of the demo; an earlier demo there is replaced.
+        seed: random seed of the world, its users and the model.
+        preference: style that the users like before they change their mind.
+        objective: sampled-token is the paper's; with a live teacher it may collapse here.
     """
     disable_progress_bar()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same demo everywhere: two gloo ranks, float32
-    torch.set_num_threads(1)  # more help tensors this small little, and hurt on a busy machine
+    torch.set_num_threads(
+        1
+    )  # tensors this small gain little from more, which hurt on a busy machine
     _make_room(Path(out))
     report = Demo(Path(out), seed, preference, objective).run()
     raise SystemExit(0 if reports.all_met(report) else 1)
 
 
 def _make_room(folder: Path) -> None:
-    """An empty folder, in place of an earlier demo's.
+    """Make an empty folder, in place of an earlier demo's.
 
     Raises:
-        ValueError: the folder holds something else, which is not ours to delete.
+        SdpoError: the folder holds something else, which is not deleted.
     """
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).is_file():
-            raise ValueError(f"{folder} holds something that is no demo: choose another --out")
+            raise SdpoError(f"{folder} holds something that is no demo: choose another --out")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Parse and run."""
+    """Parse the command line and run."""
     tyro.cli(command, prog="sdpo demo", args=args)

@@ -1,17 +1,18 @@
 """Pre-trains the demo's model: a Qwen3 of a few hundred thousand weights, in a minute on a CPU.
 
-It learns to answer in either style equally often, to obey a hindsight note that asks for one, to
-treat any other note as if it were not there, and to solve the tasks. So it starts where a chat
-model starts: able to do what its users want, with no idea which of it they want.
+It learns to answer in either style equally often, to obey a hindsight context that asks for one, to
+ignore any other hindsight context, and to solve the tasks. So it starts where a chat model starts:
+able to do what its users want, without knowing what they want.
 
-The style of an answer depends on the last user message alone (a correction there, or in the
-hindsight note within it, the note winning). Corrections further up are forgotten at once, which is
-what users complain of, and what training on their logs repairs.
+The style of an answer depends on the last user message alone: on a correction in it, or in the
+hindsight context at its end, which takes precedence. Corrections in earlier messages are forgotten
+at once, which is what users complain about and what training on their logs repairs.
 
-Three things in here decide whether training on logs works. Notes contradict wishes in the prompt,
-so that obeying them does not wear off as the model comes to lean to one style. Answers slip, so
-that the hindsight pass has an opinion on the rest of an answer it would not have begun. And targets
-are all right words at once, so that irrelevant notes change next to nothing.
+Three things decide whether training on logs works. Hindsight contexts contradict wishes in the
+prompt, so that the model still obeys them when it prefers one style. Some answers slip into the
+wrong style, so that the hindsight pass has an opinion on the rest of an answer that it would not
+have begun. And all right words are targets at once, so that irrelevant follow-ups change next to
+nothing.
 """
 
 import math
@@ -49,24 +50,24 @@ from .world import (
 )
 
 PACKED_LENGTH = 192
-"""Tokens in a row of packed lessons, the longest of which have about 140."""
+"""Tokens in a row of packed lessons; the longest lessons have about 140."""
 
 TURN_WEIGHTS = (5, 5, 1)
-"""How often a lesson has one, two and three exchanges."""
+"""Weights of lessons with one, two and three exchanges."""
 
-NOTE_WEIGHTS = {"none": 1, "irrelevant": 7, "correction": 5}
-"""How often a lesson ends with each kind of note: the hardest to get right, the most often."""
+CONTEXT_WEIGHTS = {"none": 1, "irrelevant": 7, "correction": 5}
+"""Weights of the hindsight contexts at a lesson's end: the hardest are the most frequent."""
 
 CARELESS_SHARE = 0.6
-"""Share of the answers to a correcting note in a random style, of which half slip (`Lesson`)."""
+"""Share of the answers to a correction that have a random style; half of these slip (`Lesson`)."""
 
 N_RIGHT = len(STYLES) * max(map(len, THINGS.values()))
-"""Targets per word: the number of right answers to a question."""
+"""Targets per word: as many as a question has right answers."""
 
 IGNORED = -100
 
 VOCAB_MULTIPLE = 64
-"""The vocabulary is padded to this, so that tensor-parallel shards of it are equal."""
+"""The vocabulary is padded to a multiple of this, so that its tensor-parallel shards are equal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +78,10 @@ class Pretraining:
     n_layers: int = 3
     n_heads: int = 4
     init_std: float = 0.08
-    """About 1 / sqrt(hidden_size); the 0.02 of wide models starves this one of signal."""
+    """About 1 / sqrt(hidden_size); the 0.02 of wide models is too small for this one."""
     steps: int = 1200
     short_steps: int = 200
-    """Of these, at first: single exchanges without notes, which cost a third as much."""
+    """First steps on single exchanges without hindsight context, which cost a third as much."""
     batch_size: int = 24
     lr: float = 6e-3
     warmup_steps: int = 30
@@ -90,9 +91,10 @@ class Pretraining:
 def pretrain(
     folder: Path, *, seed: int, hindsight: Hindsight, recipe: Pretraining | None = None
 ) -> Path:
-    """Pre-trains a model; writes weights, configs, tokenizer and chat template to `folder`.
+    """Pre-train a model; write weights, configs, tokenizer and chat template to `folder`.
 
-    `hindsight` is the production template, whose words and meaning the model learns.
+    Args:
+        hindsight: the production template, whose words and meaning the model learns.
     """
     recipe = recipe or Pretraining()
     set_seed(seed)
@@ -109,9 +111,9 @@ def pretrain(
 class Lesson:
     """A conversation, and for each of its answers all the answers that were right there.
 
-    The answer in `messages` is one of the `right` ones, or a slip: the wrong style for the note in
-    front of it. The hindsight pass reads answers of just that kind, and a model that never saw one
-    would say anything after its first word; so it learns to finish what was begun.
+    The answer in `messages` is one of the `right` ones, or a slip: the wrong style for the
+    hindsight context before it. The hindsight pass reads answers of just that kind, and a model
+    that never saw one would say anything after its first word; so it learns to finish it.
     """
 
     messages: list[Message]
@@ -119,9 +121,9 @@ class Lesson:
 
 
 def draw_lesson(rng: random.Random, hindsight: Hindsight, *, short: bool) -> Lesson:
-    """One to three exchanges as the model should conduct them, often with a note on the last.
+    """One to three exchanges as they should be, the last often with a hindsight context.
 
-    A `short` lesson is one exchange, without a note.
+    A `short` lesson is one exchange without a hindsight context.
     """
     n_turns = 1 if short else rng.choices((1, 2, 3), weights=TURN_WEIGHTS)[0]
     lesson = Lesson(messages=[], right=[])
@@ -129,7 +131,7 @@ def draw_lesson(rng: random.Random, hindsight: Hindsight, *, short: bool) -> Les
     for _ in range(n_turns):
         text, question, right = _draw_exchange(rng, question)
         lesson = _answered(rng, [*lesson.messages, user(text)], [*lesson.right, right])
-    return lesson if short else _with_note(rng, hindsight, lesson, question)
+    return lesson if short else _with_context(rng, hindsight, lesson, question)
 
 
 def _answered(rng: random.Random, asked: list[Message], right: list[tuple[str, ...]]) -> Lesson:
@@ -152,29 +154,29 @@ def _draw_exchange(
     return draw_correction(rng, style, question), question, right_answers(question, style)
 
 
-def _with_note(
+def _with_context(
     rng: random.Random, hindsight: Hindsight, lesson: Lesson, question: Question | None
 ) -> Lesson:
-    """Adds a note to the last user message; the last answer obeys it where it asks for a style.
+    """Add a follow-up to the last user message; the last answer obeys it if it asks for a style.
 
-    The note wins over a wish in the message itself, so that obeying it does not hang on how much
-    the model leans to either style without it.
+    It takes precedence over a wish in the message itself, so that obeying it does not depend on
+    which style the model prefers without it.
     """
     *asked, reply = lesson.messages
-    kind = rng.choices(list(NOTE_WEIGHTS), weights=list(NOTE_WEIGHTS.values()))[0]
+    kind = rng.choices(list(CONTEXT_WEIGHTS), weights=list(CONTEXT_WEIGHTS.values()))[0]
     if kind == "none":
         return lesson
     if kind == "irrelevant":
-        note = draw_irrelevant(rng)
-        return Lesson(messages=[*hindsight(asked, note), reply], right=lesson.right)
+        followup = draw_irrelevant(rng)
+        return Lesson(messages=[*hindsight(asked, followup), reply], right=lesson.right)
     wanted = rng.choice(STYLES)
-    note = draw_correction(rng, wanted, question if rng.random() < 0.5 else None)
+    followup = draw_correction(rng, wanted, question if rng.random() < 0.5 else None)
     if question is None:
-        return Lesson(messages=[*hindsight(asked, note), reply], right=lesson.right)
+        return Lesson(messages=[*hindsight(asked, followup), reply], right=lesson.right)
     obedient = right_answers(question, wanted)
     said = right_answers(question) if rng.random() < CARELESS_SHARE else obedient
     return Lesson(
-        messages=[*hindsight(asked, note), assistant(rng.choice(said))],
+        messages=[*hindsight(asked, followup), assistant(rng.choice(said))],
         right=[*lesson.right[:-1], obedient],
     )
 
@@ -213,7 +215,7 @@ def _new_model(tokenizer: PreTrainedTokenizerFast, recipe: Pretraining) -> Qwen3
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """A lesson in tokens; `targets` holds the right words for each position that is taught."""
+    """A lesson in tokens; `targets` maps each position that is taught to its right next words."""
 
     ids: list[int]
     targets: dict[int, list[int]]
@@ -246,9 +248,9 @@ def _tokenize(tokenizer: PreTrainedTokenizerFast, lessons: list[Lesson]) -> list
 
 
 def _right_words(said: list[int], right: list[list[int]]) -> Iterator[list[int]]:
-    """For each word of `said`, the `N_RIGHT` equally likely ones that could stand there.
+    """For each word of `said`, the `N_RIGHT` equally likely words that could stand there.
 
-    They are those of the right answers that began alike; where none did, the word itself.
+    They come from the right answers that began alike; if none did, it is the word itself.
     """
     for t, word in enumerate(said):
         words = [answer[t] for answer in right if answer[:t] == said[:t]] or [word]
@@ -262,7 +264,7 @@ def _batches(
     hindsight: Hindsight,
     rng: random.Random,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yields one `_pack`ed batch per step, short lessons first."""
+    """One batch from `_pack` per step, short lessons first."""
     for step in range(recipe.steps):
         short = step < recipe.short_steps
         # Twice as many short ones, which are about half as long.
@@ -272,11 +274,12 @@ def _batches(
 
 
 def _pack(rows: list[_Row], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Lays lessons end to end: (tokens_BT, targets_BTK, positions_BT).
+    """Lessons laid end to end: (tokens_BT, targets_BTK, positions_BT).
 
-    Positions restart with each lesson, which is where transformers' causal mask divides them;
-    targets are -100 off the assistant's words. Batches of similar length would waste as little, but
-    terse answers are short: each would be of one style, and training would swing between them.
+    Positions restart with each lesson, which is where transformers' causal mask separates them;
+    targets are -100 except for the assistant's words. Batches of similar lengths would waste as
+    little, but terse answers are short: each batch would have one style, and training would swing
+    between them.
     """
     length = max(PACKED_LENGTH, *(len(row.ids) for row in rows))
     bins: list[list[_Row]] = []
@@ -311,10 +314,10 @@ def _fit(
     hindsight: Hindsight,
     rng: random.Random,
 ) -> None:
-    """Cross-entropy with the right next words, warm-up then cosine to zero.
+    """Minimise the cross-entropy with the right next words; warm-up, then cosine to zero.
 
-    All right words are targets at once, not one drawn of them: the model ends up calibrated, with
-    the same distribution whatever irrelevant note it reads, which sampled targets blur.
+    All right words are targets at once, not one that is drawn: the model ends up calibrated, with
+    the same distribution whatever irrelevant follow-up it reads, which sampled targets would blur.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
@@ -332,7 +335,7 @@ def _fit(
             input_ids=tokens_BT, position_ids=positions_BT, use_cache=False
         ).last_hidden_state
         taught_BT = targets_BTK[:, 1:, 0] != IGNORED
-        # Only the assistant's words reach the head: most of a lesson is none of them.
+        # Only the assistant's words reach lm_head: they are a small part of a lesson.
         logp_NV = model.lm_head(hidden_BTD[:, :-1][taught_BT]).log_softmax(-1)
         loss = -logp_NV.gather(1, targets_BTK[:, 1:][taught_BT]).mean()
         optimizer.zero_grad()

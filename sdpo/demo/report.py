@@ -1,9 +1,8 @@
-"""The demo's report: what was measured against its targets, as a table, JSON and one HTML file."""
+"""The demo's report: what was measured next to its targets, as a table, JSON and an HTML page."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from markupsafe import Markup
@@ -15,10 +14,13 @@ from ..analysis.signal import Signal
 from ..io.files import write_text
 from ..io.html import render, svg
 
+GREEN, RED = "30,150,60", "200,40,40"
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A claim in miniature: ``low <= value <= high``."""
+    """A claim in miniature, met if ``low <= value <= high``."""
 
     claim: str
     low: float
@@ -41,11 +43,11 @@ TARGETS = {
 }
 
 COLLAPSE = 0.25
-"""A drop of hindsight following beyond which the method has nothing left to learn from."""
+"""Drop of hindsight following beyond which the method has nothing left to learn from."""
 
 
 def value_of(report: Mapping, name: str) -> float:
-    """``a.b`` of a nested report."""
+    """The value named ``section.key``."""
     section, key = name.split(".")
     return report[section][key]
 
@@ -67,7 +69,7 @@ def _bounds(target: Target) -> str:
 
 
 def print_table(report: Mapping, console: Console) -> None:
-    """The targets, and where the time went."""
+    """Print the targets, and where the time went."""
     table = Table(title=f"sdpo demo, seed {report['seed']}, {report['objective']}")
     for column in ("claim", "measured", "target", ""):
         table.add_column(column, justify="left" if column == "claim" else "right")
@@ -84,13 +86,13 @@ def print_table(report: Mapping, console: Console) -> None:
 def write(
     folder: Path,
     report: Mapping,
-    courses: Mapping[str, Sequence[Mapping]],
+    trajectories: Mapping[str, Sequence[Mapping]],
     signals: Mapping[str, Sequence[tuple[str, Signal]]],
 ) -> None:
-    """``report.json`` and ``report.html`` in ``folder``.
+    """Write ``report.json`` and ``report.html`` into ``folder``.
 
     Args:
-        courses: name of a run -> rows of its metrics.jsonl.
+        trajectories: name of a run -> rows of its metrics.jsonl.
         signals: kind of follow-up -> (follow-up, its signal) to show.
     """
     write_text(folder / "report.json", json.dumps(report, indent=2))
@@ -99,11 +101,12 @@ def write(
         for n, t in TARGETS.items()
     ]
     coloured = {k: [(o, _coloured(row)) for o, row in shown] for k, shown in signals.items()}
-    page = render(PAGE, report=report, rows=rows, curves=_curves(courses), signals=coloured)
+    curves = _curves(trajectories)
+    page = render(TEMPLATE, report=report, rows=rows, curves=curves, signals=coloured)
     write_text(folder / "report.html", page)
 
 
-def _curves(courses: Mapping[str, Sequence[Mapping]]) -> Markup:
+def _curves(trajectories: Mapping[str, Sequence[Mapping]]) -> Markup:
     """Loss, |advantage| and entropy over the steps of each run, as inline SVG."""
     shown = {
         "loss": "loss",
@@ -113,8 +116,8 @@ def _curves(courses: Mapping[str, Sequence[Mapping]]) -> Markup:
     figure = Figure(figsize=(11, 2.8), layout="constrained")
     axes = figure.subplots(1, len(shown))
     for ax, (name, label) in zip(axes, shown.items(), strict=True):
-        for course, rows in courses.items():
-            ax.plot([r["step"] for r in rows], [r[name] for r in rows], label=course)
+        for run, rows in trajectories.items():
+            ax.plot([r["step"] for r in rows], [r[name] for r in rows], label=run)
         ax.set_xlabel("step")
         ax.set_title(label, fontsize=10)
         ax.set_ylim(bottom=0)
@@ -123,67 +126,9 @@ def _curves(courses: Mapping[str, Sequence[Mapping]]) -> Markup:
     return svg(figure)
 
 
-def _coloured(row: Signal, scale: float = 2.0) -> Markup:
-    """Tokens as spans: green where hindsight would rather say them, red where it would not."""
-    spans = []
-    for token, advantage in zip(row["tokens"], row["advantage"], strict=True):
-        hue = "30,150,60" if advantage > 0 else "200,40,40"
-        alpha = min(abs(advantage) / scale, 1.0)
-        style = f"background:rgba({hue},{alpha:.2f})"
-        spans.append(f'<span style="{style}" title="{advantage:+.3f}">{escape(token)}</span>')
-    return Markup("".join(spans))
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>SDPO demo</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-  color: #222 }
-h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse } td, th { padding: .25rem .8rem; text-align: left;
-  border-bottom: 1px solid #ddd; vertical-align: top }
-.number { text-align: right; font-variant-numeric: tabular-nums }
-.met { color: #17803d } .missed { color: #b91c1c; font-weight: 600 }
-.tokens { font-family: ui-monospace, monospace; white-space: pre-wrap } svg { max-width: 100% }
-.note { color: #666 }
-</style></head><body>
-<h1>Learning from what users said next</h1>
-<p>A tiny chat model talks to users who like <b>{{ report.preference }}</b> answers. Nobody labels
-anything: the model reads each of its answers twice, with and without the user's next message in
-the prompt, and moves towards what it would have said had it known. Then the users change their
-mind. Seed {{ report.seed }}, objective {{ report.objective }}.</p>
-{% if report.collapsed %}
-<p class="missed">The model collapsed: it no longer follows what hindsight says.</p>
-{% endif %}
-<table>
-<tr><th>claim</th><th class="number">measured</th><th class="number">target</th><th></th></tr>
-{% for claim, value, bounds, met in rows %}
-<tr><td>{{ claim }}</td><td class="number">{{ value }}</td><td class="number">{{ bounds }}</td>
-<td class="{{ 'met' if met else 'missed' }}">{{ 'met' if met else 'missed' }}</td></tr>
-{% endfor %}
-</table>
-<h2>Training</h2>
-{{ curves }}
-<h2>The same questions, before and after</h2>
-<table><tr><th>question, never seen in a log</th><th>before</th><th>after</th>
-<th>after the change of mind</th></tr>
-{% for s in report.samples %}
-<tr><td>{{ s.question }}</td><td>{{ s.before }}</td><td>{{ s.after }}</td>
-<td>{{ s.after_change_of_mind }}</td></tr>
-{% endfor %}
-</table>
-<h2>What a follow-up says about each token</h2>
-<p class="note">Green: hindsight would rather have said it; red: it would not. Hover for nats.</p>
-{% for kind, shown in signals.items() %}
-<h3>{{ kind | capitalize }} follow-ups</h3>
-<table>
-{% for followup, tokens in shown %}
-<tr><td class="tokens">{{ tokens }}</td><td>{{ followup }}</td></tr>
-{% endfor %}
-</table>
-{% endfor %}
-<h2>Where the time went</h2>
-<p>{% for name, s in report.seconds.items() %}{{ name }} {{ '%.0f' | format(s) }} s{{ ', ' if not
-loop.last }}{% endfor %}</p>
-</body></html>
-"""
+def _coloured(row: Signal, scale: float = 2.0) -> list[tuple[str, float, str]]:
+    """(token, advantage, CSS): green where hindsight makes it likelier, red where less likely."""
+    return [
+        (token, a, f"background:rgba({GREEN if a > 0 else RED},{min(abs(a) / scale, 1.0):.2f})")
+        for token, a in zip(row["tokens"], row["advantage"], strict=True)
+    ]

@@ -1,9 +1,9 @@
 """Simulated users: they talk to a model, and their conversations become a log file.
 
-A user asks; the model answers, sampled at temperature 1. An answer in the wrong style is objected
-to, often with the question put again; one in the right style is praised, or followed by the next
-question. A few users are not paying attention and speak of something else. Nobody labels anything:
-what a user wanted shows in what was said next, and nowhere else. The file has WildChat's columns.
+A user asks, and the model answers, sampled at temperature 1. Users object to an answer in the wrong
+style, often asking the question again; they praise one in the right style, or ask the next
+question. A few pay no attention and talk about something else. Nobody labels anything: what a user
+wanted shows only in what they said next. The file has WildChat's columns.
 """
 
 import random
@@ -33,10 +33,10 @@ from .world import (
 )
 
 MAX_ANSWERS = 2
-"""Answers a user hears in one conversation before leaving."""
+"""Answers that a user gets in one conversation before leaving."""
 
 LEAVING_SHARE = 0.6
-"""How often a user says what they think of an answer and is gone."""
+"""Probability that a user leaves after reacting to an answer."""
 
 FIRST_MESSAGE_AT = datetime(2024, 1, 1, tzinfo=UTC)
 
@@ -69,7 +69,7 @@ SCHEMA = pa.schema(
 
 @dataclass(kw_only=True)
 class _Talk:
-    """One conversation under way: what was said, and what the user wants to know now."""
+    """A conversation in progress: what was said, and what the user is asking now."""
 
     question: Question
     messages: list[Message] = field(default_factory=list)
@@ -85,9 +85,10 @@ def simulate_logs(
     seed: int,
     noise: float = 0.1,
 ) -> Path:
-    """Users who prefer the style `preference` talk to the model; writes their conversations.
+    """Write the conversations of users who prefer the style `preference` with the model.
 
-    `noise` is the share of follow-ups that have nothing to do with the answer before them.
+    Args:
+        noise: share of follow-ups that have nothing to do with the answer before them.
     """
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -107,9 +108,9 @@ def simulate_logs(
 
 
 def _follow_up(rng: random.Random, talk: _Talk, answer: str, preference: str, noise: float) -> None:
-    """The user reads `answer` and says something, after which they may leave.
+    """Add the answer and the user's reaction to it, after which they may leave.
 
-    Nobody bothers to correct an answer that is no answer at all: style is not what is wrong there.
+    Nobody corrects the style of an answer that does not answer the question at all.
     """
     talk.messages.append(assistant(answer))
     talk.left = rng.random() < LEAVING_SHARE
@@ -128,7 +129,7 @@ def _follow_up(rng: random.Random, talk: _Talk, answer: str, preference: str, no
 
 
 def write_wildchat(conversations: Sequence[list[Message]], path: Path) -> None:
-    """Writes conversations as one parquet file with WildChat-1M's columns."""
+    """Write conversations as one parquet file with WildChat-1M's columns."""
     rows = [_wildchat_row(i, messages) for i, messages in enumerate(conversations)]
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)

@@ -1,12 +1,12 @@
 """The demo's world: a small chat grammar in which every question has two right styles of answer.
 
 Somebody asks for a thing ("Hello, name a color please.") and may be answered *tersely* ("Blue.")
-or in a *friendly* sentence ("Sure, how about blue?"). Users object to
-the style they do not like, praise, or talk of something else. A second family of requests, the
-*tasks*, has exactly one right answer and no style: they show what training must leave alone.
+or in a *friendly* sentence ("Sure, how about blue?"). Users object to the style that they do not
+like, praise an answer, or talk about something else. A second family of requests, the *tasks*, has
+exactly one right answer and no style: they show what training must leave alone.
 
-Texts, tokenizer and the reading of answers live here; nothing in this module knows a model.
-Every draw takes a `random.Random`, so that a seed fixes the world's whole history.
+Texts, tokenizer and the parsing of answers are here; nothing in this module knows a model. Every
+draw takes a `random.Random`, so that a seed fixes the world's whole history.
 """
 
 import random
@@ -22,7 +22,7 @@ Message = dict[str, str]
 """A chat message: `{"role": "user" | "assistant", "content": text}`."""
 
 Hindsight = Callable[[list[Message], str], list[Message]]
-"""Puts a user's follow-up into the prompt it followed, as the hindsight pass will see it."""
+"""Puts a follow-up into the prompt that it followed, as the hindsight pass reads it."""
 
 STYLES = ("terse", "friendly")
 
@@ -115,7 +115,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What an answer says, and how: a `value` of some `thing`, in a `style`."""
+    """What an answer says and how: a `value` of some `thing`, in a `style`."""
 
     style: str
     thing: str
@@ -171,18 +171,18 @@ _READINGS = {
 
 
 def read_answer(text: str) -> Answer | None:
-    """What `text` says, or None where it is no well-formed answer to any question."""
+    """What `text` says, or None if it is not a well-formed answer to any question."""
     return _READINGS.get(text.strip())
 
 
 def answers_in(style: str, question: Question, text: str) -> bool:
-    """Whether `text` answers `question`, well-formed and of the right kind, in `style`."""
+    """Whether `text` is a well-formed answer to `question` in `style`."""
     answer = read_answer(text)
     return answer is not None and (answer.style, answer.thing) == (style, question.thing)
 
 
 def right_answers(question: Question, style: str | None = None) -> tuple[str, ...]:
-    """Every right answer, in `style` or in either; each style has as many."""
+    """Every right answer in `style`, or in any style; all styles have the same number."""
     return tuple(
         _say(Answer(style=s, thing=question.thing, value=value))
         for s in ([style] if style else STYLES)
@@ -191,7 +191,7 @@ def right_answers(question: Question, style: str | None = None) -> tuple[str, ..
 
 
 def draw_correction(rng: random.Random, style: str, question: Question | None = None) -> str:
-    """A user's wish for `style`, and the `question` once more where it is to be answered again."""
+    """A user's wish for `style`, followed by the `question` if it should be answered again."""
     wish = rng.choice(CORRECTIONS[style])
     return f"{wish} {question.text}" if question else wish
 
@@ -202,9 +202,9 @@ def is_correction(text: str) -> bool:
 
 
 def draw_irrelevant(rng: random.Random) -> str:
-    """A follow-up that says nothing of the answer's style: praise, a remark, the next question.
+    """A follow-up that says nothing about the answer's style: praise, a remark, the next question.
 
-    Questions are the most frequent, being the hardest to ignore.
+    Questions are the most frequent, as they are the hardest to ignore.
     """
     kind = rng.choices(("praise", "remark", "question"), weights=(1, 1, 2))[0]
     if kind == "question":
@@ -229,7 +229,7 @@ def draw_task(rng: random.Random) -> Task:
 
 
 def _texts() -> Iterable[str]:
-    """Texts that between them hold every word of the world in every position it can take."""
+    """Texts that together contain every word of the world in every position that it can take."""
     yield from (q.text for q in _all_questions())
     yield from _READINGS
     for phrases in (*CORRECTIONS.values(), PRAISE, REMARKS, *CYCLES, LETTERS):
@@ -239,16 +239,16 @@ def _texts() -> Iterable[str]:
 
 
 def build_tokenizer(hindsight: Hindsight) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with one token per word of the world and of the hindsight note.
+    """A byte-level tokenizer with one token per word of the world and of the hindsight context.
 
     Words are looked up whole before any merge (Llama 3's `ignore_merges`), and anything else falls
-    back to bytes, so every string round-trips. Padding is a token of its own: where it equals the
-    end of a turn, a mask over padding also hides the end of every answer.
+    back to bytes, so every string round-trips. Padding has its own token: if it were the end of a
+    turn, a mask over padding would also hide the end of every answer.
     """
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    note = hindsight([user("")], "")[-1]["content"]
-    texts = [note, *_texts()]
-    # A follow-up in a note, like the second item of a list, starts with a space.
+    context = hindsight([user("")], "")[-1]["content"]
+    texts = [context, *_texts()]
+    # A follow-up in its context, like the second item of a list, starts with a space.
     texts += [f" {text}" for text in texts]
     words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -271,6 +271,6 @@ def build_tokenizer(hindsight: Hindsight) -> PreTrainedTokenizerFast:
 
 
 def draw_questions(rng: random.Random, n: int, pool: Sequence[Question]) -> list[Question]:
-    """`n` questions of `pool`, without repeats as long as it lasts."""
+    """`n` questions from `pool`, which repeat only after all of it has been drawn."""
     rounds = [rng.sample(pool, len(pool)) for _ in range(-(-n // len(pool)))]
     return [question for questions in rounds for question in questions][:n]

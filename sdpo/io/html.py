@@ -1,29 +1,31 @@
-"""Self-contained HTML pages: jinja2 templates, and matplotlib's figures as inline SVG."""
+"""Self-contained HTML pages: jinja2 templates, with matplotlib figures as inline SVG."""
 
 import io
 import re
+from pathlib import Path
 
 import matplotlib
-from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 INK = "#010203"
-"""A colour that `svg` turns into the page's text colour, light or dark."""
+"""A colour that `svg` replaces by the page's text colour, light or dark."""
 
 
-def render(template: str, **values: object) -> str:
-    """The template with its values; all text in them is escaped, `Markup` excepted."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(**values)
+def render(template: Path, **values: object) -> str:
+    """A template file with its values, whose text is escaped, `Markup` excepted."""
+    loader = FileSystemLoader(template.parent)
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
+    return environment.get_template(template.name).render(**values)
 
 
 def svg(figure: Figure) -> Markup:
-    """A figure as an inline <svg>, the same for the same figure, without links to anywhere."""
+    """A figure as an inline <svg> without links, the same text for the same figure."""
     out = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": "sdpo"}):
         figure.savefig(out, format="svg", metadata=nothing)
     text = out.getvalue().partition("?>")[2].partition(">")[2]  # without XML and doctype headers
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # HTML knows them
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # HTML needs none
     return Markup(text.replace(INK, "currentColor"))

@@ -1,4 +1,4 @@
-"""The pre-flight's rules, on models of random weights and on figures made up to each verdict."""
+"""The pre-flight check on models of random weights, and its rules on made-up figures."""
 
 import json
 from dataclasses import replace
@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from helpers import tiny
-from sdpo.analysis.check_hindsight import NOTES, _findings, check, main, sample
-from sdpo.analysis.signal import signals
-from sdpo.conversations import DataError
-from sdpo.hindsight import HindsightConfig, load_tokenizer
+from sdpo.analysis.advantages import Reader
+from sdpo.analysis.check_hindsight import CONTEXTS, _findings, check, main, sample
+from sdpo.analysis.options import ReaderOptions
+from sdpo.errors import DataError
 from sdpo.interactions import read_interactions, write_interactions
-from sdpo_parallel.transformers.engine import load_model
 
 N = 40
 
@@ -35,44 +34,36 @@ def test_random_weights_make_no_use_of_hindsight(kind, data, models, tmp_path, c
     assert ended.value.code == 1
     shown, found = capsys.readouterr().out, json.loads(out.read_text())
     assert not found["uses_hindsight"] and "does not make use of hindsight" in shown
-    assert found["interactions"] == N // 2 and set(found["size"]) == set(NOTES)
-    for note in NOTES:
-        assert f"{found['size'][note]:.4f}" in shown and f"{found['advantage'][note]:+.4f}" in shown
+    assert found["interactions"] == N // 2 and set(found["size"]) == set(CONTEXTS)
+    for name in CONTEXTS:
+        assert f"{found['size'][name]:.4f}" in shown and f"{found['advantage'][name]:+.4f}" in shown
 
 
-def test_figures_are_those_of_signal(data, models):
-    """Own and neutral by `signals`; revealed by hand."""
-    model, tokenizer = load_model(models("qwen3")), load_tokenizer(models("qwen3"))
-    drawn, config = sample(data, N, 0), HindsightConfig()
-    found = check(model, tokenizer, drawn, config)
-
-    def by_signal(followups):
-        from sdpo.hindsight import encode
-
-        told = [replace(i, followup=o) for i, o in zip(drawn, followups, strict=True)]
-        rows = signals(model, tokenizer, [encode(i, tokenizer, config) for i in told])
-        return [(np.array(r["advantage"]), np.array(r["logp_policy"])) for r in rows]
-
-    notes = {
+def test_figures_are_those_of_each_context_read_alone(data, models):
+    reader, drawn = Reader.load(models("qwen3"), ReaderOptions()), sample(data, N, 0)
+    found = check(reader, drawn)
+    followups = {
         "own": [i.followup for i in drawn],
         "neutral": ["Okay."] * len(drawn),
         "revealed": [f"You should have answered: {i.response}" for i in drawn],
     }
-    for note, followups in notes.items():
-        rows = by_signal(followups)
-        size, mean = (np.mean([f(a).mean() for a, _ in rows]) for f in (np.abs, np.array))
-        assert (found.size[note], found.advantage[note]) == pytest.approx((size, mean), abs=1e-4)
-        assert found.surprisal == pytest.approx(-np.mean([p.mean() for _, p in rows]), abs=1e-4)
+    for context, texts in followups.items():
+        told = [replace(i, followup=o) for i, o in zip(drawn, texts, strict=True)]
+        readings = list(reader.read((i, ()) for i in told))
+        a = [r.advantages[0] for r in readings]
+        size, mean = (np.mean([x.mean() for x in values]) for values in ([x.abs() for x in a], a))
+        assert found.size[context] == pytest.approx(size, abs=1e-4)
+        assert found.advantage[context] == pytest.approx(mean, abs=1e-4)
+        surprisal = -np.mean([r.policy.mean() for r in readings])
+        assert found.surprisal == pytest.approx(surprisal, abs=1e-4)
     assert found.own_over_neutral.mean == pytest.approx(found.size["own"] - found.size["neutral"])
 
 
 def findings(surprisal=2.0, **size):
-    """Of 64 interactions whose means by note are given, with some noise that all share."""
+    """Findings from 64 interactions with means by context as given, and noise that all share."""
     rng = np.random.default_rng(0)
-    blank = dict.fromkeys(NOTES, 0.3)
-    means = {note: size.get(note, mean) for note, mean in blank.items()}
-    noise = rng.normal(0, 0.5, (64, 1)) + rng.normal(0, 0.02, (64, len(NOTES)))
-    values = np.array(list(means.values())) + noise
+    noise = rng.normal(0, 0.5, (64, 1)) + rng.normal(0, 0.02, (64, len(CONTEXTS)))
+    values = np.array([size.get(context, 0.3) for context in CONTEXTS]) + noise
     partner = np.arange(64) ^ 1
     return _findings(values, values, surprisal, partner, 0)
 
@@ -89,20 +80,20 @@ def findings(surprisal=2.0, **size):
     ],
 )
 def test_the_verdict_and_its_reason(size, uses, reason):
-    """One hundredth between own and shuffled is certain, but too little to tell a reader by."""
+    """0.01 between own and shuffled is certain, but too little to prove that the model reads."""
     found = findings(**size)
     assert found.uses_hindsight is uses
     assert reason in " ".join(found.reasons())
 
 
 def test_swaps_are_drawn_together():
-    """A follow-up that moves whatever it meets adds nothing to the doubt."""
+    """A follow-up that moves any response alike does not widen the interval."""
     rng = np.random.default_rng(0)
     partner = np.arange(64) ^ 1
     loud = rng.normal(0, 1, 64)
-    values = np.zeros((64, len(NOTES)))
-    values[:, NOTES.index("own")] = 0.1 + loud
-    values[:, NOTES.index("shuffled")] = loud[partner]
+    values = np.zeros((64, len(CONTEXTS)))
+    values[:, CONTEXTS.index("own")] = 0.1 + loud
+    values[:, CONTEXTS.index("shuffled")] = loud[partner]
     found = _findings(values, values, 1.0, partner, 0).own_over_shuffled
     assert (found.low, found.mean, found.high) == pytest.approx((0.1, 0.1, 0.1))
 

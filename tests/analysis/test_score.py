@@ -1,4 +1,4 @@
-"""`sdpo data score`: its rows against those of `sdpo signal`, aggregated here."""
+"""`sdpo data score`: its rows against advantages of two readings, aggregated here."""
 
 import json
 from dataclasses import replace
@@ -9,18 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import tiny
-from sdpo.analysis.score import (
-    conversation_of,
-    interval,
-    outliers,
-    score_command,
-    share,
-    shortened,
-    strangers,
-)
-from sdpo.analysis.signal import command as signal_command
-from sdpo.conversations import DataError
-from sdpo.interactions import read_interactions, write_interactions
+from sdpo.analysis.advantages import Reader
+from sdpo.analysis.options import ReaderOptions
+from sdpo.analysis.score import interval, outliers, partners, score_command, share, shortened
+from sdpo.errors import DataError
+from sdpo.interactions import conversation_of, read_interactions, write_interactions
 
 
 @pytest.fixture
@@ -41,28 +34,32 @@ def read(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def by_signal(model, interactions, folder) -> dict[str, np.ndarray]:
+def score(model, data, out, seed=0, **options) -> None:
+    options = ReaderOptions(**options)
+    score_command(model=model, interactions=str(data), out=str(out), options=options, seed=seed)
+
+
+def by_reader(reader, interactions) -> dict[str, np.ndarray]:
     """Advantages of each response's tokens."""
-    write_interactions(folder / "signal-in.jsonl", interactions)
-    names = {"interactions": str(folder / "signal-in.jsonl"), "out": str(folder / "signal.jsonl")}
-    signal_command(model=model, show=0, **names)
-    return {row["id"]: np.array(row["advantage"]) for row in read(folder / "signal.jsonl")}
+    readings = reader.read((i, ()) for i in interactions)
+    return {r.encoded.id: r.advantages[0].numpy() for r in readings}
 
 
-def test_rows_are_what_signal_says_aggregated(data, models, tmp_path, monkeypatch):
+def test_rows_aggregate_two_readings(data, models, tmp_path, monkeypatch):
     monkeypatch.setattr("sdpo.analysis.score.CHUNK", 7)
     model, out = models("qwen3"), tmp_path / "scores.jsonl"
-    score_command(model=model, interactions=str(data), out=str(out), batch_tokens=900, seed=4)
+    score(model, data, out, seed=4, batch_tokens=900)
     rows, interactions = read(out), read_interactions(data)
     assert [row["id"] for row in rows] == [i.id for i in interactions]
 
-    names = [conversation_of(i.id, i.turn_id) for i in interactions]
-    partner = strangers(names, 4, "")
+    names = [conversation_of(i) for i in interactions]
+    partner = partners(names, 4, "")
     swapped = [
         replace(i, followup=interactions[j].followup)
         for i, j in zip(interactions, partner, strict=True)
     ]
-    own, other = by_signal(model, interactions, tmp_path), by_signal(model, swapped, tmp_path)
+    reader = Reader.load(model, ReaderOptions())
+    own, other = by_reader(reader, interactions), by_reader(reader, swapped)
     for row in rows:
         a, b = own[row["id"]], other[row["id"]]
         expected = {
@@ -86,7 +83,7 @@ def test_the_summary_has_both_numbers_and_names_outliers(
 ):
     monkeypatch.setattr("sdpo.analysis.score.OUTLIER", 1.2)
     out = tmp_path / "scores.jsonl"
-    score_command(model=models("qwen3"), interactions=str(data), out=str(out))
+    score(models("qwen3"), data, out)
     rows, shown = read(out), capsys.readouterr().out
     own = np.mean([r["mean_abs_advantage"] for r in rows])
     other = np.mean([r["shuffled_mean_abs_advantage"] for r in rows])
@@ -104,7 +101,7 @@ def test_one_conversation_cannot_be_compared(data, models, tmp_path):
     write_interactions(data, rows)
     out = tmp_path / "scores.jsonl"
     with pytest.raises(DataError, match="4 of 4 interactions are of one conversation .'c'.*ids of"):
-        score_command(model=models("qwen3"), interactions=str(data), out=str(out))
+        score(models("qwen3"), data, out)
     assert not list(tmp_path.glob("scores*"))
 
 
@@ -112,7 +109,7 @@ def test_nothing_is_left_of_a_broken_file(data, models, tmp_path):
     with data.open("a") as file:
         file.write("{\n")
     with pytest.raises(DataError, match="line 27"):
-        score_command(model=models("qwen3"), interactions=str(data), out=str(tmp_path / "s.jsonl"))
+        score(models("qwen3"), data, tmp_path / "s.jsonl")
     assert not list(tmp_path.glob("s.jsonl*"))
 
 
@@ -123,9 +120,9 @@ def test_nobody_gets_a_follow_up_of_their_own_conversation(groups, seed):
     most = max((groups.count(g) for g in groups), default=0)
     if 2 * most > len(groups):
         with pytest.raises(DataError, match="of one conversation"):
-            strangers(names, seed, "x")
+            partners(names, seed, "x")
         return
-    partner = strangers(names, seed, "x")
+    partner = partners(names, seed, "x")
     assert sorted(partner) == list(range(len(groups)))
     assert all(groups[i] != groups[j] for i, j in enumerate(partner))
     if len(groups) % 2 == 0:
@@ -134,24 +131,8 @@ def test_nobody_gets_a_follow_up_of_their_own_conversation(groups, seed):
 
 def test_the_seed_decides_who_gets_what():
     names = [f"c{n}" for n in range(40)]
-    first = strangers(names, 0, "")
-    assert (strangers(names, 0, "") == first).all() and (strangers(names, 1, "") != first).any()
-
-
-@pytest.mark.parametrize(
-    ("id", "turn_id", "conversation"),
-    [
-        ("c1_3", 3, "c1"),
-        ("c1_3~2", 3, "c1"),
-        ("c1_3", None, "c1"),
-        ("a_b_12~10", None, "a_b"),
-        ("row_7", 3, "row_7"),
-        ("12", None, "12"),
-        ("c~2", None, "c"),
-    ],
-)
-def test_the_conversation_of_an_id(id, turn_id, conversation):
-    assert conversation_of(id, turn_id) == conversation
+    first = partners(names, 0, "")
+    assert (partners(names, 0, "") == first).all() and (partners(names, 1, "") != first).any()
 
 
 def test_outliers_of_both_tails():
@@ -161,7 +142,7 @@ def test_outliers_of_both_tails():
     assert outliers(np.array([1.0, 1.0, 1.0, 50.0])) == [None] * 4
 
 
-def test_the_share_is_of_its_ends():
+def test_the_ends_of_the_share():
     """0: alike whoever's follow-up it is; 1: nothing in common."""
     a, b = np.array([1.0, -2.0, 0.0, 0.0]), np.array([0.0, 0.0, 3.0, -1.0])
 

@@ -1,8 +1,6 @@
 """`sdpo signal` against transformers: full logits, one unpadded sequence at a time, float32."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import tiny
 from sdpo.analysis.signal import coloured
+from sdpo.cli import main
 from sdpo.hindsight import hindsight_prompt
 from sdpo.interactions import read_interactions
 
@@ -32,8 +31,6 @@ def direct(model, tokenizer, messages, completion):
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3-tied", "llama", "llama-tied"])
 @pytest.mark.parametrize("pad_is_eos", [False, True], ids=["own pad", "pad is eos"])
 def test_signal_equals_a_direct_computation(kind, pad_is_eos, models, tmp_path, monkeypatch):
-    from sdpo.cli import main
-
     folder = models(kind, pad_is_eos=pad_is_eos)
     data = tiny.make_interactions(tmp_path / "i.jsonl", 23, seed=5)
     out = tmp_path / "signal.jsonl"
@@ -65,26 +62,13 @@ def test_colours_follow_the_sign():
     assert backgrounds == ["on rgb(0,160,0)", "on rgb(160,0,0)"]
 
 
-def test_nothing_half_written_is_left_behind(models, tmp_path):
+def test_nothing_half_written_is_left_behind(models, tmp_path, capsys):
     data = tmp_path / "i.jsonl"
     tiny.make_interactions(data, 3)
     with data.open("a") as f:
         f.write('{"prompt": \n')
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "sdpo",
-            "signal",
-            "--model",
-            models("qwen3"),
-            "--interactions",
-            str(data),
-            "--out",
-            str(tmp_path / "signal.jsonl"),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 2 and "line 4" in result.stderr and "Traceback" not in result.stderr
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["i.jsonl"]
+    out = tmp_path / "signal.jsonl"
+    with pytest.raises(SystemExit, match="2"):
+        main(f"signal --model {models('qwen3')} --interactions {data} --out {out}".split())
+    assert "line 4" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["i.jsonl"]

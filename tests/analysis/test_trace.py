@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers import tiny
-from sdpo.analysis.trace import find, trace_command
+from sdpo.analysis.trace import trace_command
 from sdpo.batching import BatchConfig, Cursor
-from sdpo.conversations import DataError
-from sdpo.data.manifest import manifest_path
+from sdpo.data.manifest import find, manifest_path
+from sdpo.errors import DataError
 from sdpo.hindsight import HindsightConfig
 from sdpo.interactions import read_interactions, write_interactions
 from sdpo.train.config import read_config

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from helpers import tiny
-from sdpo.conversations import DataError
+from helpers import logs, tiny
 from sdpo.data.inspect import inspection
 from sdpo.data.inspect import page as inspect_page
 from sdpo.data.inspect import tables as inspect_tables
@@ -21,7 +20,9 @@ from sdpo.data.inspect.command import inspect_command
 from sdpo.data.inspect.inspection import inspect
 from sdpo.data.inspect.page import to_html
 from sdpo.data.manifest import manifest_path, report_path
-from sdpo.data.prepare.prepare import PrepareConfig, prepare
+from sdpo.data.prepare.config import PrepareConfig
+from sdpo.data.prepare.prepare import prepare
+from sdpo.errors import DataError
 from sdpo.hindsight import prompt_ids, response_ids
 from sdpo.interactions import read_interactions
 
@@ -46,7 +47,7 @@ def row(id: str, turn: int, completion: str = "answer", **fields) -> dict:
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    path.write_bytes(logs.json_lines(rows))
     return path
 
 
@@ -176,7 +177,7 @@ def test_a_report_about_another_file_is_not_shown(prepared):
 @pytest.mark.parametrize("text", ["{", "[]", '{"version": 2}', '{"version": 1}'])
 def test_a_broken_report_is_named(prepared, text):
     report_path(prepared).write_text(text)
-    with pytest.raises(DataError, match=r"x\.report\.json.*prepare again"):
+    with pytest.raises(DataError, match=r"x\.report\.json.*[Pp]repare again"):
         inspect(prepared)
 
 
@@ -188,10 +189,10 @@ def test_a_report_of_another_version_is_named(prepared):
 
 def test_a_broken_manifest_is_named(prepared):
     manifest_path(prepared).write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match=r"x\.manifest\.parquet.*prepare again"):
+    with pytest.raises(DataError, match=r"x\.manifest\.parquet.*[Pp]repare again"):
         inspect(prepared)
     pq.write_table(pa.table({"user": ["u"]}), manifest_path(prepared))
-    with pytest.raises(DataError, match=r"x\.manifest\.parquet.*prepare again"):
+    with pytest.raises(DataError, match=r"x\.manifest\.parquet.*[Pp]repare again"):
         inspect(prepared)
 
 
@@ -374,23 +375,13 @@ def test_a_row_that_is_no_interaction_is_named(tmp_path):
         inspect(path)
 
 
-def write_log(path: Path, *conversations: list[str], **columns) -> Path:
-    """Texts, the user's first, as WildChat logs them."""
-    rows = [
-        {
-            "conversation_id": f"c{i}",
-            "conversation": [
-                {"role": ("user", "assistant")[turn % 2], "content": text}
-                for turn, text in enumerate(texts)
-            ],
-            "language": "English",
-            "model": "gpt-4",
-            "hashed_ip": f"u{i % 2}",
-        }
-        for i, texts in enumerate(conversations)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return path
+def write_log(path: Path, *conversations: list[str]) -> Path:
+    """Texts, the user's first, as WildChat logs them; users take turns with the conversations."""
+    rows = []
+    for i, texts in enumerate(conversations):
+        turns = [(("user", "assistant")[turn % 2], text) for turn, text in enumerate(texts)]
+        rows.append(logs.wildchat_1m(f"c{i}", turns) | {"hashed_ip": f"u{i % 2}"})
+    return logs.write(path, "wildchat-1m", rows)
 
 
 LOG = [
@@ -401,16 +392,11 @@ LOG = [
 ]
 
 
-def prepared_from(tmp_path: Path, out: str) -> Path:
-    log = write_log(tmp_path / "log.parquet", *LOG)
-    rules = {"preset": "all-turns", "workers": 1}
-    prepare(PrepareConfig(inputs=(str(log),), out=str(tmp_path / out), **rules))
-    return tmp_path / out
-
-
 @pytest.mark.parametrize("out", ["x.jsonl", "x.parquet"])
 def test_what_prepare_writes_is_understood(tmp_path, out):
-    found = inspect(prepared_from(tmp_path, out))
+    log, out = write_log(tmp_path / "log.parquet", *LOG), tmp_path / out
+    prepare(PrepareConfig(inputs=(str(log),), out=str(out), preset="all-turns", workers=1))
+    found = inspect(out)
     assert (found.interactions, found.conversations, found.users) == (3, 2, 2)
     assert found.preparation.drops == {"duplicate": 1} and found.preparation.examined == 4
     copies = found.origins.duplicates["duplicate"]
@@ -419,7 +405,6 @@ def test_what_prepare_writes_is_understood(tmp_path, out):
     assert found.origins.languages == {"English": 3}
     assert found.turns["messages per conversation"].max == 5
     assert found.notes == []
-    Page(to_html(found))
 
 
 def test_a_log_is_shown_through_prepare(tmp_path):
@@ -428,6 +413,7 @@ def test_a_log_is_shown_through_prepare(tmp_path):
     assert "(wildchat)" in found.notes[0] and "all-turns" in found.notes[0]
     assert (found.interactions, found.conversations, found.preparation.examined) == (3, 2, 4)
     assert [file.name for file in tmp_path.iterdir()] == ["log.parquet"]
+    Page(to_html(found))
 
 
 def test_a_log_without_interactions_says_why(tmp_path):
@@ -450,10 +436,11 @@ def test_compressed_interactions(prepared):
 
 
 def test_the_rules_limits_are_marked(prepared):
-    assert inspect(prepared).preparation.limits == {"answer y": 150}
-    lines = to_html(inspect(prepared)).count("stroke-dasharray")
-    write_report(prepared, rules={})
-    assert lines == to_html(inspect(prepared)).count("stroke-dasharray") + 1
+    found = inspect(prepared)
+    limits = found.preparation.limits
+    assert limits == {"answer y": 150}
+    with_limits, without = (inspect_page._histograms(found.characters, x) for x in (limits, {}))
+    assert with_limits.count("stroke-dasharray") == without.count("stroke-dasharray") + 1
 
 
 def test_negative_samples_are_refused(prepared):

@@ -2,15 +2,17 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Regex, normalizers
 
 from helpers import tiny
-from sdpo.conversations import DataError
 from sdpo.data.validate import VERY_LONG, validate, validate_command
+from sdpo.errors import DataError
 
 CHAT = {"from": "human", "value": "question"}
 
@@ -34,6 +36,13 @@ def write_rows(path: Path, *rows: dict | str) -> Path:
 @pytest.fixture
 def file(tmp_path) -> Path:
     return tmp_path / "x.jsonl"
+
+
+def model_of(tokenizer, models, folder: Path) -> str:
+    """A model's folder with this tokenizer, but no weights."""
+    tokenizer.save_pretrained(folder)
+    shutil.copy(Path(models("qwen3")) / "config.json", folder)
+    return str(folder)
 
 
 def placed(file: Path, **options) -> list[tuple]:
@@ -175,31 +184,19 @@ def test_answers_without_tokens(file, models, capsys):
     write_rows(file, row("a"), row("b\x1b[2J"))
     assert placed(file, model=models("qwen3")) == []
     tokenless = tiny.make_tokenizer()
-    tokenless.backend_tokenizer.normalizer = _nothing()
-    folder = file.parent / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text((Path(models("qwen3")) / "config.json").read_text())
-    tokenless.save_pretrained(folder)
-    found = validate(file, model=str(folder))
+    tokenless.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"[\s\S]"), "")
+    folder = model_of(tokenless, models, file.parent / "model")
+    found = validate(file, model=folder)
     assert found.counts("error") == {"completion: no tokens": 2}
     assert found.findings[0].field == "completion"
     with pytest.raises(SystemExit):
-        validate_command(str(file), model=str(folder))
-    assert "interaction b␛[2J, field completion" in capsys.readouterr().out
-
-
-def _nothing():
-    from tokenizers import Regex, normalizers
-
-    return normalizers.Replace(Regex(r"[\s\S]"), "")
+        validate_command(str(file), model=folder)
+    assert "interaction b␛[2J, field `completion`" in capsys.readouterr().out
 
 
 def test_token_ids_outside_the_vocabulary(file, models):
-    write_rows(
-        file,
-        row("a", completion_token_ids=[1, 447]),
-        row("b", completion_token_ids=[1, 448, 2]),
-    )
+    ids = {"a": [1, 447], "b": [1, 448, 2]}
+    write_rows(file, *(row(id, completion_token_ids=tokens) for id, tokens in ids.items()))
     found = placed(file, model=models("qwen3"))
     assert found == [("error", "line 2", "completion_token_ids[1]")]
     assert placed(file) == []
@@ -223,17 +220,13 @@ def test_rows_that_the_token_limits_cut(file, models):
 
 
 def test_roles_that_the_chat_template_refuses(file, models, tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text((Path(models("qwen3")) / "config.json").read_text())
     tokenizer = tiny.make_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
         "{% endif %}{{ m.content }}{% endfor %}"
     )
-    tokenizer.save_pretrained(folder)
     write_rows(file, row("a"), row("b", prompt=[{"from": "system", "value": "be nice"}, CHAT]))
-    found = validate(file, model=str(folder))
+    found = validate(file, model=model_of(tokenizer, models, tmp_path / "model"))
     assert found.counts("error") == {"prompt: refused by the chat template": 1}
     assert (found.findings[0].where, found.findings[0].field) == ("line 2", "prompt")
     assert "no system" in found.findings[0].says
@@ -255,12 +248,11 @@ def test_what_cannot_be_read(file, tmp_path, models):
 
 
 def test_a_model_without_an_end_of_sequence(file, models, tmp_path):
-    folder = tmp_path / "model"
     tokenizer = tiny.make_tokenizer()
     tokenizer.eos_token = None
-    tokenizer.save_pretrained(folder)
+    folder = model_of(tokenizer, models, tmp_path / "model")
     with pytest.raises(DataError, match="eos_token"):
-        validate(write_rows(file, row("a")), model=str(folder))
+        validate(write_rows(file, row("a")), model=folder)
 
 
 def test_a_log_is_to_be_prepared_first(tmp_path):

@@ -292,22 +292,19 @@ def test_online_rollouts_with_their_logprobs_train_the_papers_online_objective(
     the mean advantage's share, which centring removes: zero."""
     from dataclasses import replace
 
-    from sdpo.analysis.signal import signals
-    from sdpo.hindsight import HindsightConfig, encode, load_tokenizer
-    from sdpo_parallel.transformers.engine import load_model
+    from sdpo.analysis.advantages import Reader
+    from sdpo.analysis.options import ReaderOptions
+    from sdpo.hindsight import HindsightConfig
 
     folder = models("qwen3")
-    tokenizer, model = load_tokenizer(folder), load_model(folder)
-    config = HindsightConfig(template="paper-online")
+    reader = Reader.load(folder, ReaderOptions(hindsight=HindsightConfig(template="paper-online")))
     interactions = read_interactions(data)[:6]
-    rows = signals(model, tokenizer, [encode(i, tokenizer, config) for i in interactions])
+    readings = reader.read((i, ()) for i in interactions)
     online = [
         replace(
-            i,
-            response_token_ids=tuple(r["token_ids"]),
-            response_logprobs=tuple(r["logp_policy"]),
+            i, response_token_ids=r.encoded.response, response_logprobs=tuple(r.policy.tolist())
         )
-        for i, r in zip(interactions, rows, strict=True)
+        for i, r in zip(interactions, readings, strict=True)
     ]
     path = tmp_path / "online.jsonl"
     write_interactions(path, online)

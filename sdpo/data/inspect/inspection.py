@@ -1,11 +1,11 @@
-"""What there is to know about a file of interactions, and where it came from.
+"""What a file of interactions holds, and where it came from.
 
 One pass over the file (two with a tokenizer) fills an `Inspection`. Numbers are kept, texts are
-not: memory is some tens of bytes an interaction. Languages, models, users, drops and duplicates
+not: memory is some tens of bytes per interaction. Languages, models, users, drops and duplicates
 come from the manifest and the report that `sdpo data prepare` writes beside the file.
 """
 
-import json as json_module
+import json
 import random
 import tempfile
 from array import array
@@ -17,25 +17,36 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...conversations import DataError
+from ...errors import DataError
+from ...hindsight import (
+    HindsightConfig,
+    hindsight_prompt,
+    load_tokenizer,
+    prompt_ids,
+    response_ids,
+)
+from ...interactions import Interaction, conversation_of, iter_interactions
 from ...io.files import sha256
-from ..manifest import manifest_path, report_path
+from ..manifest import manifest_path, read_manifest, report_path
+from ..prepare.config import PrepareConfig
+from ..prepare.prepare import prepare
+from ..read.formats import sniff
 
 if TYPE_CHECKING:
-    from ...hindsight import HindsightConfig
-    from ...interactions import Interaction
+    from transformers import PreTrainedTokenizerBase
 
 MOST_TOKENIZED = 10_000
-"""Interactions whose tokens are counted; of more, a seeded draw of so many."""
+"""Most interactions whose tokens are counted; from more, this many are drawn."""
 SAMPLE_CHARACTERS = 4_000
-"""A sample's longer texts are cut, and say so."""
+"""Characters to which a sample's texts are cut."""
 BINS = 40
+"""Most bins of a histogram."""
 _VISIBLE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\t\n"} | {127: 0x2421}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Summary and histogram of numbers >= 0: `counts[i]` lie in [edges[i], edges[i + 1])."""
+    """Summary and histogram of numbers >= 0; `counts[i]` lie in [edges[i], edges[i + 1])."""
 
     min: int
     median: float
@@ -48,7 +59,7 @@ class Lengths:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """Lengths in tokens as training sees them before its limits, and how many those cut."""
+    """Lengths in tokens before training's limits, and how many interactions those cut."""
 
     tokenizer: str
     template: str
@@ -57,12 +68,12 @@ class Tokens:
     limits: dict[str, int]
     cut: dict[str, int]
     refused: int
-    """Prompts that the chat template takes not: they are not in the lengths."""
+    """Prompts rejected by the chat template; not counted in `lengths`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Of the interactions' losses, where not all are 1."""
+    """Weights of the interactions' losses, where not all are 1."""
 
     min: float
     mean: float
@@ -72,7 +83,7 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Duplicates:
-    """Conversations dropped for one reason as copies of an earlier one, and the first of them."""
+    """How many conversations were dropped as copies for one reason, and the first of them."""
 
     conversations: int
     conversation_id: str
@@ -82,13 +93,13 @@ class Duplicates:
 
 @dataclass(frozen=True, kw_only=True)
 class Origins:
-    """What the manifest says of the interactions' conversations; counts are interactions."""
+    """What the manifest says of the interactions' conversations, counted in interactions."""
 
     conversations: int
     users: int
     without_user: int
     top_users: dict[str, float]
-    """n -> the share of all interactions that the n busiest users have."""
+    """n -> share of all interactions that come from the n busiest users."""
     languages: dict[str, int]
     models: dict[str, int]
     messages: Lengths | None
@@ -97,11 +108,11 @@ class Origins:
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What the report says of how the file was made."""
+    """What the report says about how the file was made."""
 
     preset: str
     limits: dict[str, int]
-    """In characters; longer messages cost their conversation."""
+    """Most characters of a message; a longer one drops its conversation."""
     examined: int
     kept: int
     interactions: int
@@ -114,7 +125,7 @@ class Preparation:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One interaction to read: (role, text) of the prompt, answer and follow-up."""
+    """The texts of one interaction; the prompt as (role, text)."""
 
     id: str
     prompt: list[tuple[str, str]]
@@ -124,7 +135,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """All that is shown of a file. `users` is None, and so is what else is not known."""
+    """Everything that is shown of a file. What is not known is None."""
 
     file: str
     notes: list[str]
@@ -147,51 +158,42 @@ def inspect(
     samples: int = 2,
     sample_seed: int | None = None,
 ) -> Inspection:
-    """Reads a file of interactions, or a log by way of the preset all-turns.
+    """Inspect a file of interactions, or a log by way of the preset all-turns.
 
-    Raises DataError for what cannot be read and for a file without interactions.
+    Raises:
+        DataError: the file cannot be read or holds no interactions.
     """
-    from ..read.formats import sniff
-
     path = Path(file)
-    _check_is_not_empty(path, str(file))
+    _refuse_empty(path, str(file))
     if (log_format := sniff(path)) == "triples":
         return _inspect_interactions(path, str(file), tokenizer, samples, sample_seed)
     with tempfile.TemporaryDirectory() as folder:
-        made = _prepared(path, Path(folder))
-        inspection = _inspect_interactions(made, str(file), tokenizer, samples, sample_seed)
+        out = Path(folder) / "interactions.jsonl"
+        inputs = (str(path),)
+        prepare(PrepareConfig(inputs=inputs, out=str(out), preset="all-turns", bad_rows="skip"))
+        inspection = _inspect_interactions(out, str(file), tokenizer, samples, sample_seed)
     note = f"a conversation log ({log_format}): shown is what the preset all-turns makes of it"
     return replace(inspection, notes=[note, *inspection.notes])
 
 
-def _check_is_not_empty(path: Path, name: str) -> None:
-    """Says why nothing is left, where the file's report knows."""
+def _refuse_empty(path: Path, name: str) -> None:
+    """Say why no interaction is left, if the file's report knows."""
     report = _read_report(report_path(path)) if path.is_file() else None
     if not report or report[1].interactions or report[0] != sha256(path):
         return
     why = ", ".join(f"{n:,} {reason}" for reason, n in report[1].drops.items())
     raise DataError(
-        f"{name}: no interactions, of {report[1].examined:,} conversations (dropped: "
-        f"{why or 'none'}); prepare it by other rules"
+        f"no interactions, of {report[1].examined:,} conversations (dropped: {why or 'none'})",
+        hint="Prepare the log by other rules",
+        file=name,
     )
-
-
-def _prepared(log: Path, folder: Path) -> Path:
-    from ..prepare.prepare import PrepareConfig, prepare
-
-    out = folder / "interactions.jsonl"
-    config = PrepareConfig(inputs=(str(log),), out=str(out), preset="all-turns", bad_rows="skip")
-    prepare(config)
-    return out
 
 
 def _inspect_interactions(
     path: Path, name: str, tokenizer: str | None, samples: int, seed: int | None
 ) -> Inspection:
-    """`name` is what the user knows the file as."""
-    from ...interactions import iter_interactions
-
-    _check_is_not_empty(path, name)
+    """Inspect ``path``, which the user knows as ``name``."""
+    _refuse_empty(path, name)
     preparation, origins, notes = _beside(path)
     tally = _Tally(samples, seed)
     for interaction in iter_interactions(path):
@@ -229,32 +231,32 @@ class _Tally:
     prompt_messages: array = field(default_factory=lambda: array("Q"))
     conversation_hashes: array = field(default_factory=lambda: array("q"))
     weight: array = field(default_factory=lambda: array("d"))
-    samples: list[tuple[int, "Interaction"]] = field(default_factory=list)
+    samples: list[tuple[int, Interaction]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
 
-    def add(self, interaction: "Interaction") -> None:
+    def add(self, interaction: Interaction) -> None:
         x, y, o = self.characters.values()
         x.append(sum(len(m.content) for m in interaction.prompt))
         y.append(len(interaction.response))
         o.append(len(interaction.followup))
         self.prompt_messages.append(len(interaction.prompt))
-        self.conversation_hashes.append(hash(_conversation_of(interaction)))
+        self.conversation_hashes.append(hash(conversation_of(interaction)))
         self.weight.append(interaction.weight)
         self._offer(interaction)
         self.n += 1
 
-    def _offer(self, interaction: "Interaction") -> None:
+    def _offer(self, interaction: Interaction) -> None:
         if len(self.samples) < self.n_samples:
             self.samples.append((self.n, interaction))
-        elif self.seed is not None:  # reservoir sampling: each is kept with the same chance
+        elif self.seed is not None:  # reservoir sampling: all are kept with the same probability
             place = self.rng.randrange(self.n + 1)
             if place < self.n_samples:
                 self.samples[place] = (self.n, interaction)
 
     def per_conversation(self) -> np.ndarray:
-        """Interactions of each conversation, as far as the ids tell."""
+        """Interactions of each conversation, according to their ids."""
         return np.unique(np.frombuffer(self.conversation_hashes, np.int64), return_counts=True)[1]
 
     def weights(self) -> Weights | None:
@@ -268,13 +270,7 @@ class _Tally:
         return [_sample(i) for _, i in sorted(self.samples, key=lambda placed: placed[0])]
 
 
-def _conversation_of(interaction: "Interaction") -> str:
-    """Its id without the turn: "c1" of "c1_3" and of "c1_3~2"."""
-    stem, _, turn = interaction.id.rpartition("_")
-    return stem if stem and turn.partition("~")[0] == str(interaction.turn_id) else interaction.id
-
-
-def _sample(interaction: "Interaction") -> Sample:
+def _sample(interaction: Interaction) -> Sample:
     return Sample(
         id=_legible(interaction.id),
         prompt=[(m.role, _legible(m.content)) for m in interaction.prompt],
@@ -284,7 +280,7 @@ def _sample(interaction: "Interaction") -> Sample:
 
 
 def _legible(text: str) -> str:
-    """Cut where very long; control characters as symbols, since a terminal would obey them."""
+    """A text cut if very long, with symbols for the control characters that a terminal obeys."""
     kept = text[:SAMPLE_CHARACTERS].translate(_VISIBLE)
     return kept if len(text) <= SAMPLE_CHARACTERS else f"{kept}… ({len(text):,} characters)"
 
@@ -315,7 +311,7 @@ def _lengths(values: Sequence[int] | np.ndarray) -> Lengths:
 
 
 def _edges(largest: int) -> np.ndarray:
-    """One bin a number for small ones; else bins that grow by a constant factor."""
+    """One bin per number if they are small; else bins that grow by a constant factor."""
     if largest <= BINS:
         return np.arange(largest + 2)
     powers = np.geomspace(1, largest + 1, BINS + 1).round().astype(np.int64)
@@ -323,8 +319,6 @@ def _edges(largest: int) -> np.ndarray:
 
 
 def _count_tokens(path: Path, n: int, folder: str, seed: int) -> Tokens:
-    from ...hindsight import HindsightConfig, load_tokenizer
-
     config = HindsightConfig()
     limits = {
         "policy prompt": config.max_prompt_tokens,
@@ -346,10 +340,8 @@ def _count_tokens(path: Path, n: int, folder: str, seed: int) -> Tokens:
     )
 
 
-def _drawn(path: Path, n: int, seed: int) -> Iterator["Interaction"]:
-    """All of the file's n interactions, or `MOST_TOKENIZED` of them in the file's order."""
-    from ...interactions import iter_interactions
-
+def _drawn(path: Path, n: int, seed: int) -> Iterator[Interaction]:
+    """All n interactions of the file, or `MOST_TOKENIZED` of them, in the file's order."""
     if n <= MOST_TOKENIZED:
         return iter_interactions(path)
     chosen = np.random.default_rng(seed).choice(n, MOST_TOKENIZED, replace=False)
@@ -358,27 +350,30 @@ def _drawn(path: Path, n: int, seed: int) -> Iterator["Interaction"]:
 
 
 def _token_lengths(
-    interaction: "Interaction", tokenizer: Any, config: "HindsightConfig"
+    interaction: Interaction, tokenizer: "PreTrainedTokenizerBase", config: HindsightConfig
 ) -> tuple[int, int, int] | None:
-    """Of both prompts and the response; None if the chat template refuses the prompt."""
-    from ...hindsight import hindsight_prompt, prompt_ids, response_ids
-
-    note = hindsight_prompt(interaction.prompt, interaction.followup, config.template)
+    """Lengths of both prompts and the response; None if the chat template rejects the prompt."""
+    told = hindsight_prompt(interaction.prompt, interaction.followup, config.template)
     try:
-        prompts = prompt_ids(tokenizer, interaction.prompt), prompt_ids(tokenizer, note)
+        policy, hindsight = (prompt_ids(tokenizer, prompt) for prompt in (interaction.prompt, told))
     except DataError:
         return None
     response = interaction.response_token_ids
     if response is None:
         response = response_ids(tokenizer, interaction.response)
-    return len(prompts[0]), len(prompts[1]), len(response)
+    return len(policy), len(hindsight), len(response)
 
 
 # The manifest and the report
 
+_COLUMNS = (
+    *("conversation_id", "source_file", "row", "user", "language"),
+    *("model", "messages", "decision", "duplicate_of", "interaction_ids"),
+)
+
 
 def _beside(path: Path) -> tuple[Preparation | None, Origins | None, list[str]]:
-    """What stands beside the file, as long as it is about this file; notes say what is missing."""
+    """What the report and the manifest say, if they are about this file, and what is missing."""
     report = _read_report(report_path(path))
     if report and report[0] != sha256(path):
         stale = f"{report_path(path).name} is about another file than this, which has changed since"
@@ -393,19 +388,18 @@ def _beside(path: Path) -> tuple[Preparation | None, Origins | None, list[str]]:
 
 
 def _read_report(path: Path) -> tuple[str, Preparation] | None:
-    """The digest of the file that the report is about, and what it says."""
+    """SHA-256 of the file that a report is about, and what it says."""
     if not path.is_file():
         return None
     try:
-        report = json_module.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
         if report["version"] != 1:
             raise ValueError(f"its version is {report['version']!r}, not 1")
         return report["sha256"], _preparation(report)
     except (ValueError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
-    raise DataError(
-        f"{path}: not a report of `sdpo data prepare` ({problem}); move it away, or prepare again"
-    )
+    hint = "Move it away, or prepare again"
+    raise DataError(f"not a report of `sdpo data prepare` ({problem})", hint=hint, file=str(path))
 
 
 def _preparation(report: Mapping[str, Any]) -> Preparation:
@@ -430,15 +424,17 @@ def _preparation(report: Mapping[str, Any]) -> Preparation:
 
 def _origins(manifest: Path) -> Origins:
     columns: dict[str, Counter] = {name: Counter() for name in ("user", "language", "model")}
-    messages, conversations, duplicates = array("Q"), 0, _Duplicates()
-    for row in _manifest_rows(manifest):
-        if row["duplicate_of"] is not None:
-            duplicates.add(row)
-        if n := len(row["interaction_ids"] or ()):
-            conversations += 1
-            messages.append(row["messages"])
-            for name, counts in columns.items():
-                counts[row[name]] += n
+    messages, conversations = array("Q"), 0
+    duplicates: dict[str, Duplicates] = {}
+    for batch in read_manifest(manifest, _COLUMNS):
+        for row in batch.to_pylist():
+            if row["duplicate_of"] is not None:
+                _count_duplicate(duplicates, row)
+            if n := len(row["interaction_ids"] or ()):
+                conversations += 1
+                messages.append(row["messages"])
+                for name, counts in columns.items():
+                    counts[row[name]] += n
     without_user = columns["user"].pop(None, 0)
     return Origins(
         conversations=conversations,
@@ -448,43 +444,23 @@ def _origins(manifest: Path) -> Origins:
         languages=_named(columns["language"]),
         models=_named(columns["model"]),
         messages=_lengths(messages) if conversations else None,
-        duplicates=duplicates.found,
+        duplicates=duplicates,
     )
 
 
-def _manifest_rows(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    needed = ["conversation_id", "source_file", "row", "user", "language", "model", "messages"]
-    needed += ["decision", "duplicate_of", "interaction_ids"]
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(4096, columns=needed):
-                yield from batch.select(needed).to_pylist()
-    except (pa.ArrowException, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path}: no manifest ({reason}); remove it or prepare again") from None
-
-
-class _Duplicates:
-    """Counts by decision, with the first row of each."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, Duplicates] = {}
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        first = self.found.get(row["decision"]) or Duplicates(
-            conversations=0,
-            conversation_id=_legible(row["conversation_id"]),
-            source=f"{row['source_file']}:{row['row']}",
-            duplicate_of=row["duplicate_of"],
-        )
-        self.found[row["decision"]] = replace(first, conversations=first.conversations + 1)
+def _count_duplicate(found: dict[str, Duplicates], row: Mapping[str, Any]) -> None:
+    """Count by decision, with the first row of each."""
+    first = found.get(row["decision"]) or Duplicates(
+        conversations=0,
+        conversation_id=_legible(row["conversation_id"]),
+        source=f"{row['source_file']}:{row['row']}",
+        duplicate_of=row["duplicate_of"],
+    )
+    found[row["decision"]] = replace(first, conversations=first.conversations + 1)
 
 
 def _top_shares(users: Counter, without_user: int) -> dict[str, float]:
-    """Shares, not names: the page may be shown to people who should not see who a user is."""
+    """Shares without names: not everyone who sees the page may know who the users are."""
     total = users.total() + without_user
     most = [n for _, n in users.most_common(100)]
     return {str(k): sum(most[:k]) / total for k in (1, 10, 100) if k <= len(users)}

@@ -1,39 +1,35 @@
-"""An `Inspection` as one HTML page that needs nothing else."""
+"""An `Inspection` as one self-contained HTML page."""
 
 from collections.abc import Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter, SymmetricalLogLocator
 
-if TYPE_CHECKING:
-    from markupsafe import Markup
-
-
+from ...io.html import INK, render, svg
 from .inspection import BINS, Inspection, Lengths, Origins, Preparation
-from .tables import LISTED, all_lengths, number, sections_of
+from .tables import LISTED, length_rows, sections_of
+
+TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
 def to_html(inspection: Inspection) -> str:
-    """One page that needs nothing else; colours follow the reader's light or dark setting."""
-    from ...io.html import render
-
+    """The page; its colours follow the reader's light or dark setting."""
+    categories = _categories(inspection.origins)
     sections = sections_of(inspection)
     return render(
-        PAGE,
+        TEMPLATE,
         inspection=inspection,
         cards=_cards(inspection),
-        lengths={
-            name: [number(x) for x in (n.min, n.median, n.mean, n.p95, n.max)]
-            for name, n in all_lengths(inspection).items()
-        },
+        lengths=length_rows(inspection),
         waterfall=_waterfall(inspection.preparation),
         plots=_plots(inspection),
-        bars={
-            title: _bars(counts)
-            for title, counts in _categories(inspection.origins).items()
-            if counts
-        },
+        bars={title: _bars(counts) for title, counts in categories.items() if counts},
         sections={t: rows for t, rows in sections.items() if rows and t not in _DRAWN},
     )
 
@@ -74,7 +70,7 @@ def _bars(counts: Mapping[str, int]) -> list[dict[str, Any]]:
     return [{"name": name, "n": n, "width": 100 * n / total} for name, n in shown.items()]
 
 
-def _plots(inspection: Inspection) -> "dict[str, Markup]":
+def _plots(inspection: Inspection) -> dict[str, Markup]:
     tokens, made = inspection.tokens, inspection.preparation
     limits = made.limits if made else {}
     plots = {"Lengths in characters": _histograms(inspection.characters, limits)}
@@ -86,12 +82,8 @@ def _plots(inspection: Inspection) -> "dict[str, Markup]":
     return plots
 
 
-def _histograms(lengths: Mapping[str, Lengths], limits: Mapping[str, int]) -> "Markup":
-    """Side by side; a limit is a dashed line. Wide ranges have a logarithmic axis."""
-    from matplotlib.figure import Figure
-
-    from ...io.html import svg
-
+def _histograms(lengths: Mapping[str, Lengths], limits: Mapping[str, int]) -> Markup:
+    """Histograms side by side, limits as dashed lines; wide ranges have a logarithmic axis."""
     figure = Figure(figsize=(11, 2.5), layout="constrained", facecolor="none")
     for ax, (name, n) in zip(figure.subplots(1, len(lengths)), lengths.items(), strict=True):
         _draw_histogram(ax, n, limits.get(name))
@@ -101,9 +93,7 @@ def _histograms(lengths: Mapping[str, Lengths], limits: Mapping[str, int]) -> "M
     return svg(figure)
 
 
-def _draw_histogram(ax: Any, n: Lengths, limit: int | None) -> None:
-    from matplotlib.ticker import StrMethodFormatter, SymmetricalLogLocator
-
+def _draw_histogram(ax: Axes, n: Lengths, limit: int | None) -> None:
     wide = n.max > BINS
     ax.stairs(n.counts, np.array(n.edges) - (0 if wide else 0.5), fill=True, color="#3b82c4")
     if wide:
@@ -116,107 +106,10 @@ def _draw_histogram(ax: Any, n: Lengths, limit: int | None) -> None:
         ax.set_xlim(right=max(n.max, limit) * 1.3)
 
 
-def _in_the_pages_ink(ax: Any) -> None:
-    from ...io.html import INK
-
+def _in_the_pages_ink(ax: Axes) -> None:
     ax.set_facecolor("none")
     ax.tick_params(colors=INK, labelsize=7)
     ax.minorticks_off()
     ax.title.set_color(INK)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(INK)
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ inspection.file }}</title>
-<style>
-:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 15%, transparent);
-  --soft: color-mix(in srgb, currentColor 6%, transparent) }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.4rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem }
-.note { opacity: .7; margin: .2rem 0 } svg { width: 100%; height: auto }
-.cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0 }
-.card { border: 1px solid var(--line); border-radius: .6rem; padding: .6rem 1.1rem }
-.card b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums }
-table { border-collapse: collapse } td, th { padding: .25rem .8rem; text-align: left;
-  border-bottom: 1px solid var(--line); overflow-wrap: anywhere }
-.number { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal }
-.bars { display: grid; grid-template-columns: minmax(8rem, 18rem) 1fr 7rem; gap: .25rem .8rem;
-  align-items: center }
-.bars > span { overflow-wrap: anywhere } .track { background: var(--soft); border-radius: .2rem }
-.bar { display: block; height: 1.1rem; min-width: 2px; border-radius: .2rem; background: #3b82c4 }
-.lost { background: #d97706 }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 0 3rem }
-.sample { border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem; margin: 1rem 0;
-  display: flex; flex-direction: column; gap: .6rem }
-.sample header { opacity: .7; font: 13px ui-monospace, monospace; overflow-wrap: anywhere }
-.turn { max-width: 85%; padding: .5rem .9rem; border-radius: .9rem; background: var(--soft);
-  white-space: pre-wrap; overflow-wrap: anywhere }
-.turn small { display: block; opacity: .7 } .assistant, .answer { align-self: flex-start }
-.user, .followup { align-self: flex-end } .system { align-self: center; font-style: italic }
-.answer { outline: 2px solid #3b82c4 } .followup { outline: 2px solid #d97706 }
-</style></head><body>
-<h1>{{ inspection.file }}</h1>
-{% for note in inspection.notes %}
-<p class="note">{{ note }}</p>
-{% endfor %}
-<div class="cards">
-{% for name, n in cards.items() %}
-<div class="card"><b>{{ n }}</b>{{ name }}</div>
-{% endfor %}
-</div>
-{% if waterfall %}
-<h2>From the log to the file: conversations</h2>
-<div class="bars">
-{% for bar in waterfall %}
-<span>{{ bar.name }}</span><span class="track"><span class="bar{{ ' lost' if bar.n < 0 }}"
-  style="margin-left:{{ '%.2f' | format(bar.left) }}%;width:{{ '%.2f' | format(bar.width) }}%">
-</span></span><span class="number">{{ '{:,}'.format(bar.n) }}</span>
-{% endfor %}
-</div>
-{% endif %}
-{% for title, plot in plots.items() %}
-<h2>{{ title }}</h2>
-{{ plot }}
-{% endfor %}
-<h2>Lengths</h2>
-<table><tr><th></th><th class="number">min</th><th class="number">median</th>
-<th class="number">mean</th><th class="number">p95</th><th class="number">max</th></tr>
-{% for name, figures in lengths.items() %}
-<tr><td>{{ name }}</td>{% for x in figures %}<td class="number">{{ x }}</td>{% endfor %}</tr>
-{% endfor %}
-</table>
-<div class="columns">
-{% for title, shown in bars.items() %}
-<section><h2>{{ title }}</h2><div class="bars">
-{% for bar in shown %}
-<span>{{ bar.name }}</span><span class="track"><span class="bar"
-  style="width:{{ '%.2f' | format(bar.width) }}%"></span></span>
-<span class="number">{{ '{:,}'.format(bar.n) }}</span>
-{% endfor %}
-</div></section>
-{% endfor %}
-{% for title, rows in sections.items() %}
-<section><h2>{{ title[:1] | upper }}{{ title[1:] }}</h2><table>
-{% for what, figure in rows %}
-<tr><td>{{ what }}</td><td class="number">{{ figure }}</td></tr>
-{% endfor %}
-</table></section>
-{% endfor %}
-</div>
-{% if inspection.samples %}
-<h2>Samples</h2>
-{% endif %}
-{% for sample in inspection.samples %}
-<article class="sample"><header>{{ sample.id }}</header>
-{% for role, text in sample.prompt %}
-<div class="turn {{ role }}"><small>{{ role }}</small>{{ text }}</div>
-{% endfor %}
-<div class="turn answer"><small>answer y</small>{{ sample.completion }}</div>
-<div class="turn followup"><small>follow-up o</small>{{ sample.user_response }}</div>
-</article>
-{% endfor %}
-</body></html>
-"""

@@ -3,30 +3,19 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    pass
-
-from .inspection import (
-    Inspection,
-    Lengths,
-    Origins,
-    Preparation,
-    Sample,
-    Tokens,
-    Weights,
-)
+from .inspection import Inspection, Origins, Preparation, Sample, Tokens, Weights
 
 LISTED = 12
+"""Languages, models and the like that are listed; the rest is summed up."""
 
 
 def print_tables(inspection: Inspection, console: Console) -> None:
-    """All of it as tables; of languages, models and the like the most frequent."""
+    """Print everything as tables."""
     users = f" of {inspection.users:,} users" if inspection.users else ""
     found = f"{inspection.interactions:,} interactions from {inspection.conversations:,} "
     headline = Text(f"{inspection.file}: {found}conversations{users}")
@@ -45,17 +34,19 @@ def _lengths_table(inspection: Inspection) -> Table:
     table = Table()
     for column in ("", "min", "median", "mean", "p95", "max"):
         table.add_column(column, justify="right" if column else "left")
-    for name, n in all_lengths(inspection).items():
-        table.add_row(name, *(number(x) for x in (n.min, n.median, n.mean, n.p95, n.max)))
+    for name, figures in length_rows(inspection).items():
+        table.add_row(name, *figures)
     return table
 
 
-def all_lengths(inspection: Inspection) -> dict[str, Lengths]:
+def length_rows(inspection: Inspection) -> dict[str, list[str]]:
+    """What was measured -> its min, median, mean, p95 and max."""
     tokens = inspection.tokens.lengths if inspection.tokens else {}
+    lengths = {f"{name}, characters": n for name, n in inspection.characters.items()}
+    lengths |= {f"{name}, tokens": n for name, n in tokens.items()} | inspection.turns
     return {
-        **{f"{name}, characters": n for name, n in inspection.characters.items()},
-        **{f"{name}, tokens": n for name, n in tokens.items()},
-        **inspection.turns,
+        name: [number(x) for x in (n.min, n.median, n.mean, n.p95, n.max)]
+        for name, n in lengths.items()
     }
 
 
@@ -64,7 +55,7 @@ def number(x: float) -> str:
 
 
 def sections_of(inspection: Inspection) -> dict[str, list[tuple[str, str]]]:
-    """Title -> (what, figure): everything that is a list of figures, the page's order."""
+    """Title -> (what, figure), for everything that is a list of figures, in the page's order."""
     origins, made = inspection.origins, inspection.preparation
     return {
         "tokens": _token_rows(inspection.tokens),
@@ -126,7 +117,7 @@ def _counted(counts: Mapping[str, int]) -> list[tuple[str, str]]:
 
 
 def _most(counts: Mapping[str, int]) -> list[tuple[str, str]]:
-    """The first `LISTED`, and the rest as one."""
+    """The first `LISTED`, and the sum of the rest."""
     rest = list(islice(counts.values(), LISTED, None))
     more = {f"{len(rest)} more": sum(rest)} if rest else {}
     return _counted(dict(islice(counts.items(), LISTED)) | more)
