@@ -11,12 +11,12 @@ construction, whatever the tokenizer would merge at the border.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from .conversations import DataError, Message
+from .conversations import Message
+from .errors import DataError, SdpoError
 from .interactions import Interaction
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ TEMPLATES = {
 }
 """The published templates (arXiv:2603.12273): appended to the last user message of x."""
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
 
 @dataclass(frozen=True, kw_only=True)
 class HindsightConfig:
@@ -50,20 +48,23 @@ class HindsightConfig:
     max_prompt_tokens: int = 2048
     """Longer prompts lose tokens on the left, counted in ``truncated/policy``."""
     max_hindsight_prompt_tokens: int = 4096
-    """The same limit for the prompt with the follow-up; counted in ``truncated/hindsight``."""
+    """Longer prompts with the hindsight context lose tokens on the left, counted in
+    ``truncated/hindsight``."""
     max_response_tokens: int = 2048
-    """Longer responses lose tokens, and their end, on the right; ``truncated/response``."""
+    """Longer responses lose tokens, and their end, on the right, counted in
+    ``truncated/response``."""
 
     def __post_init__(self):
         resolve_template(self.template)
         for name in ("max_prompt_tokens", "max_hindsight_prompt_tokens", "max_response_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise SdpoError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoded:
-    """Token ids of one interaction: ``policy + response`` and ``hindsight + response``."""
+    """Token ids of one interaction: the passes read ``policy + response`` and ``hindsight +
+    response``."""
 
     id: str
     policy: tuple[int, ...]
@@ -72,20 +73,20 @@ class Encoded:
     old_logprobs: tuple[float, ...] | None
     """log-probabilities of ``response`` under the policy that sampled it, where known."""
     ends: bool
-    """The response's last token is its end, not where it was cut."""
+    """The last token is the end of the response, not where it was cut."""
     truncated: tuple[bool, bool, bool]
-    """Tokens were lost in the policy prompt, the hindsight prompt, the response."""
+    """Whether tokens were cut from the policy prompt, the hindsight prompt, the response."""
 
 
 def resolve_template(template: str) -> str:
     """The text of a preset, or ``template`` itself.
 
     Raises:
-        ValueError: it is neither a preset nor a text with exactly one ``{followup}``.
+        SdpoError: it is neither a preset nor a text with exactly one ``{followup}``.
     """
     text = TEMPLATES.get(template, template)
     if text.count("{followup}") != 1:
-        raise ValueError(
+        raise SdpoError(
             f"template {template!r} is no preset ({', '.join(TEMPLATES)}) and does not hold "
             "exactly one {followup} field: name a preset or write the text with {followup}"
         )
@@ -96,46 +97,18 @@ def hindsight_prompt(
     prompt: Sequence[Message], followup: str, template: str = "paper-offline"
 ) -> list[Message]:
     """x with o appended to its last user message; o is stripped, x is not touched."""
-    note = resolve_template(template).replace("{followup}", followup.strip())
+    context = resolve_template(template).replace("{followup}", followup.strip())
     *history, last = prompt
-    return [*history, Message(last.role, last.content + note)]
-
-
-def load_tokenizer(folder: str) -> "PreTrainedTokenizerBase":
-    """A Hugging Face folder's tokenizer, fit for training.
-
-    Raises:
-        DataError: there is no tokenizer, no chat template or no end-of-sequence token.
-    """
-    from transformers import AutoTokenizer
-
-    if not Path(folder).is_dir():
-        raise DataError(f"{folder}: no such model folder; give a local Hugging Face folder")
-    if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
-        # transformers would make up an empty tokenizer for the model type
-        raise DataError(
-            f"{folder}: no tokenizer; copy the model's tokenizer.json and tokenizer_config.json "
-            "there"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise DataError(
-            f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]}); copy the "
-            "model's tokenizer.json and tokenizer_config.json there again"
-        ) from error
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{folder}: the tokenizer has no chat template; use an instruction-tuned model, or put "
-            "a chat_template.jinja into the folder"
-        )
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"{folder}: the tokenizer names no eos_token; set it in its config")
-    return tokenizer
+    return [*history, Message(last.role, last.content + context)]
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
-    """Chat-templated ids up to where the assistant begins; thinking off where that is an option."""
+    """Chat-templated ids up to where the assistant begins; thinking is off where the template has
+    that option.
+
+    Raises:
+        DataError: the template does not accept these messages.
+    """
     chat = [{"role": m.role, "content": m.content} for m in messages]
     try:
         text = tokenizer.apply_chat_template(
@@ -169,8 +142,8 @@ def encode(
         DataError: the response holds no text; the interaction's id is named.
     """
     policy = prompt_ids(tokenizer, interaction.prompt)
-    with_note = hindsight_prompt(interaction.prompt, interaction.followup, config.template)
-    hindsight = prompt_ids(tokenizer, with_note)
+    with_context = hindsight_prompt(interaction.prompt, interaction.followup, config.template)
+    hindsight = prompt_ids(tokenizer, with_context)
     if interaction.response_token_ids is not None:
         response = list(interaction.response_token_ids)
     else:

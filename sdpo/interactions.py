@@ -29,6 +29,10 @@ _NAME_OF = {role: name for name, role in _ROLE_OF.items()}
 _KNOWN_ROLES = "user, assistant or system (human, gpt or system after `from`)"
 
 
+class RepeatedId(DataError):
+    """An id that an earlier row of the file has."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interaction:
     """One training example. Raises DataError, naming the field, if it could not be trained on.
@@ -182,7 +186,7 @@ def iter_rows(path: str | Path) -> Iterator[tuple[str, Interaction | DataError]]
         found = row if isinstance(row, DataError) else _interaction_or_error(row, number)
         if isinstance(found, Interaction) and found.id in place_of:
             problem = f"{shown(found.id)} is the id of {place_of[found.id]} too"
-            found = DataError(problem, field="id", hint="Give every row its own id, or none")
+            found = RepeatedId(problem, field="id", hint="Give every row its own id, or none")
         if isinstance(found, Interaction):
             place_of[found.id] = place
             yield place, found

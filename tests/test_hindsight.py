@@ -4,14 +4,9 @@ import pytest
 
 from helpers import tiny
 from sdpo.conversations import DataError, Message
-from sdpo.hindsight import (
-    HindsightConfig,
-    encode,
-    hindsight_prompt,
-    load_tokenizer,
-    response_ids,
-)
+from sdpo.hindsight import HindsightConfig, encode, hindsight_prompt, response_ids
 from sdpo.interactions import Interaction
+from sdpo_parallel.huggingface import load_tokenizer
 
 PROMPT = (
     Message("user", "tell me a story"),

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .errors import SdpoError
 
@@ -33,6 +34,8 @@ ASSETS = (
     "tokenizer.model",
 )
 """Files beside the weights that make a folder loadable by transformers, copied where present."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def resolve_model(name_or_folder: str, revision: str | None = None) -> str:
@@ -164,3 +167,34 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], folder: str) -> None:
                 f"{folder}: {bad} of {tensor.numel()} values of {name} are NaN or infinite; "
                 "the checkpoint is broken, take another copy of it"
             )
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """A Hugging Face folder's tokenizer, fit for training.
+
+    Raises:
+        SdpoError: there is no tokenizer, no chat template or no end-of-sequence token.
+    """
+    if not Path(folder).is_dir():
+        raise SdpoError(f"{folder}: no such model folder; give a local Hugging Face folder")
+    if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would make up an empty tokenizer for the model type
+        raise SdpoError(
+            f"{folder}: no tokenizer; copy the model's tokenizer.json and tokenizer_config.json "
+            "there"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise SdpoError(
+            f"{folder}: the tokenizer cannot be loaded ({str(error).splitlines()[0]}); copy the "
+            "model's tokenizer.json and tokenizer_config.json there again"
+        ) from error
+    if not tokenizer.chat_template:
+        raise SdpoError(
+            f"{folder}: the tokenizer has no chat template; use an instruction-tuned model, or put "
+            "a chat_template.jinja into the folder"
+        )
+    if tokenizer.eos_token_id is None:
+        raise SdpoError(f"{folder}: the tokenizer names no eos_token; set it in its config")
+    return tokenizer

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_kernels import linear_logprob
+from sdpo_parallel.huggingface import load_tokenizer
 from sdpo_parallel.transformers.engine import load_model
 
 from ..batching import BatchConfig, Rows, micro_batches, pack
-from ..hindsight import Encoded, encode, hindsight_prompt, load_tokenizer, prompt_ids
+from ..hindsight import Encoded, encode, hindsight_prompt, prompt_ids
 from ..interactions import Interaction
 from ..step import CausalModel, score
 from .options import ReaderOptions

@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sdpo_parallel.huggingface import load_tokenizer
+
 from ..errors import DataError, SdpoError
-from ..hindsight import HindsightConfig, encode, load_tokenizer
+from ..hindsight import HindsightConfig, encode
 from ..interactions import Interaction, RepeatedId, iter_rows
 from ..io.files import written_whole
 from .read.formats import sniff

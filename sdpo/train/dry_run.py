@@ -19,11 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdpo_kernels._impl import tuning
 from sdpo_parallel.config import Frozen, ParallelConfig
+from sdpo_parallel.huggingface import load_tokenizer
 from sdpo_parallel.memory import USABLE, Load, ModelShape, estimate, host_bytes
 
 from ..batching import steps_in
 from ..errors import SdpoError
-from ..hindsight import Encoded, encode, load_tokenizer
+from ..hindsight import Encoded, encode
 from .config import TrainConfig, local_models, to_json
 from .loader import load_interactions
 

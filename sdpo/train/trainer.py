@@ -21,10 +21,10 @@ import torch
 
 from sdpo_parallel.build import build_engine
 from sdpo_parallel.engine import Engine, EngineConfig
+from sdpo_parallel.huggingface import load_tokenizer
 
 from ..batching import Cursor
 from ..errors import SdpoError
-from ..hindsight import load_tokenizer
 from ..step import SUMS, metrics, two_pass_loss
 from .config import TrainConfig, local_models, to_json
 from .drift import DriftMonitor, drift_places

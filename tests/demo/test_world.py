@@ -13,8 +13,8 @@ from sdpo.demo import world
 from sdpo.demo.main import _make_room, hindsight
 from sdpo.demo.pretrain import Pretraining, draw_lesson, pretrain
 from sdpo.demo.users import simulate_logs
-from sdpo.hindsight import load_tokenizer
 from sdpo.interactions import read_interactions
+from sdpo_parallel.huggingface import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,14 @@ import pytest
 
 from benchmarks.collectives import Collectives
 from sdpo.batching import BatchConfig, Cursor, micro_batches
-from sdpo.hindsight import HindsightConfig, encode, load_tokenizer
+from sdpo.hindsight import HindsightConfig, encode
 from sdpo.interactions import read_interactions
 from sdpo.objective import ReverseKL
 from sdpo.step import two_pass_loss
 from sdpo.train.trainer import RunState
 from sdpo_parallel.config import ParallelConfig
 from sdpo_parallel.engine import EngineConfig
+from sdpo_parallel.huggingface import load_tokenizer
 from sdpo_parallel.torchtitan.engine import TorchtitanEngine
 
 model, data, tensor = sys.argv[1:]

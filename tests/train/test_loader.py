@@ -7,10 +7,11 @@ import torch
 
 from helpers import tiny
 from sdpo.batching import Batch, BatchConfig, Cursor
-from sdpo.hindsight import HindsightConfig, encode, load_tokenizer
+from sdpo.hindsight import HindsightConfig, encode
 from sdpo.interactions import read_interactions
 from sdpo.train.loader import Loader, Step
 from sdpo_parallel.engine import Ranks
+from sdpo_parallel.huggingface import load_tokenizer
 
 N = 31
 CONFIG = BatchConfig(interactions_per_step=6, row_tokens=256, micro_batch_tokens=512, epochs=1.4)

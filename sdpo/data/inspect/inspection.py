@@ -17,14 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sdpo_parallel.huggingface import load_tokenizer
+
 from ...errors import DataError
-from ...hindsight import (
-    HindsightConfig,
-    hindsight_prompt,
-    load_tokenizer,
-    prompt_ids,
-    response_ids,
-)
+from ...hindsight import HindsightConfig, hindsight_prompt, prompt_ids, response_ids
 from ...interactions import Interaction, conversation_of, iter_interactions
 from ...io.files import sha256
 from ..manifest import manifest_path, read_manifest, report_path
