@@ -3,7 +3,8 @@
 import pytest
 
 from helpers import tiny
-from sdpo.conversations import DataError, Message
+from sdpo.conversations import Message
+from sdpo.errors import SdpoError
 from sdpo.hindsight import HindsightConfig, encode, hindsight_prompt, response_ids
 from sdpo.interactions import Interaction
 from sdpo_parallel.huggingface import load_tokenizer
@@ -91,7 +92,7 @@ def test_sampled_ids_are_used_as_sampled():
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):
-    with pytest.raises(DataError, match=f"{tmp_path}.*tokenizer.json"):
+    with pytest.raises(SdpoError, match=f"{tmp_path}.*tokenizer.json"):
         load_tokenizer(str(tmp_path))
 
 
@@ -99,5 +100,5 @@ def test_a_tokenizer_without_chat_template_is_named(tmp_path):
     tokenizer = tiny.make_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(DataError, match="no chat template"):
+    with pytest.raises(SdpoError, match="no chat template"):
         load_tokenizer(str(tmp_path))

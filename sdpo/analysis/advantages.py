@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_kernels import linear_logprob
-from sdpo_parallel.huggingface import load_tokenizer
+from sdpo_parallel.huggingface import load_tokenizer, resolve_model
 from sdpo_parallel.transformers.engine import load_model
 
 from ..batching import BatchConfig, Rows, micro_batches, pack
@@ -53,7 +53,8 @@ class Reader:
 
     @classmethod
     def load(cls, folder: str, options: ReaderOptions) -> "Reader":
-        """Read with the model of a Hugging Face folder, on the first GPU or else the CPU."""
+        """Read with a model's folder or its name on the hub, on the first GPU or else the CPU."""
+        folder = resolve_model(folder)
         tokenizer = load_tokenizer(folder)
         return cls(load_model(folder, dtype=options.dtype), tokenizer, options)
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sdpo_parallel.huggingface import load_tokenizer
+from sdpo_parallel.huggingface import load_tokenizer, resolve_model
 
 from ..errors import DataError, SdpoError
 from ..hindsight import HindsightConfig, encode
@@ -98,7 +98,7 @@ def validate_command(
 
     Args:
         file: interactions, as `sdpo data prepare` writes them.
-        model: folder of the model to train, to check its chat template and tokens too.
+        model: folder or hub name of the model to train, to check its chat template and tokens too.
         template: hindsight template: a preset, or a text with {followup}.
         json: JSON file to write all findings to.
         show: number of findings to print.
@@ -206,6 +206,7 @@ class _ModelChecks:
     """Encodes interactions as training does."""
 
     def __init__(self, folder: str, config: HindsightConfig, found: Validation) -> None:
+        folder = resolve_model(folder)
         self.tokenizer, self.config = load_tokenizer(folder), config
         self.vocabulary = _vocabulary(folder)
         self.cut = found.cut

@@ -12,7 +12,7 @@ from tokenizers import Regex, normalizers
 
 from helpers import tiny
 from sdpo.data.validate import VERY_LONG, validate, validate_command
-from sdpo.errors import DataError
+from sdpo.errors import DataError, SdpoError
 
 CHAT = {"from": "human", "value": "question"}
 
@@ -237,11 +237,11 @@ def test_what_cannot_be_read(file, tmp_path, models):
         with pytest.raises(DataError, match=re.escape(str(bad))):
             validate(bad)
     write_rows(file, row("a"))
-    with pytest.raises(DataError, match="no such model folder"):
+    with pytest.raises(SdpoError, match="no such model folder"):
         validate(file, model=str(tmp_path / "none"))
     only_tokenizer = tmp_path / "t"
     tiny.make_tokenizer().save_pretrained(only_tokenizer)
-    with pytest.raises(DataError, match=r"no model configuration.*config\.json"):
+    with pytest.raises(SdpoError, match=r"no model configuration.*config\.json"):
         validate(file, model=str(only_tokenizer))
     with pytest.raises(ValueError, match="followup"):
         validate(file, template="no field")
@@ -251,7 +251,7 @@ def test_a_model_without_an_end_of_sequence(file, models, tmp_path):
     tokenizer = tiny.make_tokenizer()
     tokenizer.eos_token = None
     folder = model_of(tokenizer, models, tmp_path / "model")
-    with pytest.raises(DataError, match="eos_token"):
+    with pytest.raises(SdpoError, match="eos_token"):
         validate(write_rows(file, row("a")), model=folder)
 
 
