@@ -3,7 +3,8 @@
 import pytest
 
 from helpers import tiny
-from sdpo.conversations import DataError, Message
+from sdpo.conversations import Message
+from sdpo.errors import DataError
 from sdpo.hindsight import HindsightConfig, encode, hindsight_prompt, response_ids
 from sdpo.interactions import Interaction
 from sdpo_parallel.huggingface import load_tokenizer
