@@ -6,8 +6,6 @@ their turns are worth training on.
 
 from dataclasses import dataclass
 
-from .errors import DataError as DataError  # for imports that do not say sdpo.errors yet
-
 
 @dataclass(frozen=True, slots=True)
 class Message:

@@ -86,7 +86,7 @@ def read_manifest(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch
     try:
         with pq.ParquetFile(path) as file:
             if missing := set(columns) - set(file.schema_arrow.names):
-                problem = f"no manifest, it has no {', '.join(sorted(missing))}"
+                problem = f"not a manifest, it has no {', '.join(sorted(missing))}"
                 raise DataError(problem, file=str(path), hint="Prepare again")
             for batch in file.iter_batches(4096, columns=list(columns)):
                 yield batch.select(list(columns))

@@ -9,7 +9,7 @@ import pytest
 
 from helpers import runs, tiny
 from sdpo.batching import BatchConfig
-from sdpo.conversations import DataError
+from sdpo.errors import DataError
 from sdpo.hindsight import HindsightConfig
 from sdpo.interactions import read_interactions
 from sdpo.io.files import sha256
