@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_kernels import linear_logprob
-from sdpo_parallel.huggingface import load_tokenizer
+from sdpo_parallel.huggingface import load_tokenizer, resolve_model
 from sdpo_parallel.transformers.engine import load_model
 
 from ..batching import BatchConfig, Rows, micro_batches, pack
@@ -52,8 +52,13 @@ class Reader:
         self.packing = BatchConfig(row_tokens=tokens // 8 or 1, micro_batch_tokens=tokens)
 
     @classmethod
-    def load(cls, folder: str, options: ReaderOptions) -> "Reader":
-        """Read with the model of a Hugging Face folder, on the first GPU or else the CPU."""
+    def load(cls, model: str, options: ReaderOptions) -> "Reader":
+        """Read with a model on the first GPU or else the CPU.
+
+        Args:
+            model: Hugging Face folder, or name on the hub.
+        """
+        folder = resolve_model(model)
         tokenizer = load_tokenizer(folder)
         return cls(load_model(folder, dtype=options.dtype), tokenizer, options)
 

@@ -86,9 +86,8 @@ def read_manifest(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch
     try:
         with pq.ParquetFile(path) as file:
             if missing := set(columns) - set(file.schema_arrow.names):
-                raise DataError(
-                    f"no manifest, it has no {', '.join(sorted(missing))}", file=str(path)
-                )
+                problem = f"no manifest, it has no {', '.join(sorted(missing))}"
+                raise DataError(problem, file=str(path), hint="Prepare again")
             for batch in file.iter_batches(4096, columns=list(columns)):
                 yield batch.select(list(columns))
     except FileNotFoundError:

@@ -12,7 +12,7 @@ from tokenizers import Regex, normalizers
 
 from helpers import tiny
 from sdpo.data.validate import VERY_LONG, validate, validate_command
-from sdpo.errors import DataError
+from sdpo.errors import DataError, SdpoError
 
 CHAT = {"from": "human", "value": "question"}
 
@@ -237,7 +237,7 @@ def test_what_cannot_be_read(file, tmp_path, models):
         with pytest.raises(DataError, match=re.escape(str(bad))):
             validate(bad)
     write_rows(file, row("a"))
-    with pytest.raises(DataError, match="no such model folder"):
+    with pytest.raises(SdpoError, match="no such model folder"):
         validate(file, model=str(tmp_path / "none"))
     only_tokenizer = tmp_path / "t"
     tiny.make_tokenizer().save_pretrained(only_tokenizer)
