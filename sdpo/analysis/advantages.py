@@ -52,9 +52,13 @@ class Reader:
         self.packing = BatchConfig(row_tokens=tokens // 8 or 1, micro_batch_tokens=tokens)
 
     @classmethod
-    def load(cls, folder: str, options: ReaderOptions) -> "Reader":
-        """Read with a model's folder or its name on the hub, on the first GPU or else the CPU."""
-        folder = resolve_model(folder)
+    def load(cls, model: str, options: ReaderOptions) -> "Reader":
+        """Read with a model on the first GPU or else the CPU.
+
+        Args:
+            model: Hugging Face folder, or name on the hub.
+        """
+        folder = resolve_model(model)
         tokenizer = load_tokenizer(folder)
         return cls(load_model(folder, dtype=options.dtype), tokenizer, options)
 

@@ -217,7 +217,7 @@ def command(
     """Whether a model makes use of hindsight under a template; exit status 0 if it does, else 1.
 
     Args:
-        model: any causal LM, as a local Hugging Face folder or a name on the hub.
+        model: any causal LM: a local Hugging Face folder, or a name on the hub.
         interactions: file that `sdpo data prepare` wrote.
         sample_size: number of interactions to read, drawn at random, one per conversation.
         seed: decides which interactions are drawn, and which exchange follow-ups.

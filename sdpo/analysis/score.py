@@ -173,7 +173,7 @@ def score_command(
     """Measure how much each follow-up says about its response, next to another conversation's.
 
     Args:
-        model: any causal LM, as a local Hugging Face folder or a name on the hub.
+        model: any causal LM: a local Hugging Face folder, or a name on the hub.
         interactions: file that `sdpo data prepare` wrote.
         out: JSONL file to write, one row per interaction; training selects by it.
         seed: decides which interactions exchange follow-ups.

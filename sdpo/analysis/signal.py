@@ -72,7 +72,7 @@ def command(
     """Show what each follow-up says about each token of the response before it.
 
     Args:
-        model: any causal LM, as a local Hugging Face folder or a name on the hub.
+        model: any causal LM: a local Hugging Face folder, or a name on the hub.
         interactions: file that `sdpo data prepare` wrote.
         out: JSONL file to write, one row per interaction.
         show: number of interactions to print in colour.

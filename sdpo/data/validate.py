@@ -17,8 +17,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sdpo_parallel.huggingface import load_tokenizer, resolve_model
-
 from ..errors import DataError, SdpoError
 from ..hindsight import HindsightConfig, encode
 from ..interactions import Interaction, RepeatedId, iter_rows
@@ -98,7 +96,7 @@ def validate_command(
 
     Args:
         file: interactions, as `sdpo data prepare` writes them.
-        model: folder or hub name of the model to train, to check its chat template and tokens too.
+        model: model to train, a folder or a name on the hub, to check its template and tokens, too.
         template: hindsight template: a preset, or a text with {followup}.
         json: JSON file to write all findings to.
         show: number of findings to print.
@@ -123,7 +121,8 @@ def validate(
 
     Raises:
         DataError: the file or the model's tokenizer cannot be read, or there is no row.
-        SdpoError: the template is neither a preset nor holds one ``{followup}``.
+        SdpoError: there is no such model, or the template is neither a preset nor holds one
+            ``{followup}``.
     """
     config = HindsightConfig(template=template)
     _refuse_logs(Path(file))
@@ -205,8 +204,11 @@ def _warnings(interaction: Interaction, where: str) -> Iterator[Finding]:
 class _ModelChecks:
     """Encodes interactions as training does."""
 
-    def __init__(self, folder: str, config: HindsightConfig, found: Validation) -> None:
-        folder = resolve_model(folder)
+    def __init__(self, model: str, config: HindsightConfig, found: Validation) -> None:
+        # torch and transformers: seconds, which checks without a model need not pay
+        from sdpo_parallel.huggingface import load_tokenizer, resolve_model
+
+        folder = resolve_model(model)
         self.tokenizer, self.config = load_tokenizer(folder), config
         self.vocabulary = _vocabulary(folder)
         self.cut = found.cut
@@ -235,7 +237,7 @@ def _vocabulary(folder: str) -> int:
     Raises:
         DataError: the folder has no configuration that says so.
     """
-    from transformers import AutoConfig  # a second, which checks without a model need not pay
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder)

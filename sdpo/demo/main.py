@@ -22,7 +22,6 @@ from typing import Literal
 import torch
 import tyro
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from ..cli import main as sdpo
@@ -33,7 +32,7 @@ from ..interactions import iter_interactions, read_interactions, write_interacti
 from ..train.run_folder import read_metrics
 from . import report as reports
 from . import world
-from .evaluate import Scores, evaluate, sample_answers
+from .evaluate import Chat, Scores, evaluate, sample_answers
 from .pretrain import pretrain
 from .users import simulate_logs
 
@@ -161,10 +160,9 @@ class Demo:
 
     def _evaluate(self, folder: Path) -> Scores:
         with self.phase("evaluation"):
-            model, tokenizer = _load(folder)
             likes = self.likes["first"]
             return evaluate(
-                model, tokenizer, style=likes, hindsight=hindsight, n=PROMPTS, seed=self.seed
+                Chat(folder), style=likes, hindsight=hindsight, n=PROMPTS, seed=self.seed
             )
 
     def _report(self, scores: dict[str, Scores], signal: dict, folders: dict[str, Path]) -> dict:
@@ -172,7 +170,7 @@ class Demo:
         later = [scores["after"], scores["after_change_of_mind"]]
         drop = before.hindsight_following - min(s.hindsight_following for s in later)
         samples = {
-            when: sample_answers(*_load(f), n=SHOWN, seed=self.seed) for when, f in folders.items()
+            when: sample_answers(Chat(f), n=SHOWN, seed=self.seed) for when, f in folders.items()
         }
         return {
             "seed": self.seed,
@@ -204,10 +202,6 @@ def _passes(command: list[str]) -> bool:
     except SystemExit as verdict:
         return not verdict.code
     return True
-
-
-def _load(folder: Path):
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def command(

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .evaluate import generate
+from .evaluate import Chat
 from .world import (
     LOG_QUESTIONS,
     PRAISE,
@@ -41,30 +40,6 @@ LEAVING_SHARE = 0.6
 FIRST_MESSAGE_AT = datetime(2024, 1, 1, tzinfo=UTC)
 
 MODEL_NAME = "sdpo-demo"
-
-SCHEMA = pa.schema(
-    {
-        "conversation_hash": pa.string(),
-        "model": pa.string(),
-        "timestamp": pa.timestamp("us", tz="UTC"),
-        "conversation": pa.list_(
-            pa.struct(
-                {
-                    "content": pa.string(),
-                    "role": pa.string(),
-                    "language": pa.string(),
-                    "toxic": pa.bool_(),
-                    "redacted": pa.bool_(),
-                    "turn_identifier": pa.int64(),
-                }
-            )
-        ),
-        "turn": pa.int64(),
-        "language": pa.string(),
-        "toxic": pa.bool_(),
-        "redacted": pa.bool_(),
-    }
-)
 
 
 @dataclass(kw_only=True)
@@ -90,8 +65,7 @@ def simulate_logs(
     Args:
         noise: share of follow-ups that have nothing to do with the answer before them.
     """
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    chat = Chat(model_folder)
     rng = random.Random(seed)
     talks = [
         _Talk(question=question, messages=[user(question.text)])
@@ -100,7 +74,7 @@ def simulate_logs(
     for turn in range(MAX_ANSWERS):
         open_talks = [talk for talk in talks if not talk.left]
         prompts = [talk.messages for talk in open_talks]
-        answers = generate(model, tokenizer, prompts, seed=MAX_ANSWERS * seed + turn)
+        answers = chat.answers(prompts, seed=MAX_ANSWERS * seed + turn)
         for talk, answer in zip(open_talks, answers, strict=True):
             _follow_up(rng, talk, answer, preference, noise)
     write_wildchat([talk.messages for talk in talks], out_parquet)
@@ -132,7 +106,7 @@ def write_wildchat(conversations: Sequence[list[Message]], path: Path) -> None:
     """Write conversations as one parquet file with WildChat-1M's columns."""
     rows = [_wildchat_row(i, messages) for i, messages in enumerate(conversations)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 def _wildchat_row(index: int, messages: list[Message]) -> dict:
@@ -143,7 +117,8 @@ def _wildchat_row(index: int, messages: list[Message]) -> dict:
         "model": MODEL_NAME,
         "timestamp": FIRST_MESSAGE_AT + timedelta(minutes=index),
         "conversation": [
-            {**message, **marks, "turn_identifier": i} for i, message in enumerate(messages)
+            {"content": m["content"], "role": m["role"], **marks, "turn_identifier": i}
+            for i, m in enumerate(messages)
         ],
         "turn": len(messages) // 2,
         **marks,

@@ -12,6 +12,7 @@ from helpers import tiny
 from sdpo.analysis.trace import trace_command
 from sdpo.batching import BatchConfig, Cursor
 from sdpo.data.manifest import find, manifest_path
+from sdpo.data.prepare.write import MANIFEST
 from sdpo.errors import DataError
 from sdpo.hindsight import HindsightConfig
 from sdpo.interactions import read_interactions, write_interactions
@@ -23,28 +24,14 @@ from sdpo.train.selection import SelectConfig
 from sdpo.train.trainer import train
 from sdpo_parallel.config import CheckpointConfig
 
-SCHEMA = pa.schema(
-    {
-        "conversation_id": pa.string(),
-        "source_file": pa.dictionary(pa.int32(), pa.string()),
-        "row": pa.int64(),
-        "place": pa.int64(),
-        "user": pa.string(),
-        "decision": pa.dictionary(pa.int32(), pa.string()),
-        "duplicate_of": pa.string(),
-        "interaction_ids": pa.list_(pa.string()),
-    }
-)
 N = 12
 
 
 def manifest(data: str, rows: list[dict]) -> None:
     """The manifest beside a file, of rows that only say what matters here."""
     blank = dict(source_file="logs/a.jsonl", user=None, decision="kept", duplicate_of=None)
-    whole = [
-        {**blank, "row": n, "place": n, "interaction_ids": [], **r} for n, r in enumerate(rows)
-    ]
-    pq.write_table(pa.Table.from_pylist(whole, SCHEMA), manifest_path(data), row_group_size=3)
+    whole = [{**blank, "row": n, "interaction_ids": [], **r} for n, r in enumerate(rows)]
+    pq.write_table(pa.Table.from_pylist(whole, MANIFEST), manifest_path(data), row_group_size=3)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from sdpo.data.inspect.page import to_html
 from sdpo.data.manifest import manifest_path, report_path
 from sdpo.data.prepare.config import PrepareConfig
 from sdpo.data.prepare.prepare import prepare
+from sdpo.data.prepare.write import MANIFEST
 from sdpo.errors import DataError
 from sdpo.hindsight import prompt_ids, response_ids
 from sdpo.interactions import read_interactions
@@ -52,21 +53,8 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def manifest_row(place: int, id: str, decision: str = "kept", **fields) -> dict:
-    return {
-        "conversation_id": id,
-        "source_file": "log.parquet",
-        "row": place,
-        "place": place,
-        "user": None,
-        "language": "English",
-        "model": "gpt-4",
-        "messages": 3,
-        "characters": 99,
-        "decision": decision,
-        "duplicate_of": None,
-        "interaction_ids": [],
-        **fields,
-    }
+    blank = dict(source_file="log.parquet", language="English", model="gpt-4", messages=3)
+    return {"conversation_id": id, "row": place, "decision": decision, **blank, **fields}
 
 
 def write_report(path: Path, **fields) -> None:
@@ -101,7 +89,7 @@ def prepared(tmp_path) -> Path:
         manifest_row(4, "b", language="French", model=EVIL, interaction_ids=["b_1~2"]),
         manifest_row(5, "e", **copy),
     ]
-    pq.write_table(pa.Table.from_pylist(manifest), manifest_path(path))
+    pq.write_table(pa.Table.from_pylist(manifest, MANIFEST), manifest_path(path))
     write_report(path)
     return path
 

@@ -116,9 +116,7 @@ def test_the_page_stands_alone_and_shows_a_collapse(tmp_path):
         page = (tmp_path / "report.html").read_text()
         assert ("collapsed" in page) == collapsed
         assert "<svg" in page and "o!" in page and "&lt;ok&gt;" in page and "&lt;b&gt;?" in page
-        assert "http://" not in page.replace("http://www.w3.org", "").replace(
-            "http://purl.org", ""
-        ).replace("http://creativecommons.org", "")
+        assert "http" not in page
         assert json.loads((tmp_path / "report.json").read_text()) == report
 
 

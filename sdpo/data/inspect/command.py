@@ -29,7 +29,7 @@ def inspect_command(
 
     Args:
         file: interactions, as `sdpo data prepare` writes them, or a log that it would read.
-        tokenizer: folder of a model or tokenizer, to count tokens too.
+        tokenizer: model or tokenizer, a folder or a name on the hub, to count tokens, too.
         html: self-contained page to write.
         json: JSON file to write.
         samples: number of interactions to show.

@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdpo_parallel.huggingface import load_tokenizer
-
 from ...errors import DataError
 from ...hindsight import HindsightConfig, hindsight_prompt, prompt_ids, response_ids
 from ...interactions import Interaction, conversation_of, iter_interactions
@@ -314,19 +312,22 @@ def _edges(largest: int) -> np.ndarray:
     return np.unique(np.concatenate(([0], powers)))
 
 
-def _count_tokens(path: Path, n: int, folder: str, seed: int) -> Tokens:
+def _count_tokens(path: Path, n: int, model: str, seed: int) -> Tokens:
+    # torch and transformers: seconds, which counting characters need not pay
+    from sdpo_parallel.huggingface import load_tokenizer, resolve_model
+
     config = HindsightConfig()
     limits = {
         "policy prompt": config.max_prompt_tokens,
         "hindsight prompt": config.max_hindsight_prompt_tokens,
         "response": config.max_response_tokens,
     }
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(resolve_model(model))
     found = [_token_lengths(i, tokenizer, config) for i in _drawn(path, n, seed)]
     taken = np.array([lengths for lengths in found if lengths], dtype=np.int64).reshape(-1, 3)
     columns = dict(zip(limits, taken.T, strict=True))
     return Tokens(
-        tokenizer=folder,
+        tokenizer=model,
         template=config.template,
         interactions=len(found),
         lengths={name: _lengths(column) for name, column in columns.items() if len(column)},
