@@ -100,7 +100,7 @@ def kernels(sm: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dic
 
 
 def _fused(sm: int, dtype: str, name: str, shape: dict, extra: bool, descriptors: bool):
-    tiles = tuning.fused_tiles_of(sm // 10, 4 if dtype == "fp32" else 2, extra)
+    tiles = tuning.fused_tiles_for(sm // 10, 4 if dtype == "fp32" else 2)
     types = {"hidden": f"*{dtype}", "weight": f"*{dtype}"}
     if descriptors:
         types = {
