@@ -73,9 +73,8 @@ class LigerFusedLinearJSD(nn.Module):
         own_head = teacher_weight is student_weight
         x = _streams(student_input, student_weight, teacher_input, teacher_weight, own_head)
         mask, weights = _rows(shift_labels, self.ignore_index, x.student)
-        return _jsd(
-            self.jsd_beta, x, token_weights=weights, mask=mask, temperature=self.temperature
-        )
+        options = dict(token_weights=weights, mask=mask, temperature=self.temperature)
+        return _jsd(self.jsd_beta, x, **options)
 
 
 class LigerFusedLinearJSDLoss(nn.Module):

@@ -37,7 +37,7 @@ class VocabShard:
 
     @property
     def rows(self) -> slice:
-        """This rank's rows under ``of``'s rule: ``weight[shard.rows]`` is its part of the weight."""
+        """This rank's rows under ``of``'s rule: its part is ``lm_head_weight[shard.rows]``."""
         return slice(self.start, min(self.start + -(-self.total // self.group.size()), self.total))
 
 

@@ -58,7 +58,7 @@ def read(
     for batch in micro_batches([(e, 1.0) for e in encoded], packing):
         batch = batch.to(device)
         stats = score(model, batch)
-        passes = [stats.logp_policy, stats.logp_hindsight]
+        passes = [stats.logp_student, stats.logp_teacher]
         members, others = zip(*islice(done, batch.weight_S.numel()), strict=True)
         for prompts in zip(*others, strict=True):
             pairs = [(p, e.response) for p, e in zip(prompts, members, strict=True)]

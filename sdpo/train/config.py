@@ -21,7 +21,7 @@ from sdpo_parallel.config import (
 
 from ..batching import BatchConfig
 from ..hindsight import HindsightConfig
-from ..objective import JSD, ForwardKL, ReverseKL, SampledToken
+from ..objective import AnyObjective, ReverseKL
 from .safeguards import SafeguardConfig
 from .selection import SelectConfig
 
@@ -61,7 +61,7 @@ class TrainConfig:
     """The run's folder."""
     engine: Literal["torchtitan", "transformers"] = "torchtitan"
     """torchtitan: any layout of any number of ranks; transformers: any causal LM, one device."""
-    objective: SampledToken | ReverseKL | ForwardKL | JSD = field(default_factory=ReverseKL)
+    objective: AnyObjective = field(default_factory=ReverseKL)
     teacher: Annotated[Teacher, TEACHER] = field(default_factory=Live)
     """Who reads the hindsight prompt: the policy as it is, its moving average, the weights it
     started from or another folder's, or the policy held near its start."""

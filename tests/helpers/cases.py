@@ -1,4 +1,4 @@
-"""Every public function as one call, its inputs, and its oracle: ``impl="reference"`` in float64."""
+"""Every public function as one call, its inputs, and its oracle: full logits in float64."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -99,13 +99,13 @@ FUNCTIONS: dict[str, Callable] = {
     ),
     "topk, forward_kl": _pair(linear_topk_divergence, k=5, divergence="forward_kl"),
 }
-"""(problem, token weights or None, **options) -> a named tuple whose first field is the value (N,)."""
+"""(problem, token weights or None, **options) -> a named tuple that begins with the value (N,)."""
 
 
 def evaluate(
     name: str, p: Problem, *, known: bool, bias: Tensor | None = None, **options
 ) -> dict[str, Tensor]:
-    """The value and all gradients of sum upstream * value, with the token weights known up front or not."""
+    """The value and all gradients of sum upstream * value, the weights known up front or not."""
     leaves = {"hidden": p.hidden, "weight": p.weight}
     if bias is not None:
         leaves["bias"] = bias.to(p.hidden.dtype)

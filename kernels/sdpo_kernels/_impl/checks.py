@@ -109,9 +109,7 @@ def _check_spec(x: Inputs, spec: Spec) -> None:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {spec.impl!r}")
     if spec.impl in ("triton", "fused"):
         if not HAS_TRITON:
-            raise ValueError(
-                f'impl="{spec.impl}" needs Triton, which is not installed"'
-            )
+            raise ValueError(f'impl="{spec.impl}" needs Triton, which is not installed')
         if x.student_hidden.dtype == torch.float64:
             raise ValueError(f'impl="{spec.impl}" computes in float32: use "torch" for float64')
     if spec.group:

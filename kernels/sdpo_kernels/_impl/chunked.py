@@ -1,5 +1,5 @@
-"""The chunk loop: hidden states -> per-token values, statistics and, if the token weights are known,
-the gradients of their weighted sum. (N, V) logits never exist as a whole.
+"""The chunk loop: hidden states -> per-token values and statistics, and, if the token weights are
+known, the gradients of the weighted sum. (N, V) logits never exist as a whole.
 
 Shapes: N tokens, C tokens of a chunk, V rows of this rank's lm_head, D hidden size.
   z_CV = h_CD @ w_VD.T   student logits, float32,  p = softmax(z)
@@ -31,7 +31,7 @@ tile of at least 64 rows."""
 
 
 class Result(NamedTuple):
-    """What the loop fills. The gradients, of sum token_weights * value, are divided by ``scale``, and
+    """What the loop fills. The gradients of sum token_weights * value are divided by ``scale``, and
     empty if not asked for."""
 
     value: Tensor

@@ -42,8 +42,13 @@ def _stream(hidden, weight, bias, targets, spec: Spec) -> list[Tensor]:
     """log p (N, V); log p(y), entropy and log-sum-exp, each (N,)."""
     dtype = accumulation_dtype(hidden.dtype)
     bias = None if bias is None else bias.to(dtype)
-    transform = dict(temperature=spec.temperature, softcap=spec.softcap or None)
-    z = reference.logits(hidden.to(dtype), weight.to(dtype), bias, **transform)
+    z = reference.logits(
+        hidden.to(dtype),
+        weight.to(dtype),
+        bias,
+        temperature=spec.temperature,
+        softcap=spec.softcap or None,
+    )
     logp, lse = z.log_softmax(-1), z.detach().logsumexp(-1)
     at = torch.full_like(lse, torch.nan)
     if targets is not None:

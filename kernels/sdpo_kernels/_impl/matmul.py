@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 HEAD_ROWS = 4096
-"""Rows of a half-precision lm_head that are cast to float32 at a time, where the device has no matmul
+"""Rows of a half-precision lm_head that are cast to float32 at a time, on devices without a matmul
 of half-precision operands with a float32 result."""
 
 

@@ -21,9 +21,9 @@ CHUNK_BYTES = {"cuda": 2560 * 2**20, "cpu": 192 * 2**20}
 adding to the lm_head's float32 gradient (8 V D bytes a chunk) takes far less time than the matmul
 itself."""
 
-ROW_BLOCK, ROW_WARPS, ROW_REGISTERS = 2048, 8, 64
+ROW_BLOCK, ROW_WARPS, ROW_REGISTERS = 2048, 8, 128
 """Logits of a row that a program processes at a time, 8 per thread, and the registers a thread may
-have. Without that limit ptxas aims at an occupancy of its own, and spills for it."""
+have: two programs to a multiprocessor. Without a limit ptxas aims at more of them, and spills."""
 
 FP_FUSION = {"enable_fp_fusion": True}
 """Fused multiply-adds: Triton's default until 3.10, here whatever the release."""
@@ -69,9 +69,8 @@ def row_tiles(vocabulary: int) -> dict[str, int]:
     """Block size and launch options of the kernels that read rows of logits."""
     block = min(ROW_BLOCK, max(128, 1 << (vocabulary - 1).bit_length()))
     warps = max(1, block * ROW_WARPS // ROW_BLOCK)
-    limit = (
-        {} if torch.version.hip else {"maxnreg": ROW_REGISTERS}
-    )  # AMD's Triton has no such option
+    # Triton for AMD has no such option
+    limit = {} if torch.version.hip else {"maxnreg": ROW_REGISTERS}
     return {"BLOCK": block, "num_warps": warps, **limit, **FP_FUSION}
 
 
