@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from helpers.runs import ENV
+from helpers.environment import ENV
 
 SIZES = "N, V, D, CHUNK = 4096, 50257, 256, 64 * 2**20"
 WIDE = "N, V, D, CHUNK = 64, 50257, 512, 8 * 2**20"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from helpers.cases import FUNCTIONS, problem
-from helpers.runs import ENV
+from helpers.environment import ENV
 from sdpo_kernels._impl.options import Inputs, Spec
 
 COMPILED = ["logprob", "reverse_kl", "jsd", "sampled_token", "sampled_token, centred", "topk"]

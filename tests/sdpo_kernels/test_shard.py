@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.runs import ENV
+from helpers.environment import ENV
 from sdpo_kernels._impl import partials, rows_torch
 from sdpo_kernels._impl.options import Spec
 
