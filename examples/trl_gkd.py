@@ -82,6 +82,7 @@ if __name__ == "__main__":
             learning_rate=1e-5,
             lmbda=0.0,  # the dataset's responses; > 0 samples some from the student
             logging_steps=1,
+            bf16=torch.cuda.is_available(),
         ),
         train_dataset=dataset(),
         processing_class=AutoTokenizer.from_pretrained(args.student),
