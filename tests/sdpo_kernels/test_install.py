@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from helpers.environment import ENV
+
 KERNELS = Path(__file__).parents[2] / "kernels"
 CALL = """
 import sys
@@ -58,6 +60,16 @@ def test_it_works_where_only_torch_and_triton_are_installed(target, tmp_path):
     assert target / "sdpo_kernels" / "divergence.py" in imported
     allowed = (target / "sdpo_kernels", tmp_path, Path(os.__file__).parent)
     assert not [p for p in imported if not any(map(p.is_relative_to, allowed))]
+
+
+def test_the_folder_kernels_does_not_hide_hugging_faces_package(tmp_path):
+    """A folder without __init__.py gives way to a package of its name, wherever that is found."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    code = "import sys; sys.path.append(sys.argv[1]); import kernels; print(kernels.__file__)"
+    argv = [sys.executable, "-c", code, str(tmp_path)]
+    out = subprocess.run(argv, env=ENV, cwd=KERNELS.parent, capture_output=True, text=True).stdout
+    assert out.strip() == str(tmp_path / "kernels" / "__init__.py")
 
 
 def distributions(*roots: str) -> set[str]:
