@@ -63,13 +63,13 @@ OUR_FUNCTIONS = {
 }
 
 
-def _ours(kind: Kind, path: str = "auto", known: bool = True) -> Loss:
-    """``known``: the weights are given up front, as in training; else any upstream gradient."""
+def _ours(kind: Kind, impl: str = "auto", known: bool = True) -> Loss:
+    """``known``: token weights are given up front, as in training; if not, an upstream gradient."""
 
     def loss(x: Problem) -> Tensor:
         n = x.hidden.shape[0]
         weights = torch.full((n,), 1 / n, device=x.hidden.device) if known else None
-        options = dict(weights=weights, path=path)
+        options = dict(token_weights=weights, impl=impl)
         if kind == "logprob":
             out = linear_logprob(x.hidden, x.weight, x.targets, **options)
             return -(out.logp.mean() if out.loss is None else out.loss)
@@ -178,10 +178,10 @@ LIGER = dict(package="liger_kernel", install="liger-kernel")
 CONTENDERS = (
     Contender(OURS, ALL, _ours),
     Contender("sdpo, any upstream", ALL, functools.partial(_ours, known=False)),
-    Contender("sdpo torch", ALL, functools.partial(_ours, path="torch")),
-    Contender("sdpo triton", ALL, functools.partial(_ours, path="triton"), "triton", gpu=True),
+    Contender("sdpo torch", ALL, functools.partial(_ours, impl="torch")),
+    Contender("sdpo triton", ALL, functools.partial(_ours, impl="triton"), "triton", gpu=True),
     Contender(
-        "sdpo fused", ("logprob",), functools.partial(_ours, path="fused"), "triton", gpu=True
+        "sdpo fused", ("logprob",), functools.partial(_ours, impl="fused"), "triton", gpu=True
     ),
     Contender("torch", ALL, functools.partial(_plain, upcast=False)),
     Contender("torch, float32 operands", ALL, functools.partial(_plain, upcast=True)),

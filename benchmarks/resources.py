@@ -2,9 +2,9 @@
 
     python -m benchmarks.resources [--out resources.jsonl]
 
-Triton compiles each kernel for a GPU that is not there, and cuobjdump, which comes with it, reads
-the machine code's account of itself. Exits 1 if a kernel spills or asks for more shared memory
-than a block of that architecture may have.
+Triton compiles each kernel for a GPU that is not there, and cuobjdump, which comes with Triton,
+prints what the machine code uses. Exits 1 if a kernel spills or asks for more shared memory than a
+block of that architecture may have.
 """
 
 import json
@@ -23,18 +23,13 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sdpo_kernels._impl import (
-    fused_triton as triton_fused,
-)
-from sdpo_kernels._impl import (
-    rows_triton as triton_rows,
-)
-from sdpo_kernels._impl import (
-    tuning,
-)
+from sdpo_kernels._impl import fused_triton, rows_triton, tuning
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes a block may have, by compute capability (CUDA C++ programming guide, table 30)."""
+MEASURED = ("3.6", "3.7", "3.8", "3.9")
+"""Releases of Triton with which every kernel was compiled and found to fit. With others, a kernel
+that does not fit is news about the compiler, not a mistake here."""
 TYPES = {
     "targets_ptr": "*i64",
     "cap": "fp32",
@@ -66,41 +61,43 @@ class Resources:
 def kernels(sm: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """(variant, kernel, types, constants, options) of all kernels, as launched on ``sm``."""
     found = []
-    rows = {"BLOCK": tuning.ROW_BLOCK}
-    options = {"num_warps": tuning.ROW_WARPS}
+    options = tuning.row_tiles(tuning.ROW_BLOCK)
+    rows = {"BLOCK": options.pop("BLOCK")}
     for name, extra in (("plain", False), ("softcap, bias, temperature", True)):
-        shape = {"CAP": extra, "SCALE": extra}
+        shape = {"CAP": extra, "SCALE": extra, **rows}
         for paired in (False, True):
-            constants = dict(
-                PAIRED=paired, TARGETS=True, BIAS=extra, HINDSIGHT_BIAS=extra and paired
-            )
+            bias = dict(BIAS=extra, TEACHER_BIAS=extra and paired)
+            constants = dict(PAIRED=paired, TARGETS=True, **bias, **shape)
             variant = f"{'pair' if paired else 'one stream'}, {name}"
-            found.append(
-                (variant, triton_rows.stats_kernel, {}, {**constants, **shape, **rows}, options)
-            )
-        for kind, number in triton_rows.KINDS.items():
-            constants = {"KIND": number, "GRAD": False, "NARROW": False, **shape, **rows}
-            variant = f"{kind}, values only, {name}"
-            found.append((variant, triton_rows.divergence_kernel, {}, constants, options))
+            found.append((variant, rows_triton.stats_kernel, {}, constants, options))
+        for dtype in ("bf16", "fp32", None):
+            types = {"grad_ptr": f"*{dtype or 'fp32'}"}
+            narrow = {"NARROW": dtype == "bf16", **shape}
+            what = f"{dtype} gradient" if dtype else "values only"
+            for kind, formula in rows_triton.FORMULAS.items():
+                two_passes = kind in rows_triton.TWO_PASSES
+                constants = dict(
+                    FORMULA=formula,
+                    TWO_PASSES=two_passes,
+                    CENTRE=dtype is not None or not two_passes,
+                    GRAD=dtype is not None,
+                    **narrow,
+                )
+                variant = f"{kind}, {what}, {name}"
+                found.append((variant, rows_triton.divergence_kernel, types, constants, options))
+            if dtype:
+                constants = {"TARGETS": True, **narrow}
+                variant = f"{what}, {name}"
+                found.append((variant, rows_triton.softmax_grad_kernel, types, constants, options))
         for dtype in ("bf16", "fp32"):
-            types = {"grad_ptr": f"*{dtype}"}
-            narrow = {"NARROW": dtype != "fp32", **shape, **rows}
-            for kind, number in triton_rows.KINDS.items():
-                constants = {"KIND": number, "GRAD": True, **narrow}
-                variant = f"{kind}, {dtype} gradient, {name}"
-                found.append((variant, triton_rows.divergence_kernel, types, constants, options))
-            constants = {"TARGETS": True, **narrow}
-            variant = f"{dtype} gradient, {name}"
-            found.append((variant, triton_rows.softmax_grad_kernel, types, constants, options))
-        for dtype in ("bf16", "fp32"):
-            found.append(_fused(sm, dtype, name, shape, extra, descriptors=False))
+            found.append(_fused(sm, dtype, name, extra, descriptors=False))
         if sm >= 90:
-            found.append(_fused(sm, "bf16", name, shape, extra, descriptors=True))
+            found.append(_fused(sm, "bf16", name, extra, descriptors=True))
     return found
 
 
-def _fused(sm: int, dtype: str, name: str, shape: dict, extra: bool, descriptors: bool):
-    tiles = tuning.fused_tiles_of(sm // 10, 4 if dtype == "fp32" else 2, extra)
+def _fused(sm: int, dtype: str, name: str, extra: bool, descriptors: bool):
+    tiles = tuning.fused_tiles_for(sm // 10, 4 if dtype == "fp32" else 2)
     types = {"hidden": f"*{dtype}", "weight": f"*{dtype}"}
     if descriptors:
         types = {
@@ -112,15 +109,16 @@ def _fused(sm: int, dtype: str, name: str, shape: dict, extra: bool, descriptors
         BIAS=extra,
         DESCRIPTORS=descriptors,
         UPCAST=False,
-        GROUP=triton_fused.GROUP,
+        GROUP=fused_triton.GROUP,
         BLOCK_N=tiles.tokens,
         BLOCK_V=tiles.vocabulary,
         BLOCK_D=tiles.hidden,
-        **shape,
+        CAP=extra,
+        SCALE=extra,
     )
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, **tuning.FP_FUSION}
     variant = f"{dtype}, {'descriptors' if descriptors else 'pointers'}, {name}"
-    return variant, triton_fused.fused_stats_kernel, types, constants, options
+    return variant, fused_triton.fused_stats_kernel, types, constants, options
 
 
 def compile_for(sm: int, kernel, types: dict, constants: dict, options: dict):

@@ -1,4 +1,4 @@
-"""Block sizes, one after another: what to write into sdpo_kernels/tuning.py.
+"""Block sizes, one after another: what to write into sdpo_kernels/_impl/tuning.py.
 
     python -m benchmarks.tuning [--tokens 8192 --head qwen3-8b] [--out results.jsonl]
 
@@ -23,17 +23,8 @@ from benchmarks.measure import Spread, interleaved, machine, relative_error
 from benchmarks.problems import head, problem
 from benchmarks.report import append, first_line, milliseconds
 from sdpo_kernels import linear_reverse_kl
-from sdpo_kernels._impl import (
-    fused_triton as triton_fused,
-)
-from sdpo_kernels._impl import (
-    partials,
-    tuning,
-)
-from sdpo_kernels._impl import (
-    rows_triton as triton_rows,
-)
-from sdpo_kernels._impl.options import IDENTITY
+from sdpo_kernels._impl import fused_triton, partials, rows_triton, tuning
+from sdpo_kernels._impl.options import Spec
 
 ROW_VARIANTS = ((1024, 4), (1024, 8), (2048, 4), (2048, 8), (2048, 16), (4096, 8), (4096, 16))
 ROW_VARIANTS += ((8192, 16),)
@@ -57,6 +48,7 @@ SMALL_FUSED = (tuning.FusedTiles(16, 32, 16, 4, 1), tuning.FusedTiles(32, 32, 16
 """For Triton's interpreter."""
 CHUNKS_MIB = (320, 640, 1280, 2560, 5120)
 TOLERANCE = 1e-3
+SPEC = Spec("reverse_kl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,19 +163,17 @@ def _rows_variants(
     z = torch.randn(c, v, device=device, generator=generator) * 3
     u = z + 0.1 * torch.randn(c, v, device=device, generator=generator)
     targets = torch.randint(v, (c,), device=device, generator=generator)
-    row = partials.finish(triton_rows.stats(z, u, targets, IDENTITY))
+    norm, gap, _ = partials.finish(rows_triton.stats(SPEC, z, u, targets))
     weights = torch.full((c,), 1 / c, device=device)
     scratch = z.clone()
 
     def stats() -> Tensor:
-        return triton_rows.stats(z, u, targets, IDENTITY)
+        return rows_triton.stats(SPEC, z, u, targets)
 
     def divergence() -> Tensor:
         """The gradient takes the logits' place: a second call reads what is no logit, and costs
         the same."""
-        values, _ = triton_rows.divergence(
-            "reverse_kl", 0.5, scratch, u, row.norm, row.gap, weights, IDENTITY, torch.bfloat16
-        )
+        values, _ = rows_triton.divergence(SPEC, scratch, u, norm, gap, weights, torch.bfloat16)
         return values
 
     def afresh() -> Tensor:
@@ -193,9 +183,9 @@ def _rows_variants(
     check, call = (stats, stats) if which == "stats" else (afresh, divergence)
     word_bytes = 8 if which == "stats" else 10
     for block, warps in ROW_VARIANTS if device.type == "cuda" else ROW_VARIANTS[:2]:
-        values = {"row_tiles": lambda _, b=block, w=warps: (b, w)}
+        values = {"ROW_BLOCK": block, "ROW_WARPS": warps}
         name = f"block {block}, {warps} warps"
-        yield Variant(name, triton_rows, values, check, call, word_bytes * c * v)
+        yield Variant(name, tuning, values, check, call, word_bytes * c * v)
 
 
 def _fused_variants(settings: Settings, v: int, d: int, device: torch.device) -> Iterator[Variant]:
@@ -203,12 +193,12 @@ def _fused_variants(settings: Settings, v: int, d: int, device: torch.device) ->
     hidden, weight = x.hidden.detach(), x.weight.detach()
 
     def call() -> Tensor:
-        return triton_fused.stream_stats(hidden, weight, None, x.targets, IDENTITY)
+        return fused_triton.stream_stats(SPEC, hidden, weight, None, x.targets)
 
     for tiles in FUSED_VARIANTS if device.type == "cuda" else SMALL_FUSED:
         values = {"fused_tiles": lambda *_, t=tiles: t}
         name = ", ".join(f"{field} {n}" for field, n in tiles._asdict().items())
-        yield Variant(name, triton_fused, values, call, call, 2 * settings.chunk * v * d)
+        yield Variant(name, fused_triton, values, call, call, 2 * settings.chunk * v * d)
 
 
 def _chunk_variants(settings: Settings, v: int, d: int, device: torch.device) -> Iterator[Variant]:
@@ -218,7 +208,7 @@ def _chunk_variants(settings: Settings, v: int, d: int, device: torch.device) ->
 
     def call() -> Tensor:
         x.forget()
-        out = linear_reverse_kl(x.hidden, x.weight, x.hindsight, weights=weights)
+        out = linear_reverse_kl(x.hidden, x.weight, x.hindsight, token_weights=weights)
         assert out.loss is not None
         out.loss.backward()
         return out.value

@@ -7,7 +7,8 @@ Shapes: N response tokens, S interactions, V vocabulary, D hidden size.
   reverse KL     KL(p || q)           forward KL     KL(q || p)           JSD
 
 Every loss is the mean over an interaction's tokens, then the weighted mean over the step's
-interactions; weights come normalised over all ranks, so local losses add up to the step's.
+interactions; weights are normalised over all ranks, so that local losses add up to the step's.
+docs/adding-an-objective.md adds one.
 """
 
 from dataclasses import dataclass
@@ -27,6 +28,39 @@ from sdpo_kernels import (
 )
 
 
+class Streams(NamedTuple):
+    """Hidden states (N, D) of both passes at the response, their lm_heads (V, D), and y (N,).
+
+    A ``hindsight_lm_head_weight`` of None is the policy's own. With a ``shard`` both are this
+    rank's rows of the vocabulary, and the gradient of ``hidden`` is partial.
+    """
+
+    hidden: Tensor
+    lm_head_weight: Tensor
+    hindsight_hidden: Tensor
+    hindsight_lm_head_weight: Tensor | None
+    targets: Tensor
+    shard: VocabShard | None = None
+
+
+class Layout(NamedTuple):
+    """Where each response token belongs; see ``batching.Batch``."""
+
+    sequence_N: Tensor
+    offset_N: Tensor
+    weight_S: Tensor
+    old_logp_N: Tensor | None = None
+
+
+class Common(TypedDict):
+    """Keyword arguments that every objective passes on to its kernel."""
+
+    targets: Tensor
+    token_weights: Tensor
+    chunk_bytes: int | None
+    shard: VocabShard | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """Base of the objectives."""
@@ -41,6 +75,10 @@ class Objective:
             raise ValueError(f"ignore_first must not be negative, got {self.ignore_first}")
         if self.chunk_bytes is not None and self.chunk_bytes < 1:
             raise ValueError(f"chunk_bytes must be positive, got {self.chunk_bytes}")
+
+    def per_token(self, streams: Streams, layout: Layout, common: Common) -> Divergence:
+        """The kernel's call: its ``loss`` is the micro-batch's."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +105,41 @@ class SampledToken(Objective):
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """The responses must come with the log-probabilities they were sampled with."""
+        """Whether responses must come with the log-probabilities they were sampled with."""
         return self.ppo_clip is not None or self.importance_clip is not None
+
+    def per_token(self, streams: Streams, layout: Layout, common: Common) -> Divergence:
+        if self.needs_old_logprobs and layout.old_logp_N is None:
+            raise ValueError(
+                "ppo_clip and importance_clip need the log-probabilities that the responses were "
+                "sampled with: give every interaction completion_token_ids and "
+                "completion_logprobs, or leave the clips unset"
+            )
+        return linear_sampled_token(
+            *streams[:4],
+            old_logp=layout.old_logp_N if self.needs_old_logprobs else None,
+            ppo_clip=self.ppo_clip,
+            importance_clip=self.importance_clip,
+            centre=layout.sequence_N if self.centre else None,
+            counted=layout.offset_N >= self.ignore_first,
+            **common,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseKL(Objective):
     """KL(policy || hindsight): seeks the hindsight's modes; the stable choice in continual runs."""
 
+    def per_token(self, streams: Streams, layout: Layout, common: Common) -> Divergence:
+        return linear_reverse_kl(*streams[:4], **common)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardKL(Objective):
-    """KL(hindsight || policy): covers all that hindsight would say."""
+    """KL(hindsight || policy): covers everything that hindsight would say."""
+
+    def per_token(self, streams: Streams, layout: Layout, common: Common) -> Divergence:
+        return linear_forward_kl(*streams[:4], **common)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +147,7 @@ class JSD(Objective):
     """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p."""
 
     beta: float = 0.5
+    """Weight of the hindsight distribution in the mixture m; strictly between 0 and 1."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -95,42 +157,16 @@ class JSD(Objective):
                 "recipes forward-kl (0) and reverse-kl (1)"
             )
 
-
-class Streams(NamedTuple):
-    """What both passes yield: hidden states (N, D) at the response, heads (V, D), and y (N,).
-
-    A ``hindsight_weight`` of None is the policy's own head. With a ``shard`` both are this rank's
-    rows of the vocabulary, and the gradient of ``hidden`` is partial.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    hindsight_hidden: Tensor
-    hindsight_weight: Tensor | None
-    targets: Tensor
-    shard: VocabShard | None = None
+    def per_token(self, streams: Streams, layout: Layout, common: Common) -> Divergence:
+        return linear_jsd(*streams[:4], beta=self.beta, **common)
 
 
-class Layout(NamedTuple):
-    """Where each response token belongs; see ``batching.Batch``."""
-
-    sequence_N: Tensor
-    offset_N: Tensor
-    weight_S: Tensor
-    old_logp_N: Tensor | None = None
-
-
-class Common(TypedDict):
-    """What every objective passes on to its kernel."""
-
-    targets: Tensor
-    weights: Tensor
-    chunk_bytes: int | None
-    shard: VocabShard | None
+AnyObjective = SampledToken | ReverseKL | ForwardKL | JSD
+"""The objectives that a training configuration may name."""
 
 
 def token_weights(layout: Layout, ignore_first: int = 0) -> Tensor:
-    """(N,): weight of a token, w_s / (counted tokens of its interaction s), 0 where ignored.
+    """(N,): the weight of each token, w_s / (counted tokens of its interaction s), 0 if ignored.
 
     An interaction with no counted token adds nothing, and still counts in the mean over
     interactions, as in the paper's code.
@@ -143,50 +179,18 @@ def token_weights(layout: Layout, ignore_first: int = 0) -> Tensor:
 def total_loss(objective: Objective, streams: Streams, layout: Layout) -> tuple[Tensor, TokenStats]:
     """The micro-batch's share of the step's loss (a scalar) and per-token statistics.
 
-    The weights of all tokens are known before any value is, so that the kernels form gradients
-    while the logits are there: four products of N V D, not six.
+    The weights of all tokens are known before any value, so that the kernels form gradients while
+    the logits exist: four matmuls of N V D instead of six.
 
     Raises:
-        ValueError: a clip needs the sampling policy's log-probabilities and they are not there.
-        TypeError: the objective is none of this module's.
+        ValueError: a clip needs the sampling policy's log-probabilities, which are missing.
     """
-    weights = token_weights(layout, objective.ignore_first)
     common = Common(
         targets=streams.targets,
-        weights=weights,
+        token_weights=token_weights(layout, objective.ignore_first),
         chunk_bytes=objective.chunk_bytes,
         shard=streams.shard,
     )
-    match objective:
-        case SampledToken():
-            out = _sampled_token(objective, streams, layout, common)
-        case ReverseKL():
-            out = linear_reverse_kl(*streams[:4], **common)
-        case ForwardKL():
-            out = linear_forward_kl(*streams[:4], **common)
-        case JSD(beta=beta):
-            out = linear_jsd(*streams[:4], beta=beta, **common)
-        case _:
-            raise TypeError(f"unknown objective {type(objective).__name__}")
+    out = objective.per_token(streams, layout, common)
     assert out.loss is not None
     return out.loss, out.stats
-
-
-def _sampled_token(
-    objective: SampledToken, streams: Streams, layout: Layout, common: Common
-) -> Divergence:
-    if objective.needs_old_logprobs and layout.old_logp_N is None:
-        raise ValueError(
-            "ppo_clip and importance_clip need the log-probabilities that the responses were "
-            "sampled with: give every interaction completion_token_ids and completion_logprobs, "
-            "or leave the clips unset"
-        )
-    return linear_sampled_token(
-        *streams[:4],
-        old_logp=layout.old_logp_N if objective.needs_old_logprobs else None,
-        ppo_clip=objective.ppo_clip,
-        importance_clip=objective.importance_clip,
-        centre=layout.sequence_N if objective.centre else None,
-        counted=layout.offset_N >= objective.ignore_first,
-        **common,
-    )

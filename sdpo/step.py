@@ -121,7 +121,7 @@ def metrics(sums: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def _sums(objective: Objective, loss: Tensor, stats: TokenStats, batch: Batch) -> Tensor:
-    advantage_N = stats.logp_hindsight - stats.logp_policy
+    advantage_N = stats.logp_teacher - stats.logp_student
     values = [
         loss.detach(),
         torch.full_like(loss, batch.targets_N.numel()),
@@ -130,10 +130,10 @@ def _sums(objective: Objective, loss: Tensor, stats: TokenStats, batch: Batch) -
         advantage_N.abs().sum(),
         (advantage_N.abs() < NEAR_ZERO).sum(),
         (advantage_N * batch.end_N).sum(),
-        stats.entropy_policy.sum(),
-        stats.entropy_hindsight.sum(),
-        stats.logp_policy.sum(),
-        stats.logp_hindsight.sum(),
+        stats.entropy_student.sum(),
+        stats.entropy_teacher.sum(),
+        stats.logp_student.sum(),
+        stats.logp_teacher.sum(),
         *batch.truncated_S3.sum(0),
         _clipped(objective, stats, batch),
     ]
@@ -142,10 +142,10 @@ def _sums(objective: Objective, loss: Tensor, stats: TokenStats, batch: Batch) -
 
 def _clipped(objective: Objective, stats: TokenStats, batch: Batch) -> Tensor:
     """Tokens whose ratio to the sampling policy lies beyond the objective's clip."""
-    none = stats.logp_policy.new_zeros(())
+    none = stats.logp_student.new_zeros(())
     if not isinstance(objective, SampledToken) or batch.old_logp_N is None:
         return none
-    ratio_N = (stats.logp_policy - batch.old_logp_N).exp()
+    ratio_N = (stats.logp_student - batch.old_logp_N).exp()
     if (c := objective.ppo_clip) is not None:
         return ((ratio_N - 1).abs() > c).sum()
     if (c := objective.importance_clip) is not None:

@@ -36,8 +36,8 @@ def setup(dtype=torch.float64):
 
 
 def logps(streams):
-    logp = torch.log_softmax(streams.hidden @ streams.weight.T, -1)
-    logq = torch.log_softmax(streams.hindsight_hidden @ streams.weight.detach().T, -1)
+    logp = torch.log_softmax(streams.hidden @ streams.lm_head_weight.T, -1)
+    logq = torch.log_softmax(streams.hindsight_hidden @ streams.lm_head_weight.detach().T, -1)
     return logp, logq
 
 
@@ -98,7 +98,7 @@ def test_value_and_gradient_equal_plain_autograd(name):
     ours, _ = total_loss(objective, streams, layout)
     theirs = formula(streams)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-    wrt = (streams.hidden, streams.weight)
+    wrt = (streams.hidden, streams.lm_head_weight)
     for a, b in zip(torch.autograd.grad(ours, wrt), torch.autograd.grad(theirs, wrt), strict=True):
         assert b.abs().max() > 1e-6
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
@@ -108,12 +108,14 @@ def test_value_and_gradient_equal_plain_autograd(name):
 def test_gradcheck(name):
     objective, _ = CASES[name]
     streams, layout = setup()
-    head = streams.weight.detach().clone()  # gradcheck perturbs the weight in place
+    head = streams.lm_head_weight.detach().clone()  # gradcheck perturbs the weight in place
     assert torch.autograd.gradcheck(
         lambda h, w: total_loss(
-            objective, streams._replace(hidden=h, weight=w, hindsight_weight=head), layout
+            objective,
+            streams._replace(hidden=h, lm_head_weight=w, hindsight_lm_head_weight=head),
+            layout,
         )[0],
-        (streams.hidden, streams.weight),
+        (streams.hidden, streams.lm_head_weight),
     )
 
 
@@ -174,13 +176,13 @@ def test_an_empty_share_has_no_loss_and_zero_gradients():
     streams, layout = setup(torch.float32)
     empty = Streams(
         streams.hidden[:0],
-        streams.weight,
+        streams.lm_head_weight,
         streams.hindsight_hidden[:0],
-        streams.hindsight_weight,
+        streams.hindsight_lm_head_weight,
         streams.targets[:0],
     )
     nothing = Layout(layout.sequence_N[:0], layout.offset_N[:0], layout.weight_S[:0])
     for objective, _ in CASES.values():
         loss, _ = total_loss(objective, empty, nothing)
-        (gradient,) = torch.autograd.grad(loss, streams.weight)
+        (gradient,) = torch.autograd.grad(loss, streams.lm_head_weight)
         assert loss == 0 and not gradient.any()

@@ -1,19 +1,13 @@
 """Per-token log-probabilities and divergences from hidden states, without full logits.
 
-Imports torch, and Triton where it is installed, and nothing of the rest of this project: made to be
-used in other trainers. Only the public functions below are; kernels/README.md has the maths.
+Imports torch, and Triton where it is installed, and nothing else of this project: it is made for
+other people's trainers too. ``sdpo_kernels._impl`` is private; kernels/README.md has the maths.
 """
 
-from .divergence import (
-    Divergence,
-    TokenStats,
-    linear_forward_kl,
-    linear_jsd,
-    linear_reverse_kl,
-    linear_topk_divergence,
-)
+from .divergence import Divergence, TokenStats, linear_forward_kl, linear_jsd, linear_reverse_kl
 from .logprob import LogProb, linear_logprob
 from .sampled_token import linear_sampled_token
+from .topk import linear_topk_divergence
 from .vocab_parallel import VocabShard
 
 __all__ = [

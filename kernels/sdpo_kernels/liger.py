@@ -1,16 +1,16 @@
-"""Liger's fused linear JSD losses, computed by this package: changing the import is all.
+"""Drop-in replacements for Liger's fused linear JSD losses: only the import changes.
 
 ``LigerFusedLinearJSD``      as ``liger_kernel.transformers.LigerFusedLinearJSD``
 ``LigerFusedLinearJSDLoss``  as ``liger_kernel.chunked_loss.LigerFusedLinearJSDLoss``
 
 Names, arguments and results are those of liger-kernel 0.8: p is the student, q the teacher, and the
-loss is JSD(beta), of which beta = 0 names KL(q || p) and beta = 1 KL(p || q), averaged over the
-rows whose label is not ``ignore_index``; 0 where there are none. Different are
+loss is JSD(beta), where beta = 0 stands for KL(q || p) and beta = 1 for KL(p || q), averaged over
+the rows whose label is not ``ignore_index``; 0 if there are none. The differences are
 
-- accuracy: logits, statistics and the head's gradient are always float32. ``accum_dtype``,
+- accuracy: logits, statistics and the lm_head's gradient are always float32. ``accum_dtype``,
   ``compiled`` and ``chunk_size`` are accepted and have no effect.
 - ignored rows: on the CPU they cost nothing; on a GPU the host never waits for their number.
-- dtypes: under autocast all inputs become its dtype; else the teacher's become the student's.
+- dtypes: under autocast all inputs become its dtype; otherwise the teacher's become the student's.
 
 Liger need not be installed. Oracle: reference.py in float64, and Liger itself.
 """
@@ -27,11 +27,11 @@ from .logprob import linear_logprob
 
 
 class LigerFusedLinearJSD(nn.Module):
-    """JSD of two heads' distributions, averaged over the rows that count.
+    """JSD of the distributions of student and teacher, averaged over the rows that count.
 
     Args:
         jsd_beta: 0 to 1.
-        ignore_index: the label of rows that do not count.
+        ignore_index: label of the rows that do not count.
         temperature: > 0, divides the logits of both streams.
         accum_dtype: no effect.
     """
@@ -63,7 +63,7 @@ class LigerFusedLinearJSD(nn.Module):
             student_input: (BT, H), of any floating dtype.
             student_weight: (V, H), of the same dtype.
             teacher_input: (BT, H').
-            teacher_weight: (V, H'); the student's own, if it is the same object, in one product.
+            teacher_weight: (V, H'). If it is the student's own object, one matmul serves both.
             shift_labels: (BT,) integers, already shifted; only ``ignore_index`` among them matters.
                 None: every row counts.
 
@@ -73,21 +73,22 @@ class LigerFusedLinearJSD(nn.Module):
         own_head = teacher_weight is student_weight
         x = _streams(student_input, student_weight, teacher_input, teacher_weight, own_head)
         mask, weights = _rows(shift_labels, self.ignore_index, x.student)
-        return _jsd(self.jsd_beta, x, weights=weights, mask=mask, temperature=self.temperature)
+        options = dict(token_weights=weights, mask=mask, temperature=self.temperature)
+        return _jsd(self.jsd_beta, x, **options)
 
 
 class LigerFusedLinearJSDLoss(nn.Module):
     """weight_hard_loss * cross-entropy + weight_soft_loss * JSD, both averaged over the rows that
     count.
 
-    The hard loss is a pass of its own (three products of BT·V·H more), made only where it is
-    weighted or returned.
+    The hard loss takes a pass of its own (three more matmuls of BT·V·H), which is made only if it
+    is weighted or returned.
 
     Args:
-        weight_hard_loss: of the cross-entropy with the labels.
-        weight_soft_loss: of the JSD with the teacher.
+        weight_hard_loss: factor of the cross-entropy with the labels.
+        weight_soft_loss: factor of the JSD with the teacher.
         beta: 0 to 1.
-        ignore_index: the label of rows that do not count.
+        ignore_index: label of the rows that do not count.
         temperature: > 0, divides the logits of both streams in the soft loss; the hard loss is
             always at temperature 1, and neither is multiplied by its square.
         compiled: no effect.
@@ -132,9 +133,9 @@ class LigerFusedLinearJSDLoss(nn.Module):
             student_input: (BT, H), of any floating dtype.
             student_weight: (V, H), of the same dtype.
             teacher_input: (BT, H').
-            teacher_weight: (V', H'), V' >= V; the student's own, if it and its bias are the same
-                objects, in one product. V' > V gives the student V' - V logits of 0, in a copy of
-                its head: better trim the teacher's.
+            teacher_weight: (V', H'), V' >= V. If it and its bias are the student's own objects, one
+                matmul serves both. V' > V gives the student V' - V logits of 0, in a copy of its
+                lm_head: better trim the teacher's.
             true_labels: (BT,) token ids or ``ignore_index``.
             student_bias: (V,).
             teacher_bias: (V',).
@@ -153,10 +154,10 @@ class LigerFusedLinearJSDLoss(nn.Module):
         soft = _jsd(
             self.beta,
             x._replace(student_head=head),
-            weights=weights,
+            token_weights=weights,
             mask=mask,
             bias=bias,
-            hindsight_bias=None if own_head else teacher_bias,
+            teacher_bias=None if own_head else teacher_bias,
             temperature=self.temperature,
         )
         loss = self.weight_soft_loss * soft
@@ -167,7 +168,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
                 x.student,
                 x.student_head,
                 true_labels,
-                weights=weights,
+                token_weights=weights,
                 mask=mask,
                 bias=student_bias,
             ).loss
@@ -177,7 +178,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
 
 
 class _Streams(NamedTuple):
-    """Of one dtype; ``teacher_head`` None: the student's."""
+    """The inputs in one dtype. ``teacher_head`` None: the student's."""
 
     student: Tensor
     student_head: Tensor
@@ -200,7 +201,7 @@ def _streams(
 def _rows(
     labels: Tensor | None, ignore_index: int, student: Tensor
 ) -> tuple[Tensor | None, Tensor]:
-    """The mask and weights that make a sum over rows the mean over those that count."""
+    """The mask and token weights that turn a sum over rows into the mean over those that count."""
     n = student.shape[0]
     dtype = torch.promote_types(student.dtype, torch.float32)
     if labels is None:
@@ -212,7 +213,7 @@ def _rows(
 
 
 def _jsd(beta: float, x: _Streams, **options) -> Tensor:
-    """The weighted sum of JSD(beta) over rows, at its limits' usual names."""
+    """The weighted sum of JSD(beta) over rows, with the KLs as its limits."""
     limits = {0.0: linear_forward_kl, 1.0: linear_reverse_kl}
     divergence = limits.get(beta) or functools.partial(linear_jsd, beta=beta)
     loss = divergence(*x, **options).loss

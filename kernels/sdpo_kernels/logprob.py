@@ -4,39 +4,42 @@ from typing import NamedTuple, Unpack
 
 from torch import Tensor
 
-from ._impl.chunked import Inputs
 from ._impl.op import call
-from ._impl.options import Options
+from ._impl.options import Inputs, Options
+from ._impl.partials import TokenStats
 
 
 class LogProb(NamedTuple):
-    """Each (N,), in nats. ``logp`` is log p(y), differentiable unless weights were given; then
-    ``loss``, the scalar sum of weights * logp, is. ``entropy`` and ``lse`` are detached."""
+    """Per-token log-probabilities and statistics, in nats, and the loss."""
 
     logp: Tensor
+    """(N,) log p(y), differentiable if no token weights were given."""
     entropy: Tensor
+    """(N,), detached."""
     lse: Tensor
+    """(N,) log-sum-exp of the logits, detached."""
     loss: Tensor | None
+    """The scalar sum of token_weights * logp, differentiable; None without token weights."""
 
 
 def linear_logprob(
     hidden: Tensor,
-    weight: Tensor,
+    lm_head_weight: Tensor,
     targets: Tensor,
     *,
-    weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
     **options: Unpack[Options],
 ) -> LogProb:
-    """log softmax(hidden @ weight.T)[targets] per token, without ever holding (N, V) logits.
+    """log softmax(hidden @ lm_head_weight.T)[targets] per token, without (N, V) logits.
 
     Args:
-        hidden: (N, D) hidden states before the head: float32, bfloat16, float16 or float64;
+        hidden: (N, D) hidden states before the lm_head: float32, bfloat16, float16 or float64;
             differentiable.
-        weight: (V, D) lm_head, of the same dtype; differentiable.
-        targets: (N,) token ids in [0, V), of an integer dtype. A token that no rank's head holds
+        lm_head_weight: (V, D), of the same dtype; differentiable.
+        targets: (N,) token ids in [0, V), of an integer dtype. A token outside every rank's shard
             has log-probability -inf.
-        weights: (N,) constants. Known up front, they make ``loss`` = sum of weights * logp cost
-            three products instead of four: its gradient is formed while the logits are there.
+        token_weights: (N,) constants. If they are known up front, ``loss`` = sum of token_weights *
+            logp costs three matmuls instead of four: its gradient is formed while the logits exist.
         options: see ``Options``.
 
     Returns:
@@ -45,6 +48,7 @@ def linear_logprob(
     Raises:
         ValueError: a shape, dtype, device or setting does not fit; the message names the argument.
     """
-    x = Inputs(hidden, weight, targets=targets)
-    out = call("logprob", x, weights, options)
-    return LogProb(out.value, out.stats[2], out.stats[4], out.loss)
+    x = Inputs(hidden, lm_head_weight, targets=targets)
+    value, stats, loss = call("logprob", x, token_weights, options)
+    stats = TokenStats(*stats.unbind())
+    return LogProb(value, stats.entropy_student, stats.lse_student, loss)

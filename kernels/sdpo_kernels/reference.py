@@ -1,12 +1,12 @@
 """Definitions: per-token divergences between two softmax distributions, in plain torch.
 
 Shapes: N tokens, V vocabulary, D hidden size, K tokens of a top-K support.
-  z_NV = transform(h_ND @ w_VD.T + b_V)   policy logits,     p = softmax(z)
-  u_NV = transform(g_ND @ v_VD.T + c_V)   hindsight logits,  q = softmax(u)
+  z_NV = transform(h_ND @ w_VD.T + b_V)  student logits,  p = softmax(z)
+  u_NV = transform(g_ND @ v_VD.T + c_V)  teacher logits,  q = softmax(u)
   transform(x) = softcap tanh(x / softcap) / temperature
 
 Every function here materialises (N, V), runs in any floating dtype and differentiates by plain
-autograd. In float64 it is the oracle of the tests; it is never on the training path.
+autograd. In float64 it is the oracle of the tests; training never runs it.
 """
 
 import math
@@ -23,7 +23,7 @@ def logits(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """z, shape (N, V): the softcap before the temperature, as Gemma and its samplers do."""
+    """z, shape (N, V): softcap before temperature, like Gemma and its samplers."""
     x = hidden_ND @ weight_VD.T
     if bias_V is not None:
         x = x + bias_V
@@ -33,7 +33,7 @@ def logits(
 
 
 def log_softmax(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None, **k) -> Tensor:
-    """log p, shape (N, V). Arguments as ``logits``."""
+    """log p, shape (N, V). Arguments as for ``logits``."""
     return torch.log_softmax(logits(hidden_ND, weight_VD, bias_V, **k), dim=-1)
 
 
@@ -99,6 +99,6 @@ def policy_gradient(
 
 
 def _expectation(logp_NV: Tensor, x_NV: Tensor) -> Tensor:
-    """sum p x, where p = 0 counts as nothing, whatever x."""
+    """sum p x; p = 0 contributes nothing, whatever x."""
     p_NV = logp_NV.exp()
     return (p_NV * x_NV.masked_fill(p_NV == 0, 0)).sum(-1)

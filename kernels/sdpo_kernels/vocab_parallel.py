@@ -1,9 +1,9 @@
-"""VocabShard: which rows of the head a tensor-parallel rank holds, and what ranks exchange.
+"""VocabShard: which rows of the lm_head a tensor-parallel rank holds, and what ranks exchange.
 
-Every rank of the group calls with the same tokens and its own rows of the head. Per chunk the
-ranks gather a handful of numbers per token (see ``partials``); the head's gradient stays where its
-rows are, and the hidden states' gradient comes back *partial*: their sum over the group is the
-gradient. Megatron and DTensor call that a ``Partial`` placement.
+Every rank of the group calls with the same tokens and its own rows of the lm_head. Per chunk the
+ranks gather a handful of numbers per token (see ``_impl/partials.py``); the lm_head's gradient
+stays where its rows are, and the hidden states' gradient comes back *partial*: their sum over the
+group is the gradient. Megatron and DTensor call that a ``Partial`` placement.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from torch.distributed.distributed_c10d import (
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's weight is rows ``[start, start + weight.shape[0])`` of a head of ``total`` rows.
+    """This rank holds rows ``[start, start + lm_head_weight.shape[0])`` of ``total``.
 
     Shards may be uneven and even empty; together, in any order, they must cover the vocabulary.
-    What requires a gradient must agree over the group: the ranks' collectives follow from it.
+    The same inputs must require a gradient on every rank: the ranks' collectives follow from it.
     """
 
     group: dist.ProcessGroup
@@ -37,17 +37,17 @@ class VocabShard:
 
     @property
     def rows(self) -> slice:
-        """Of the whole head under ``of``'s rule: ``head[shard.rows]`` is this rank's weight."""
+        """This rank's rows under ``of``'s rule: its part is ``lm_head_weight[shard.rows]``."""
         return slice(self.start, min(self.start + -(-self.total // self.group.size()), self.total))
 
 
 def size(name: Any) -> int:
-    """Ranks of the group."""
+    """Number of ranks in the group."""
     return _resolve_process_group(name).size()
 
 
 def gather(name: Any, partial: Tensor) -> Tensor:
-    """(*) on each rank -> (ranks, *): one collective."""
+    """(*) on each rank -> (ranks, *) on all: one collective."""
     group = _resolve_process_group(name)
     out = partial.new_empty((group.size() * partial.shape[0], *partial.shape[1:]))
     dist.all_gather_into_tensor(out, partial.contiguous(), group)

@@ -30,7 +30,7 @@ from sdpo_parallel.huggingface import resolve_model
 from ..batching import BatchConfig
 from ..errors import SdpoError
 from ..hindsight import HindsightConfig
-from ..objective import JSD, ForwardKL, ReverseKL, SampledToken
+from ..objective import AnyObjective, ReverseKL
 from .safeguards import SafeguardConfig
 from .selection import SelectConfig
 
@@ -71,7 +71,7 @@ class TrainConfig:
     """Folder of the run: config, metrics, checkpoints and the exported model."""
     engine: Literal["torchtitan", "transformers"] = "torchtitan"
     """torchtitan: any layout of any number of ranks; transformers: any causal LM, one device."""
-    objective: SampledToken | ReverseKL | ForwardKL | JSD = field(default_factory=ReverseKL)
+    objective: AnyObjective = field(default_factory=ReverseKL)
     teacher: Annotated[Teacher, TEACHER] = field(default_factory=Live)
     """Model that reads the hindsight prompt: the policy as it is, its moving average, the weights
     it started from, another model, or the policy held near its start."""

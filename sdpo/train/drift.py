@@ -49,7 +49,7 @@ class DriftMonitor:
                     shard=now.shard,
                 )
                 sums[0] += kl.value.double().sum()
-                sums[1] += kl.stats.entropy_policy.double().sum()
+                sums[1] += kl.stats.entropy_student.double().sum()
                 sums[2] += own.targets_N.numel()
         self.engine.release()
         kl, entropy, tokens = self.engine.sum_over_ranks(sums).tolist()

@@ -30,16 +30,16 @@ def exact_float32():
 
 @pytest.mark.parametrize("options", [{}, TRANSFORM], ids=["plain", "transformed"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("path", ["triton", "fused", "torch", "auto"])
+@pytest.mark.parametrize("impl", ["triton", "fused", "torch", "auto"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_values_and_gradients_match_the_oracle(name, path, dtype, options):
+def test_values_and_gradients_match_the_oracle(name, impl, dtype, options):
     p = on_gpu(300, 5003, 256, 0.1, dtype=dtype)
     bias = torch.randn(5003, device="cuda", dtype=dtype)
     truth = oracle(name, p, bias=bias, **options)
     baseline = oracle(name, p, torch.float32, bias=bias, **options)
     for known in (False, True):
         got = evaluate(
-            name, p, known=known, path=path, bias=bias, chunk_bytes=2 * 77 * 5003 * 4, **options
+            name, p, known=known, impl=impl, bias=bias, chunk_bytes=2 * 77 * 5003 * 4, **options
         )
         for k, ours in got.items():
             assert_as_good_as(ours, truth[k], baseline[k], k=2.5 if options else 2.0)
@@ -50,9 +50,9 @@ def test_values_and_gradients_match_the_oracle(name, path, dtype, options):
 def test_fused_statistics_by_descriptors_and_by_pointers(d, dtype):
     """Rows of 250 half-precision numbers do not begin at 16-byte boundaries, which TMA needs."""
     p = on_gpu(300, 5003, d, 1.0, dtype=dtype)
-    got = statistics("logprob", p, path="fused", **TRANSFORM)
+    got = statistics("logprob", p, impl="fused", **TRANSFORM)
     truth, baseline = (
-        statistics("logprob", p.to(to), path="reference", **TRANSFORM)
+        statistics("logprob", p.to(to), impl="reference", **TRANSFORM)
         for to in (torch.float64, torch.float32)
     )
     for k, ours in got.items():
@@ -71,7 +71,7 @@ def test_real_sizes(name):
         parts: dict[str, list[Tensor]] = {"value": [], "hidden": []}
         for c in torch.arange(8192, device="cuda").split(256):
             part = Problem(*(weight if t is p.weight else t[c] for t in p))
-            found = evaluate(name, part.to(dtype), known=False, path="reference")
+            found = evaluate(name, part.to(dtype), known=False, impl="reference")
             total += found.pop("weight")
             for k in parts:
                 parts[k].append(found[k])
@@ -84,13 +84,13 @@ def test_offsets_beyond_two_to_the_31():
     p = on_gpu(16_384, 151_936, 64, 0.1, dtype=torch.bfloat16)
     assert p.hidden.shape[0] * p.weight.shape[0] > 2**31
     for name in ("logprob", "reverse_kl"):
-        whole = evaluate(name, p, known=True, path="triton", chunk_bytes=2**40)
-        chunked = evaluate(name, p, known=True, path="triton", chunk_bytes=2**31)
+        whole = evaluate(name, p, known=True, impl="triton", chunk_bytes=2**40)
+        chunked = evaluate(name, p, known=True, impl="triton", chunk_bytes=2**31)
         for k in whole:
             torch.testing.assert_close(whole[k], chunked[k], rtol=2e-2, atol=1e-3)
         torch.cuda.empty_cache()
-    fused = statistics("logprob", p, path="fused")
-    for k, t in statistics("logprob", p, path="triton").items():
+    fused = statistics("logprob", p, impl="fused")
+    for k, t in statistics("logprob", p, impl="triton").items():
         torch.testing.assert_close(fused[k], t, rtol=1e-4, atol=1e-4)
 
 
@@ -169,7 +169,11 @@ def test_peak_memory_stays_within_the_budget(known):
 
     def step() -> None:
         out = linear_reverse_kl(
-            hidden, weight, p.hindsight, weights=p.upstream if known else None, chunk_bytes=chunk
+            hidden,
+            weight,
+            p.teacher,
+            token_weights=p.upstream if known else None,
+            chunk_bytes=chunk,
         )
         (out.loss if known else (out.value * p.upstream).sum()).backward()
 
@@ -182,9 +186,9 @@ def test_peak_memory_stays_within_the_budget(known):
     assert torch.cuda.max_memory_allocated() - before - gradients < 2 * chunk
 
 
-def test_scoring_takes_the_fused_path_and_little_memory():
+def test_scoring_takes_the_fused_kernel_and_little_memory():
     p = on_gpu(2048, 151_936, 256, 0.1, dtype=torch.bfloat16)
-    assert tuning.choose_path(p.hidden.device, torch.bfloat16, 2048, True) == "fused"
+    assert tuning.choose_impl(p.hidden.device, torch.bfloat16, 2048, True) == "fused"
     with torch.no_grad():
         linear_logprob(p.hidden, p.weight, p.targets)
         before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""Every public function as one call, its inputs, and its oracle: the reference path in float64."""
+"""Every public function as one call, its inputs, and its oracle: full logits in float64."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,35 +21,35 @@ class Problem(NamedTuple):
 
     hidden: Tensor
     weight: Tensor
-    hindsight: Tensor
+    teacher: Tensor
     targets: Tensor
     upstream: Tensor
-    """(N,): weights, or upstream gradients, of the values."""
+    """(N,): token weights, or upstream gradients, of the values."""
     old_logp: Tensor
 
     def to(self, dtype: torch.dtype) -> "Problem":
-        hidden, weight, hindsight = (t.to(dtype) for t in self[:3])
+        hidden, weight, teacher = (t.to(dtype) for t in self[:3])
         wide = torch.promote_types(dtype, torch.float32)
         return Problem(
-            hidden, weight, hindsight, self.targets, self.upstream.to(wide), self.old_logp.to(wide)
+            hidden, weight, teacher, self.targets, self.upstream.to(wide), self.old_logp.to(wide)
         )
 
 
 def problem(n: int, v: int, d: int, distance: float, dtype=torch.float32) -> Problem:
-    """Logits of std 3; hindsight = policy + noise of ``distance`` in the logits."""
+    """Logits of std 3; teacher = student + noise of ``distance`` in the logits."""
     weight = torch.randn(v, d) * 3 / d**0.5
     hidden = torch.randn(n, d)
-    hindsight = hidden + torch.randn(n, d) * distance / 3
+    teacher = hidden + torch.randn(n, d) * distance / 3
     targets = torch.randint(v, (n,))
     old_logp = torch.log_softmax(hidden @ weight.T, -1).gather(1, targets[:, None])[:, 0]
     return Problem(
-        hidden, weight, hindsight, targets, torch.rand(n) + 0.5, old_logp + 0.3 * torch.randn(n)
+        hidden, weight, teacher, targets, torch.rand(n) + 0.5, old_logp + 0.3 * torch.randn(n)
     ).to(dtype)
 
 
 def _pair(function: Callable, **own) -> Callable:
     return lambda p, w, **options: function(
-        p.hidden, p.weight, p.hindsight, targets=p.targets, weights=w, **own, **options
+        p.hidden, p.weight, p.teacher, targets=p.targets, token_weights=w, **own, **options
     )
 
 
@@ -57,10 +57,10 @@ def _clipped(**own) -> Callable:
     return lambda p, w, **options: linear_sampled_token(
         p.hidden,
         p.weight,
-        p.hindsight,
+        p.teacher,
         targets=p.targets,
         old_logp=p.old_logp,
-        weights=w,
+        token_weights=w,
         **own,
         **options,
     )
@@ -72,18 +72,18 @@ def _centred(p: Problem, w: Tensor | None, **options):
     return linear_sampled_token(
         p.hidden,
         p.weight,
-        p.hindsight,
+        p.teacher,
         targets=p.targets,
         centre=sequence,
         counted=counted,
-        weights=w,
+        token_weights=w,
         **options,
     )
 
 
 FUNCTIONS: dict[str, Callable] = {
     "logprob": lambda p, w, **options: linear_logprob(
-        p.hidden, p.weight, p.targets, weights=w, **options
+        p.hidden, p.weight, p.targets, token_weights=w, **options
     ),
     "reverse_kl": _pair(linear_reverse_kl),
     "forward_kl": _pair(linear_forward_kl),
@@ -94,12 +94,12 @@ FUNCTIONS: dict[str, Callable] = {
     "sampled_token, importance clip": _clipped(importance_clip=1.1),
     "sampled_token, centred": _centred,
     "topk": _pair(linear_topk_divergence, k=5),
-    "topk, hindsight's, jsd": _pair(
-        linear_topk_divergence, k=5, support="hindsight", divergence="jsd", beta=0.3
+    "topk, teacher's, jsd": _pair(
+        linear_topk_divergence, k=5, support="teacher", divergence="jsd", beta=0.3
     ),
     "topk, forward_kl": _pair(linear_topk_divergence, k=5, divergence="forward_kl"),
 }
-"""(problem, weights or None, **options) -> a named tuple whose first field is the value (N,)."""
+"""(problem, token weights or None, **options) -> a named tuple that begins with the value (N,)."""
 
 
 def evaluate(
@@ -129,12 +129,12 @@ def evaluate(
 
 def oracle(name: str, p: Problem, dtype: torch.dtype = torch.float64, **options):
     """The definition on the very same inputs, in ``dtype``."""
-    options = {**options, "path": "reference"}
+    options = {**options, "impl": "reference"}
     return evaluate(name, p.to(dtype), known=False, **options)
 
 
 def statistics(name: str, p: Problem, **options) -> dict[str, Tensor]:
-    """All that a call returns beside its value and loss, by name."""
+    """Everything that a call returns besides its value and loss, by name."""
     with torch.no_grad():
         out = FUNCTIONS[name](p, None, **options)
     if name == "logprob":

@@ -7,16 +7,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from helpers.environment import ENV
 from sdpo.cli import main
 from sdpo.train.run_folder import read_metrics
 
-PATHS = [Path(__file__).parents[2] / p for p in (".", "kernels", "parallel", "tests")]
-ENV = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
-}
 SMALL = {
     "hindsight.max-prompt-tokens": 150,
     "hindsight.max-hindsight-prompt-tokens": 250,

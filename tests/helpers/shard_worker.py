@@ -1,12 +1,12 @@
-"""One tensor-parallel rank: every function on its rows of the head against the whole head.
+"""One tensor-parallel rank: every function on its rows of the lm_head against the whole lm_head.
 
 torchrun --nproc_per_node=2 tests/helpers/shard_worker.py
 """
 
 import torch
 import torch.distributed as dist
-from kernels.cases import FUNCTIONS, evaluate, problem, statistics
 
+from helpers.cases import FUNCTIONS, evaluate, problem, statistics
 from sdpo_kernels import VocabShard
 from sdpo_kernels import vocab_parallel as vocab
 from sdpo_kernels._impl import partials
@@ -57,17 +57,17 @@ def splits(ranks: int) -> dict[str, list[int]]:
     return {"even": even, "uneven": uneven, "empty": [0, *[WORDS] * ranks]}
 
 
-def check(name: str, borders: list[int], path: str, known: bool, dtype=torch.float32) -> None:
+def check(name: str, borders: list[int], impl: str, known: bool, dtype=torch.float32) -> None:
     """Values, statistics and gradients of the shards equal the whole's to 1e-5, in float32."""
     rank, whole_reduce = dist.get_rank(), dist.all_reduce
     torch.manual_seed(0)
     p, bias = problem(TOKENS, WORDS, 16, 1.0, dtype), torch.randn(WORDS, dtype=dtype)
     exact = dtype == torch.float32
     chunk = ROWS_PER_CHUNK * WORDS * 4 * 2
-    whole = evaluate(name, p, known=known, path="torch", bias=bias, **OPTIONS)
+    whole = evaluate(name, p, known=known, impl="torch", bias=bias, **OPTIONS)
     rows = slice(borders[rank], borders[rank + 1])
     shard = VocabShard(dist.group.WORLD, rows.start, WORDS)
-    mine = dict(shard=shard, path=path, chunk_bytes=chunk // dist.get_world_size())
+    mine = dict(shard=shard, impl=impl, chunk_bytes=chunk // dist.get_world_size())
     local = p._replace(weight=p.weight[rows])
     part = evaluate(name, local, known=known, bias=bias[rows], **mine, **OPTIONS)
     whole_reduce(part["hidden"])  # partial
@@ -109,8 +109,8 @@ def main() -> None:
                 check(name, borders, "torch", known)
         for name in ("logprob", "jsd", "topk") if split == "uneven" else ():
             check(name, borders, "triton", known=True)
-        for path in ("triton", "fused") if split == "empty" else ():
-            check("sampled_token", borders, path, known=True, dtype=torch.bfloat16)
+        for impl in ("triton", "fused") if split == "empty" else ():
+            check("sampled_token", borders, impl, known=True, dtype=torch.bfloat16)
     for name in FLOATS:
         check_bytes(name)
     dist.destroy_process_group()

@@ -5,16 +5,14 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from sdpo_kernels._impl import matmul as products
-from sdpo_kernels._impl import rows_torch as torch_rows
-from sdpo_kernels._impl import tuning
+from sdpo_kernels._impl import matmul, rows_torch, tuning
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "ROW_BLOCK", 128)
-    monkeypatch.setattr(products, "HEAD_ROWS", 100)
-    monkeypatch.setattr(torch_rows, "BLOCK_ELEMENTS", 700)
+    monkeypatch.setattr(matmul, "HEAD_ROWS", 100)
+    monkeypatch.setattr(rows_torch, "BLOCK_ELEMENTS", 700)
 
 
 @pytest.fixture(autouse=True)

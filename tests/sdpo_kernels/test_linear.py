@@ -1,4 +1,4 @@
-"""Every function on every path against the float64 oracle, and its edges."""
+"""Every function on every impl against the float64 oracle, and its edges."""
 
 import contextlib
 
@@ -19,7 +19,7 @@ from sdpo_kernels import (
 )
 from sdpo_kernels._impl import tuning
 
-PATHS = ("torch", "triton", "fused", "reference")
+IMPLS = ("torch", "triton", "fused", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMBERS = [(torch.float32, 0.1), (torch.float32, 3.0), (torch.bfloat16, 0.1), (torch.float16, 0.1)]
 """Dtypes, and how far apart the streams are."""
@@ -37,28 +37,28 @@ WITHOUT_SOFTMAX_TERM = {
 """Gradients with respect to the logits that lack what the softmax's normaliser adds."""
 
 
-def tokens(name: str, path: str, dtype: torch.dtype) -> int:
+def tokens(name: str, impl: str, dtype: torch.dtype) -> int:
     """Errors even out over many tokens; but the interpreter is slow."""
     rounded = dtype != torch.float32 or "sampled" in name
-    return 32 if rounded or path in ("torch", "reference") else 12
+    return 32 if rounded or impl in ("torch", "reference") else 12
 
 
-def modes(path: str, dtype: torch.dtype, distance: float = 0.1) -> tuple[bool, ...]:
+def modes(impl: str, dtype: torch.dtype, distance: float = 0.1) -> tuple[bool, ...]:
     """Weights known up front, or not, which the interpreter is too slow to do for every case."""
-    interpreted = path in ("triton", "fused")
+    interpreted = impl in ("triton", "fused")
     return (True,) if interpreted and (dtype, distance) != (torch.float32, 0.1) else (False, True)
 
 
 FUSED = [name for name in FUNCTIONS if name == "logprob" or "sampled_token" in name]
-ON_PATHS = [(n, path) for n in FUNCTIONS for path in PATHS if path != "fused" or n in FUSED]
-"""Where nothing is fused, that path is the triton path."""
+ON_IMPLS = [(n, impl) for n in FUNCTIONS for impl in IMPLS if impl != "fused" or n in FUSED]
+"""Where nothing is fused, that impl is the triton impl."""
 
 
 def mutants(name: str, p: Problem) -> dict[str, list[Tensor]]:
     """Plausible wrong results: streams swapped, the softmax's term dropped."""
     wrong: dict[str, list[Tensor]] = {"value": [], "hidden": [], "weight": []}
     if name in ("reverse_kl", "forward_kl", "jsd_0.9", "topk", "topk, forward_kl"):
-        swapped = oracle(name, p._replace(hidden=p.hindsight, hindsight=p.hidden))
+        swapped = oracle(name, p._replace(hidden=p.teacher, teacher=p.hidden))
         for k, t in wrong.items():
             t.append(swapped[k])
     if name in WITHOUT_SOFTMAX_TERM:
@@ -72,58 +72,58 @@ def mutants(name: str, p: Problem) -> dict[str, list[Tensor]]:
 
 
 @pytest.mark.parametrize(("dtype", "distance"), NUMBERS, ids=str)
-@pytest.mark.parametrize(("name", "path"), ON_PATHS)
-def test_values_and_gradients_match_the_oracle(name, path, dtype, distance):
-    p = problem(tokens(name, path, dtype), V, 48, distance, dtype)
+@pytest.mark.parametrize(("name", "impl"), ON_IMPLS)
+def test_values_and_gradients_match_the_oracle(name, impl, dtype, distance):
+    p = problem(tokens(name, impl, dtype), V, 48, distance, dtype)
     truth, baseline = oracle(name, p), oracle(name, p, torch.float32)
     wrong = mutants(name, p)
-    for known in modes(path, dtype, distance):
-        got = evaluate(name, p, known=known, path=path, chunk_bytes=CHUNK)
+    for known in modes(impl, dtype, distance):
+        got = evaluate(name, p, known=known, impl=impl, chunk_bytes=CHUNK)
         for k, ours in got.items():
             assert_as_good_as(ours, truth[k], baseline[k], mutants=wrong[k])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize(("name", "path"), ON_PATHS)
-def test_bias_softcap_and_temperature_are_part_of_the_definition(name, path, dtype):
-    p, bias = problem(tokens(name, path, dtype), V, 48, 0.1, dtype), torch.randn(V, dtype=dtype)
+@pytest.mark.parametrize(("name", "impl"), ON_IMPLS)
+def test_bias_softcap_and_temperature_are_part_of_the_definition(name, impl, dtype):
+    p, bias = problem(tokens(name, impl, dtype), V, 48, 0.1, dtype), torch.randn(V, dtype=dtype)
     options = dict(bias=bias, **TRANSFORM)
     truth, baseline = oracle(name, p, **options), oracle(name, p, torch.float32, **options)
     without = oracle(name, p, bias=bias)
-    for known in modes(path, dtype):
-        got = evaluate(name, p, known=known, path=path, chunk_bytes=CHUNK, **options)
+    for known in modes(impl, dtype):
+        got = evaluate(name, p, known=known, impl=impl, chunk_bytes=CHUNK, **options)
         assert set(got) == {"value", "hidden", "weight", "bias"}
         for k, ours in got.items():
             # the softcap's tanh has roundings of its own
             assert_as_good_as(ours, truth[k], baseline[k], k=2.5, mutants=[without[k]])
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     "name", ["logprob", "reverse_kl", "sampled_token", "sampled_token, centred"]
 )
-def test_statistics_are_those_of_both_streams(name, path):
+def test_statistics_are_those_of_both_streams(name, impl):
     p, bias = problem(9, V, 16, 1.0), torch.randn(V)
     options = dict(bias=bias, **TRANSFORM)
-    got = statistics(name, p, path=path, chunk_bytes=CHUNK, **options)
+    got = statistics(name, p, impl=impl, chunk_bytes=CHUNK, **options)
     truth, baseline = (
-        statistics(name, p.to(d), path="reference", **{**options, "bias": bias.to(d)})
+        statistics(name, p.to(d), impl="reference", **{**options, "bias": bias.to(d)})
         for d in (torch.float64, torch.float32)
     )
     logp = reference.log_softmax(p.hidden.double(), p.weight.double(), bias.double(), **TRANSFORM)
     assert (
-        rel_err(truth.get("entropy_policy", truth.get("entropy")), reference.entropy(logp)) < 1e-9
+        rel_err(truth.get("entropy_student", truth.get("entropy")), reference.entropy(logp)) < 1e-9
     )
     for k, ours in got.items():
         assert not ours.requires_grad
         assert_as_good_as(ours, truth[k], baseline[k])
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
-def test_a_divergence_of_nearly_equal_streams_keeps_its_digits_and_its_sign(path):
-    p = problem(64 if path == "torch" else 8, 301, 48, 1e-3)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_divergence_of_nearly_equal_streams_keeps_its_digits_and_its_sign(impl):
+    p = problem(64 if impl == "torch" else 8, 301, 48, 1e-3)
     for name in ("reverse_kl", "forward_kl", "jsd", "jsd_0.9", "topk"):
-        value = evaluate(name, p, known=False, path=path)["value"]
+        value = evaluate(name, p, known=False, impl=impl)["value"]
         truth = oracle(name, p)["value"]
         assert (value >= 0).all(), name
         assert truth.max() < 1e-5 and rel_err(value, truth) < 5e-3, name
@@ -131,16 +131,16 @@ def test_a_divergence_of_nearly_equal_streams_keeps_its_digits_and_its_sign(path
         assert rel_err(naive, truth) > 5e-3, "the plain formula would do, so nothing was shown"
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_float16_gradients_of_a_mean_over_many_tokens_do_not_underflow(name, path):
+def test_float16_gradients_of_a_mean_over_many_tokens_do_not_underflow(name, impl):
     p = problem(13, 301, 48, 1.0, torch.float16)
     p = p._replace(upstream=p.upstream * 2.0**-24)
     scaled = p._replace(upstream=p.upstream * 2.0**24)  # as a gradient scaler does, afterwards
     truth, baseline = oracle(name, scaled), oracle(name, scaled, torch.float32)
     hidden, weight = (t.clone().requires_grad_() for t in (p.hidden, p.weight))
     at = p._replace(hidden=hidden, weight=weight)
-    out = FUNCTIONS[name](at, p.upstream, path=path)
+    out = FUNCTIONS[name](at, p.upstream, impl=impl)
     (out.loss * 2.0**24).backward()
     assert hidden.grad is not None and weight.grad is not None
     assert_as_good_as(hidden.grad, truth["hidden"], baseline["hidden"])
@@ -152,11 +152,11 @@ def test_gradcheck(name):
     """Not the sampled token's: its advantage, a function of the inputs, is a constant of the
     gradient. tests/test_objective.py has it with the advantage fixed."""
     p = problem(4, 7, 3, 1.0, torch.float64)
-    # the hindsight stream is a constant: its head must not be the one that is perturbed
+    # the teacher is a constant: its lm_head must not be the one that is perturbed
     head = p.weight.detach().clone()
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
     hidden, weight = (t.requires_grad_() for t in (p.hidden, p.weight))
-    own = {} if name == "logprob" else dict(hindsight_weight=head)
+    own = {} if name == "logprob" else dict(teacher_lm_head_weight=head)
     options = dict(chunk_bytes=2 * 2 * 7 * 8, **TRANSFORM, **own)
 
     def value(h, w, b):
@@ -207,12 +207,12 @@ def test_any_shape_chunk_mask_and_temperature(
     v=st.integers(1, 300),
     d=st.integers(1, 40),
     name=st.sampled_from(sorted(FUNCTIONS)),
-    path=st.sampled_from(["triton", "fused"]),
+    impl=st.sampled_from(["triton", "fused"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     masked=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape_in_the_kernels(n, v, d, name, path, dtype, masked, seed):
+def test_any_shape_in_the_kernels(n, v, d, name, impl, dtype, masked, seed):
     torch.manual_seed(seed)
     if "topk" in name:
         v = max(v, 5)
@@ -221,7 +221,7 @@ def test_any_shape_in_the_kernels(n, v, d, name, path, dtype, masked, seed):
     if masked:
         options["mask"] = torch.rand(n) < 0.5
     truth, baseline = oracle(name, p, **options), oracle(name, p, torch.float32, **options)
-    got = evaluate(name, p, known=True, path=path, chunk_bytes=2 * 2 * v * 4, **options)
+    got = evaluate(name, p, known=True, impl=impl, chunk_bytes=2 * 2 * v * 4, **options)
     for k, ours in got.items():
         # one token, or one word, may leave next to nothing to be relative to
         scale = truth[k].norm() + p.upstream.sum() * (1e-3 if k == "value" else 1e-2) + 1e-9
@@ -235,79 +235,79 @@ def test_any_shape_in_the_kernels(n, v, d, name, path, dtype, masked, seed):
         )
 
 
-@pytest.mark.parametrize(("name", "path"), ON_PATHS)
-def test_masking_a_row_is_deleting_it(name, path):
+@pytest.mark.parametrize(("name", "impl"), ON_IMPLS)
+def test_masking_a_row_is_deleting_it(name, impl):
     p = problem(12, 101, 16, 1.0)
     mask = torch.tensor([True, False, True] * 4)
     if "centred" in name:  # whose sequences are numbered by the row
         mask = torch.arange(12) < 8
-    for t in (p.hidden, p.hindsight):
+    for t in (p.hidden, p.teacher):
         t[~mask] = torch.nan
     kept = Problem(*(t if t is p.weight else t[mask] for t in p))
     whole = evaluate(
         name,
         p._replace(upstream=torch.where(mask, p.upstream, torch.nan)),
         known=False,
-        path=path,
+        impl=impl,
         mask=mask,
     )
-    part = evaluate(name, kept, known=False, path=path)
+    part = evaluate(name, kept, known=False, impl=impl)
     assert not whole["value"][~mask].any() and not whole["hidden"][~mask].any()
     for k in ("value", "hidden"):
         torch.testing.assert_close(whole[k][mask], part[k], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(whole["weight"], part["weight"], rtol=1e-5, atol=1e-6)
-    found = statistics(name, p, path=path, mask=mask)
+    found = statistics(name, p, impl=impl, mask=mask)
     assert all(not t[~mask].any() and torch.isfinite(t).all() for t in found.values())
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])
-@pytest.mark.parametrize(("name", "path"), ON_PATHS)
-def test_no_rows_one_row_and_all_rows_masked(name, path, n):
+@pytest.mark.parametrize(("name", "impl"), ON_IMPLS)
+def test_no_rows_one_row_and_all_rows_masked(name, impl, n):
     p = problem(n, 33, 8, 1.0)
     for known in (False, True):
-        got = evaluate(name, p, known=known, path=path, mask=torch.zeros(n, dtype=torch.bool))
+        got = evaluate(name, p, known=known, impl=impl, mask=torch.zeros(n, dtype=torch.bool))
         assert all(not t.any() for t in got.values())
-        got = evaluate(name, p, known=known, path=path)
+        got = evaluate(name, p, known=known, impl=impl)
         assert all(torch.isfinite(t).all() for t in got.values())
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", [n for n in FUNCTIONS if "topk" not in n])
-def test_a_vocabulary_of_one_word_leaves_nothing_to_learn(name, path):
+def test_a_vocabulary_of_one_word_leaves_nothing_to_learn(name, impl):
     p = problem(5, 1, 8, 1.0)
-    for k, t in evaluate(name, p, known=True, path=path).items():
+    for k, t in evaluate(name, p, known=True, impl=impl).items():
         assert t.abs().max() < 1e-5, k
 
 
-@pytest.mark.parametrize("path", ["torch", "triton", "reference"])
-def test_topk_of_the_whole_vocabulary_is_the_divergence(path):
+@pytest.mark.parametrize("impl", ["torch", "triton", "reference"])
+def test_topk_of_the_whole_vocabulary_is_the_divergence(impl):
     p = problem(5, 5, 8, 1.0)
-    whole, topk = (evaluate(name, p, known=True, path=path) for name in ("reverse_kl", "topk"))
+    whole, topk = (evaluate(name, p, known=True, impl=impl) for name in ("reverse_kl", "topk"))
     for k in whole:
         torch.testing.assert_close(topk[k], whole[k], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     # ratios of 1e3 nats overflow in any dtype
-    ("name", "path"),
-    [at for at in ON_PATHS if at[0] != "sampled_token, PPO clip"],
+    ("name", "impl"),
+    [at for at in ON_IMPLS if at[0] != "sampled_token, PPO clip"],
 )
-def test_extreme_logits_stay_finite_and_right(name, path):
+def test_extreme_logits_stay_finite_and_right(name, impl):
     p = problem(4, 31, 8, 1.0)
-    p = p._replace(hidden=p.hidden * 3000, hindsight=p.hindsight * 3000)
+    p = p._replace(hidden=p.hidden * 3000, teacher=p.teacher * 3000)
     assert (p.hidden @ p.weight.T).abs().max() > 1e4
     truth, baseline = oracle(name, p), oracle(name, p, torch.float32)
     for known in (False, True):
-        got = evaluate(name, p, known=known, path=path)
+        got = evaluate(name, p, known=known, impl=impl)
         for k, ours in got.items():
             assert torch.isfinite(ours).all(), k
             error, allowed = ((t.double() - truth[k]).norm() for t in (ours, baseline[k]))
             assert error <= 2 * allowed + 1e-6 * (1e4 + truth[k].norm()), k
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "jsd_0.9"])
-def test_words_that_only_hindsight_would_say(name, path):
+def test_words_that_only_the_teacher_would_say(name, impl):
     """p is flushed to zero, as on many machines, where q = e^84 p is not."""
     distance = torch.linspace(88, 96, 9)[:, None]
     z = torch.cat([torch.zeros(9, 1), -distance, torch.randn(9, 3)], 1)
@@ -316,26 +316,26 @@ def test_words_that_only_hindsight_would_say(name, path):
     truth = oracle(name, p)
     torch.set_flush_denormal(True)
     try:
-        got = evaluate(name, p, known=True, path=path)
+        got = evaluate(name, p, known=True, impl=impl)
     finally:
         torch.set_flush_denormal(False)
     for k, ours in got.items():
         torch.testing.assert_close(ours.double(), truth[k], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "path"), ON_PATHS)
-def test_one_hot_distributions(name, path):
+@pytest.mark.parametrize(("name", "impl"), ON_IMPLS)
+def test_one_hot_distributions(name, impl):
     hidden = torch.eye(6)[torch.tensor([0, 1, 2, 3])] * 100
-    hindsight = torch.eye(6)[torch.tensor([0, 1, 4, 5])] * 100
-    p = Problem(hidden, torch.eye(6), hindsight, torch.arange(4), torch.ones(4), -torch.ones(4))
+    teacher = torch.eye(6)[torch.tensor([0, 1, 4, 5])] * 100
+    p = Problem(hidden, torch.eye(6), teacher, torch.arange(4), torch.ones(4), -torch.ones(4))
     truth = oracle(name, p)
-    for k, ours in evaluate(name, p, known=True, path=path).items():
+    for k, ours in evaluate(name, p, known=True, impl=impl).items():
         assert torch.isfinite(ours).all()
         torch.testing.assert_close(ours.double(), truth[k], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
-def test_a_word_that_is_missing_from_both_is_no_word(path):
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_word_that_is_missing_from_both_is_no_word(impl):
     """Missing vocabulary is -inf, never 0: a bias of -inf removes a row of the head."""
     p = problem(6, 40, 8, 1.0)
     bias = torch.zeros(40)
@@ -347,8 +347,8 @@ def test_a_word_that_is_missing_from_both_is_no_word(path):
             words = torch.isfinite(bias).nonzero()[:, 0]
             r = kept._replace(targets=torch.arange(6))
             q = p._replace(targets=words[:6])
-        whole = evaluate(name, q, known=True, path=path, bias=bias)
-        part = evaluate(name, r, known=True, path=path)
+        whole = evaluate(name, q, known=True, impl=impl, bias=bias)
+        part = evaluate(name, r, known=True, impl=impl)
         for k in ("value", "hidden"):
             torch.testing.assert_close(whole[k], part[k], rtol=1e-4, atol=1e-5)
         assert not whole["weight"][::4].any()
@@ -364,9 +364,9 @@ def test_identical_streams_have_no_divergence_and_no_gradient():
 def test_a_teacher_has_its_own_head_width_and_bias():
     p = problem(7, 53, 16, 1.0)
     wide, teacher, bias = torch.randn(7, 24), torch.randn(53, 24), torch.randn(53)
-    for path in ("torch", "triton"):
+    for impl in ("torch", "triton"):
         got = linear_reverse_kl(
-            p.hidden, p.weight, wide, teacher, hindsight_bias=bias, path=path
+            p.hidden, p.weight, wide, teacher, teacher_bias=bias, impl=impl
         ).value
         truth = reference.reverse_kl(
             reference.log_softmax(p.hidden.double(), p.weight.double()),
@@ -375,14 +375,14 @@ def test_a_teacher_has_its_own_head_width_and_bias():
         assert rel_err(got, truth) < 1e-5
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
-def test_autocast_does_not_round_the_logits(path):
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_autocast_does_not_round_the_logits(impl):
     p = problem(13, 301, 48, 0.1)
-    plain = linear_reverse_kl(p.hidden, p.weight, p.hindsight, targets=p.targets, path=path)
+    plain = linear_reverse_kl(p.hidden, p.weight, p.teacher, targets=p.targets, impl=impl)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = linear_reverse_kl(p.hidden, p.weight, p.hindsight, targets=p.targets, path=path)
+        cast = linear_reverse_kl(p.hidden, p.weight, p.teacher, targets=p.targets, impl=impl)
     assert torch.equal(plain.value, cast.value)
-    assert torch.equal(plain.stats.logp_policy, cast.stats.logp_policy)
+    assert torch.equal(plain.stats.logp_student, cast.stats.logp_student)
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -421,7 +421,7 @@ def test_weights_without_a_gradient_still_give_the_loss():
     p = problem(5, 20, 8, 1.0)
     for context in (torch.no_grad(), contextlib.nullcontext()):
         with context:
-            out = linear_reverse_kl(p.hidden, p.weight, p.hindsight, weights=p.upstream)
+            out = linear_reverse_kl(p.hidden, p.weight, p.teacher, token_weights=p.upstream)
         torch.testing.assert_close(out.loss, (out.value * p.upstream).sum())
         assert out.loss is not None and not out.loss.requires_grad
 
@@ -430,9 +430,9 @@ def test_noncontiguous_inputs():
     p = problem(6, 31, 8, 1.0)
     spread = [torch.stack([t, t], -1).flatten(1)[:, ::2] for t in p[:3]]
     assert not any(t.is_contiguous() for t in spread)
-    for path in PATHS:
+    for impl in IMPLS:
         whole, strided = (
-            evaluate("sampled_token", q, known=True, path=path)
+            evaluate("sampled_token", q, known=True, impl=impl)
             for q in (p, Problem(*spread, *p[3:]))
         )
         for k in whole:
@@ -442,29 +442,31 @@ def test_noncontiguous_inputs():
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        (dict(hidden=torch.randn(2, 3, 4)), "hidden"),
-        (dict(weight=torch.randn(5, 3)), "weight"),
-        (dict(weight=torch.randn(5, 4).half()), "weight"),
-        (dict(weight=torch.randn(0, 4)), "weight"),
-        (dict(hindsight_hidden=torch.randn(3, 4)), "hindsight_hidden"),
-        (dict(hindsight_weight=torch.randn(6, 4)), "hindsight_weight"),
-        (dict(hindsight_bias=torch.randn(5)), "hindsight_bias"),
+        (dict(student_hidden=torch.randn(2, 3, 4)), "student_hidden"),
+        (dict(lm_head_weight=torch.randn(5, 3)), "lm_head_weight"),
+        (dict(lm_head_weight=torch.randn(5, 4).half()), "lm_head_weight"),
+        (dict(lm_head_weight=torch.randn(0, 4)), "lm_head_weight"),
+        (dict(teacher_hidden=torch.randn(3, 4)), "teacher_hidden"),
+        (dict(teacher_lm_head_weight=torch.randn(6, 4)), "teacher_lm_head_weight"),
+        (dict(teacher_bias=torch.randn(5)), "teacher_bias"),
         (dict(targets=torch.zeros(3, dtype=torch.long)), "targets"),
         (dict(targets=torch.zeros(2)), "targets"),
         (dict(bias=torch.zeros(4)), "bias"),
-        (dict(weights=torch.zeros(3)), "weights"),
-        (dict(weights=torch.zeros(2, requires_grad=True)), "weights"),
+        (dict(token_weights=torch.zeros(3)), "token_weights"),
+        (dict(token_weights=torch.zeros(2, requires_grad=True)), "token_weights"),
         (dict(mask=torch.zeros(2)), "mask"),
         (dict(temperature=0.0), "temperature"),
         (dict(softcap=-1.0), "softcap"),
         (dict(softcap=0.0), "softcap"),
         (dict(chunk_bytes=0), "chunk_bytes"),
-        (dict(path="cuda"), "path"),
+        (dict(impl="cuda"), "impl"),
     ],
 )
 def test_a_mistake_is_named_before_any_work(change, names):
     arguments = dict(
-        hidden=torch.randn(2, 4), weight=torch.randn(5, 4), hindsight_hidden=torch.randn(2, 4)
+        student_hidden=torch.randn(2, 4),
+        lm_head_weight=torch.randn(5, 4),
+        teacher_hidden=torch.randn(2, 4),
     )
     with pytest.raises(ValueError, match=names):
         linear_reverse_kl(**{**arguments, **change})
@@ -483,10 +485,10 @@ def test_an_unknown_option_is_refused():
         )
 
 
-def test_the_path_is_chosen_by_a_table():
+def test_auto_chooses_by_device_dtype_and_tokens():
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
 
-    choose = tuning.choose_path
+    choose = tuning.choose_impl
     assert choose(cuda, torch.bfloat16, 4096, True) == "fused"
     assert choose(cuda, torch.bfloat16, 8, True) == "triton"
     assert choose(cuda, torch.float32, 4096, True) == "triton"
@@ -495,34 +497,34 @@ def test_the_path_is_chosen_by_a_table():
     assert choose(cpu, torch.bfloat16, 4096, True) == "torch"
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "topk"])
-def test_a_difference_of_level_between_the_streams_costs_no_digits(name, path):
+def test_a_difference_of_level_between_the_streams_costs_no_digits(name, impl):
     """softmax(z + constant) is softmax(z), whatever the constant and in either stream."""
     p = problem(16, 151, 48, 0.1)
     head = torch.cat([p.weight, torch.ones(151, 1)], 1)
     level = torch.cat([torch.full((8, 1), 128.0), torch.zeros(8, 1)])
     shifted = p._replace(
         hidden=torch.cat([p.hidden, level], 1),
-        hindsight=torch.cat([p.hindsight, level.flip(0)], 1),
+        teacher=torch.cat([p.teacher, level.flip(0)], 1),
         weight=head,
     )
     truth, baseline = oracle(name, shifted), oracle(name, shifted, torch.float32)
-    got = evaluate(name, shifted, known=True, path=path)
+    got = evaluate(name, shifted, known=True, impl=impl)
     for k in ("value", "hidden"):
         assert_as_good_as(got[k], truth[k], baseline[k], k=3.0)
 
 
-@pytest.mark.parametrize("path", [path for path in PATHS if path != "reference"])
-def test_a_weight_of_zero_silences_an_infinite_value(path):
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])
+def test_a_weight_of_zero_silences_an_infinite_value(impl):
     p = problem(6, 31, 8, 1.0)
     weights = torch.tensor([0.0, 1, 1, 0, 1, 1])
     p = p._replace(upstream=weights)
     old = torch.where(weights == 0, -1e4, p.old_logp)
-    got = evaluate("sampled_token, PPO clip", p._replace(old_logp=old), known=True, path=path)
+    got = evaluate("sampled_token, PPO clip", p._replace(old_logp=old), known=True, impl=impl)
     assert all(torch.isfinite(got[k]).all() for k in ("hidden", "weight"))
     kept = [t if t is p.weight else t[weights > 0] for t in p]
-    part = evaluate("sampled_token, PPO clip", Problem(*kept), known=True, path=path)
+    part = evaluate("sampled_token, PPO clip", Problem(*kept), known=True, impl=impl)
     torch.testing.assert_close(got["weight"], part["weight"], rtol=1e-5, atol=1e-5)
 
 
@@ -532,7 +534,7 @@ def test_masked_tokens_never_enter_a_sequence_mean():
     everywhere = torch.ones(8, dtype=torch.bool)
     options = dict(targets=p.targets, centre=sequence, mask=mask)
     implied, explicit = (
-        linear_sampled_token(p.hidden, p.weight, p.hindsight, counted=c, **options).value
+        linear_sampled_token(p.hidden, p.weight, p.teacher, counted=c, **options).value
         for c in (None, everywhere)
     )
     torch.testing.assert_close(implied, explicit)

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from helpers.runs import ENV
+from helpers.environment import ENV
 
 SIZES = "N, V, D, CHUNK = 4096, 50257, 256, 64 * 2**20"
 WIDE = "N, V, D, CHUNK = 64, 50257, 512, 8 * 2**20"
@@ -25,18 +25,18 @@ def inputs(n):
     hidden = torch.randn(n, D).to(dtype).requires_grad_()
     return hidden, torch.randn(V, D).mul_(0.05).to(dtype).requires_grad_(), hidden.detach() * 1.01
 
-def step(hidden, weight, hindsight):
+def step(hidden, weight, teacher):
     weights = torch.full((len(hidden),), 1 / len(hidden))
     if plain:
         logp = (hidden @ weight.T).float().log_softmax(-1)
-        logq = (hindsight @ weight.detach().T).float().log_softmax(-1)
+        logq = (teacher @ weight.detach().T).float().log_softmax(-1)
         loss = ((logp.exp() * (logp - logq)).sum(-1) * weights).sum()
     elif known:
         loss = linear_reverse_kl(
-            hidden, weight, hindsight, weights=weights, chunk_bytes=CHUNK
+            hidden, weight, teacher, token_weights=weights, chunk_bytes=CHUNK
         ).loss
     else:
-        value = linear_reverse_kl(hidden, weight, hindsight, chunk_bytes=CHUNK).value
+        value = linear_reverse_kl(hidden, weight, teacher, chunk_bytes=CHUNK).value
         loss = (value * weights).sum()
     loss.backward()
 

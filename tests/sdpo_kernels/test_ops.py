@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from helpers.cases import FUNCTIONS, problem
-from helpers.runs import ENV
-from sdpo_kernels._impl import chunked
-from sdpo_kernels._impl.options import Spec
+from helpers.environment import ENV
+from sdpo_kernels._impl.options import Inputs, Spec
 
 COMPILED = ["logprob", "reverse_kl", "jsd", "sampled_token", "sampled_token, centred", "topk"]
-SPEC = Spec(kind="reverse_kl", path="torch", chunk_bytes=2 * 3 * 21 * 4)
+SPEC = Spec(kind="reverse_kl", impl="torch", chunk_bytes=2 * 3 * 21 * 4, total=21)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -24,13 +23,15 @@ def test_opcheck(kind, dtype):
     p = problem(7, 21, 8, 1.0, dtype)
     hidden, weight = (t.requires_grad_() for t in (p.hidden, p.weight))
     bias = torch.randn(21, dtype=dtype, requires_grad=True)
-    x = chunked.Inputs(
-        hidden, weight, None if kind == "logprob" else p.hindsight, bias=bias, targets=p.targets
+    x = Inputs(
+        hidden, weight, None if kind == "logprob" else p.teacher, bias=bias, targets=p.targets
     )
-    spec = SPEC._replace(kind=kind, k=4)
-    torch.library.opcheck(torch.ops.sdpo_kernels.values, (*x, *spec))
-    for wanted in ((True, True, True), (True, False, False)):
-        torch.library.opcheck(torch.ops.sdpo_kernels.gradients, (*x, *spec, p.upstream, *wanted))
+    spec = dict(reverse_kl=SPEC, logprob=SPEC._replace(kind="logprob"), topk=SPEC._replace(k=4))
+    settings = spec[kind]._asdict()
+    torch.library.opcheck(torch.ops.sdpo_kernels.values, x, settings)
+    for wanted in ([True, True, True], [True, False, False]):
+        arguments = (*x, p.upstream, wanted)
+        torch.library.opcheck(torch.ops.sdpo_kernels.gradients, arguments, settings)
 
 
 def step(name: str, known: bool, p) -> Tensor:
@@ -115,7 +116,7 @@ h, w = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4)
 linear_reverse_kl(h, w, h.detach() + 1).value.sum().backward()
 assert h.grad.isfinite().all()
 try:
-    linear_reverse_kl(h, w, h, path="triton")
+    linear_reverse_kl(h, w, h, impl="triton")
 except ValueError as e:
     assert "not installed" in str(e)
 else:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+
+from benchmarks.resources import MEASURED  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -16,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", [80, 90, 100])
 def test_no_kernel_spills_or_asks_for_too_much_shared_memory(sm, tmp_path):
+    """With a release of Triton that nobody has measured yet, spills are reported as an expected
+    failure: a compiler's news must not turn a newcomer's first run red."""
     out = tmp_path / "resources.jsonl"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
@@ -25,7 +29,7 @@ def test_no_kernel_spills_or_asks_for_too_much_shared_memory(sm, tmp_path):
         capture_output=True,
         text=True,
     )
-    assert result.returncode == 0, result.stdout + result.stderr[-4000:]
+    assert out.exists(), result.stdout + result.stderr[-4000:]  # every kernel compiles
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert {r["kernel"] for r in found} == {
         "stats_kernel",
@@ -33,4 +37,17 @@ def test_no_kernel_spills_or_asks_for_too_much_shared_memory(sm, tmp_path):
         "softmax_grad_kernel",
         "fused_stats_kernel",
     }
-    assert all(r["sm"] == sm and r["registers"] > 0 and not r["spill_bytes"] for r in found)
+    assert all(r["sm"] == sm and r["registers"] > 0 for r in found)
+    if result.returncode and not measured(triton.__version__):
+        pytest.xfail(f"Triton {triton.__version__} was never measured:\n{result.stdout}")
+    assert result.returncode == 0, result.stdout
+    assert not any(r["spill_bytes"] for r in found)
+
+
+def measured(version: str) -> bool:
+    return ".".join(version.split(".")[:2]) in MEASURED
+
+
+def test_a_release_counts_as_measured_by_its_minor_version():
+    assert measured("3.8.0") and measured("3.9.1+git123")
+    assert not measured("3.10.0") and not measured("4.0.0")

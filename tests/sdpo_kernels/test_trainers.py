@@ -1,20 +1,31 @@
-"""The programs of trainers.md, as they stand: against full logits and the trainers' own losses."""
+"""The programs of examples/: against full logits and the trainers' own losses."""
 
 import copy
-import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
-from helpers import tiny
 from helpers.oracle import rel_err
 from sdpo_kernels import reference
 
-TEXT = Path(__file__).parents[2] / "kernels" / "trainers.md"
-LOOP, TRAINER, TRL = re.findall(r"```python\n(.*?)```", TEXT.read_text(encoding="utf-8"), re.S)
+transformers = pytest.importorskip("transformers")
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments  # noqa: E402
+
+from helpers import tiny  # noqa: E402
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def example(name: str, *argv: str, monkeypatch: pytest.MonkeyPatch | None = None) -> dict:
+    """The names that a program defines; with arguments, it also runs."""
+    if monkeypatch is None:
+        return runpy.run_path(str(EXAMPLES / name))
+    monkeypatch.setattr(sys, "argv", [name, *argv])
+    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
 def load(folder: str) -> PreTrainedModel:
@@ -66,17 +77,16 @@ def step_of(before: PreTrainedModel, after: PreTrainedModel) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama-tied"])
-def test_the_loop_is_the_full_logits_loss_and_lowers_it(kind, models, tmp_path, monkeypatch):
-    (tmp_path / "model").symlink_to(models(kind))
-    monkeypatch.chdir(tmp_path)
-    scope: dict = {}
-    exec(LOOP, scope)
-    sequences = [scope[k] for k in ("prompts", "hindsight_prompts", "responses")]
+def test_the_loop_is_the_full_logits_loss_and_lowers_it(kind, models, monkeypatch, capsys):
+    scope = example("plain_loop.py", "--model", models(kind), monkeypatch=monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    losses = [float(line.rpartition(" ")[2]) for line in lines if line.startswith("step ")]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models(kind))
+    sequences = scope["encode"](tokenizer)
     assert len({len(p) for p in sequences[0]}) == len({len(r) for r in sequences[2]}) == 2
-    model = load("model")
-    full = mean_reverse_kl(model, *sequences)
-    assert abs(scope["losses"][0] - full) < 1e-5 * full
-    assert all(b < a for a, b in zip(scope["losses"], scope["losses"][1:], strict=False))
+    full = mean_reverse_kl(load(models(kind)), *sequences)
+    assert abs(losses[0] - full) < 1e-5 * full + 5e-7  # as printed
+    assert len(losses) == 10 and all(b < a for a, b in zip(losses, losses[1:], strict=False))
 
 
 def rows(n: int) -> list[dict[str, list[int]]]:
@@ -94,8 +104,7 @@ def test_a_trainer_step_is_the_full_logits_step_however_it_is_accumulated(
     micro_batch, models, tmp_path
 ):
     pytest.importorskip("accelerate")
-    scope: dict = {}
-    exec(TRAINER, scope)
+    scope = example("hf_trainer.py")
     data = rows(4)
     trained = load(models("qwen3"))
     args = arguments(
@@ -122,18 +131,24 @@ def test_a_trainer_step_is_the_full_logits_step_however_it_is_accumulated(
     assert abs(trainer.state.log_history[-2]["loss"] - loss) < 1e-4 * loss
 
 
-def test_trainer_lowers_the_loss(models, tmp_path):
+def losses_of(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_trainer_lowers_the_loss(models, tmp_path, monkeypatch):
     pytest.importorskip("accelerate")
-    scope: dict = {}
-    exec(TRAINER, scope)
-    args = arguments(TrainingArguments, tmp_path, per_device_train_batch_size=4)
-    args.max_steps = 5
-    trainer = scope["HindsightTrainer"](
-        load(models("qwen3")), args, data_collator=scope["collate"], train_dataset=rows(4)
-    )
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 5 and losses[-1] < 0.9 * losses[0]
+    argv = ("--model", models("qwen3"), "--out", str(tmp_path), "--steps", "5")
+    losses = losses_of(example("hf_trainer.py", *argv, monkeypatch=monkeypatch)["trainer"])
+    assert len(losses) == 5 and losses[-1] < losses[0]
+
+
+def test_the_gkd_program_lowers_the_loss(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    pytest.importorskip("trl.experimental.gkd")
+    student, teacher = models("qwen3"), models("qwen3", seed=1)
+    argv = ("--student", student, "--teacher", teacher, "--out", str(tmp_path), "--steps", "3")
+    losses = losses_of(example("trl_gkd.py", *argv, monkeypatch=monkeypatch)["trainer"])
+    assert len(losses) == 3 and losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("items", [None, 7])
@@ -141,8 +156,7 @@ def test_trl_loss_and_step_are_trls_own(items, models, tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     gkd = pytest.importorskip("trl.experimental.gkd")
     datasets = pytest.importorskip("datasets")
-    scope: dict = {}
-    exec(TRL, scope)
+    scope = example("trl_gkd.py")
     tokenizer = tiny.make_tokenizer()
     conversation = [{"role": "user", "content": "tell me a story"}]
     data = datasets.Dataset.from_list(

@@ -3,62 +3,72 @@
 import torch
 from torch import Tensor
 
-from .chunked import Inputs
-from .options import PATHS, Spec
+from .options import IMPLS, Inputs, Spec
 from .tuning import HAS_TRITON
 
 
-def check(x: Inputs, spec: Spec, weights: Tensor | None) -> None:
-    """Every tensor and setting of a call.
+def check(x: Inputs, spec: Spec, token_weights: Tensor | None) -> None:
+    """Check every tensor and setting of a call.
 
     Raises:
         ValueError: one does not fit; the message names the argument and says what to do.
     """
-    sharded = bool(spec.group)
-    _check_linear(x.hidden, x.weight)
-    n, v = x.hidden.shape[0], x.weight.shape[0]
-    if v == 0 and not sharded:
-        raise ValueError("weight has no rows: the vocabulary is empty")
-    if x.hindsight is not None:
-        other = x.weight if x.hindsight_weight is None else x.hindsight_weight
-        _check_linear(x.hindsight, other, "hindsight_")
-        if x.hindsight.shape[0] != n:
-            raise ValueError(
-                f"hidden has {n} tokens and hindsight_hidden {x.hindsight.shape[0]}: "
-                "both must hold the same response tokens"
-            )
-        if other.shape[0] != v:
-            raise ValueError(
-                f"weight has V={v} and hindsight_weight V={other.shape[0]}: "
-                "both must be over one vocabulary"
-            )
-        if x.hindsight.dtype != x.hidden.dtype or x.hindsight.device != x.hidden.device:
-            raise ValueError(
-                f"hidden is {x.hidden.dtype} on {x.hidden.device} and hindsight_hidden "
-                f"{x.hindsight.dtype} on {x.hindsight.device}: they must agree"
-            )
-    if x.hindsight_bias is not None and x.hindsight_weight is None:
-        raise ValueError("hindsight_bias without hindsight_weight: a shared head shares its bias")
-    for name in ("bias", "hindsight_bias"):
-        _check_vector(name, getattr(x, name), v, "V", x.hidden)
+    student = "hidden" if spec.kind == "logprob" else "student_hidden"
+    hidden, weight = x.student_hidden, x.lm_head_weight
+    _check_linear(hidden, weight, student, "lm_head_weight")
+    n, v = hidden.shape[0], weight.shape[0]
+    if v == 0 and not spec.group:
+        raise ValueError("lm_head_weight has no rows: the vocabulary is empty")
+    if x.teacher_hidden is not None:
+        _check_teacher(x, x.teacher_hidden)
+    if x.teacher_bias is not None and x.teacher_lm_head_weight is None:
+        raise ValueError(
+            "teacher_bias needs teacher_lm_head_weight: a shared lm_head shares its bias"
+        )
+    for name in ("bias", "teacher_bias"):
+        _check_vector(name, getattr(x, name), v, "V", hidden)
     for name in ("targets", "old_logp", "advantage"):
-        _check_vector(name, getattr(x, name), n, "N", x.hidden, integer=name == "targets")
-    _check_vector("weights", weights, n, "N", x.hidden)
-    if weights is not None and weights.requires_grad:
-        raise ValueError("weights must not require a gradient: they are constants of the loss")
+        _check_vector(name, getattr(x, name), n, "N", hidden, integer=name == "targets")
+    _check_vector("token_weights", token_weights, n, "N", hidden)
+    if token_weights is not None and token_weights.requires_grad:
+        raise ValueError("token_weights must not require a gradient: they are constants")
     if x.mask is not None:
         if x.mask.shape != (n,) or x.mask.dtype != torch.bool:
             raise ValueError(
                 f"mask must be (N,) = ({n},) of bool, got {tuple(x.mask.shape)} of {x.mask.dtype}"
             )
-        if x.mask.device.type != "cpu" and x.mask.device != x.hidden.device:
-            raise ValueError(f"mask is on {x.mask.device}: it must be on the CPU or with hidden")
+        if x.mask.device.type != "cpu" and x.mask.device != hidden.device:
+            raise ValueError(
+                f"mask is on {x.mask.device}: it must be on the CPU or on {hidden.device}"
+            )
     _check_spec(x, spec)
 
 
-def _check_linear(hidden: Tensor, weight: Tensor, prefix: str = "") -> None:
+def _check_teacher(x: Inputs, teacher_hidden: Tensor) -> None:
+    shared = x.teacher_lm_head_weight is None
+    weight = x.lm_head_weight if x.teacher_lm_head_weight is None else x.teacher_lm_head_weight
+    name = "lm_head_weight" if shared else "teacher_lm_head_weight"
+    _check_linear(teacher_hidden, weight, "teacher_hidden", name)
+    if teacher_hidden.shape[0] != x.student_hidden.shape[0]:
+        raise ValueError(
+            f"student_hidden has {x.student_hidden.shape[0]} tokens and teacher_hidden "
+            f"{teacher_hidden.shape[0]}: both must hold the same tokens"
+        )
+    if weight.shape[0] != x.lm_head_weight.shape[0]:
+        raise ValueError(
+            f"lm_head_weight has V={x.lm_head_weight.shape[0]} and teacher_lm_head_weight "
+            f"V={weight.shape[0]}: both must be over one vocabulary"
+        )
+    a, b = x.student_hidden, teacher_hidden
+    if a.dtype != b.dtype or a.device != b.device:
+        raise ValueError(
+            f"student_hidden is {a.dtype} on {a.device} and teacher_hidden {b.dtype} on "
+            f"{b.device}: they must agree"
+        )
+
+
+def _check_linear(hidden: Tensor, weight: Tensor, h: str, w: str) -> None:
     """hidden (N, D) and weight (V, D), one dtype, one device."""
-    h, w = f"{prefix}hidden", f"{prefix}weight"
     if hidden.ndim != 2:
         raise ValueError(f"{h} must be (N, D), got shape {tuple(hidden.shape)}: flatten it first")
     if weight.ndim != 2:
@@ -87,7 +97,7 @@ def _check_vector(
     if not integer and not x.is_floating_point():
         raise ValueError(f"{name} must be of a floating dtype, got {x.dtype}")
     if x.device != like.device:
-        raise ValueError(f"{name} is on {x.device}, hidden on {like.device}: move one of them")
+        raise ValueError(f"{name} is on {x.device}, the hidden states on {like.device}: move it")
 
 
 def _check_spec(x: Inputs, spec: Spec) -> None:
@@ -95,23 +105,20 @@ def _check_spec(x: Inputs, spec: Spec) -> None:
         raise ValueError(f"temperature must be positive, got {spec.temperature}")
     if spec.chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be positive, got {spec.chunk_bytes}")
-    if spec.softcap < 0:
-        raise ValueError("softcap must be positive; None for none")
-    if spec.path not in PATHS:
-        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {spec.path!r}")
-    if spec.path in ("triton", "fused"):
+    if spec.impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {spec.impl!r}")
+    if spec.impl in ("triton", "fused"):
         if not HAS_TRITON:
-            raise ValueError(f'path="{spec.path}" needs Triton, which is not installed: "torch"')
-        if x.hidden.dtype.itemsize == 8:
-            raise ValueError(f'path="{spec.path}" computes in float32: "torch" for float64')
+            raise ValueError(f'impl="{spec.impl}" needs Triton, which is not installed')
+        if x.student_hidden.dtype == torch.float64:
+            raise ValueError(f'impl="{spec.impl}" computes in float32: use "torch" for float64')
     if spec.group:
-        if spec.path == "reference":
-            raise ValueError('path="reference" needs the whole vocabulary: no shard')
-        end = spec.start + x.weight.shape[0]
+        if spec.impl == "reference":
+            raise ValueError('impl="reference" needs the whole vocabulary: no shard')
+        end = spec.start + x.lm_head_weight.shape[0]
         if spec.start < 0 or end > spec.total:
             raise ValueError(
                 f"shard: rows {spec.start} to {end} do not lie in a vocabulary of {spec.total}"
             )
-    total = spec.total if spec.group else x.weight.shape[0]
-    if spec.kind == "topk" and not 1 <= spec.k <= total:
-        raise ValueError(f"k must lie between 1 and V={total}, got {spec.k}")
+    if spec.k > spec.total:
+        raise ValueError(f"k must lie between 1 and V={spec.total}, got {spec.k}")

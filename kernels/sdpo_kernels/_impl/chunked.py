@@ -1,229 +1,202 @@
-"""The chunk loop: hidden states -> per-token values, statistics and, where weights are known, the
-gradients of their weighted sum. Never (N, V) logits.
+"""The chunk loop: hidden states -> per-token values and statistics, and, if the token weights are
+known, the gradients of the weighted sum. (N, V) logits never exist as a whole.
 
-Shapes: N tokens, C tokens of a chunk, V rows of this rank's head, D hidden size.
-  z_CV = h_CD @ w_VD.T   policy logits, float32,     p = softmax(z)
-  u_CV = g_CD @ v_VD.T   hindsight logits, float32,  q = softmax(u)
+Shapes: N tokens, C tokens of a chunk, V rows of this rank's lm_head, D hidden size.
+  z_CV = h_CD @ w_VD.T   student logits, float32,  p = softmax(z)
+  u_CV = g_CD @ v_VD.T   teacher logits, float32,  q = softmax(u)
 
-Per chunk: one product for the logits (both streams stacked where they share a head), row statistics
+Per chunk: one matmul for the logits (both streams stacked if they share an lm_head), row statistics
 (merged over tensor-parallel ranks), values and the gradient in the logits' own memory, and two
-products for dH and dW. Logits, statistics and dW are float32 whatever the inputs' dtype (float64
+matmuls for dH and dW. Logits, statistics and dW are float32 whatever the inputs' dtype (float64
 stays float64). Oracle: reference.py. Derivations: kernels/README.md.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import vocab_parallel as vocab
-from ..topk import topk_divergence
-from . import partials
-from . import rows_torch as torch_rows
-from .matmul import (
-    accumulation_dtype,
-    add_weight_gradient,
-    chunks,
-    hidden_gradient,
-    logits,
-)
-from .options import Spec
-from .partials import RowStats
+from . import partials, rows_torch
+from .matmul import accumulation_dtype, add_weight_gradient, chunks, hidden_gradient, logits
+from .options import Inputs, Spec
+from .partials import TokenStats
+from .topk_rows import topk_divergence
 
-PAIRED = ("reverse_kl", "forward_kl", "jsd", "topk")
-"""Kinds that need both streams' logits at once."""
-FUSED_WORD_BYTES = 0.25
-"""Of the fused kernel's partials, per token: 16 bytes a tile of at least 64 words."""
-PER_TOKEN = ("hidden", "hindsight", "targets", "old_logp", "advantage")
-
-
-class Inputs(NamedTuple):
-    """The tensors of a call."""
-
-    hidden: Tensor
-    """(N, D)"""
-    weight: Tensor
-    """(V, D)"""
-    hindsight: Tensor | None = None
-    """(N, D')"""
-    hindsight_weight: Tensor | None = None
-    """(V, D'); None: the policy's."""
-    bias: Tensor | None = None
-    """(V,)"""
-    hindsight_bias: Tensor | None = None
-    """(V,); with the policy's head, the policy's."""
-    targets: Tensor | None = None
-    """(N,)"""
-    old_logp: Tensor | None = None
-    """(N,), of the sampling policy."""
-    advantage: Tensor | None = None
-    """(N,); None: formed from the two streams."""
-    mask: Tensor | None = None
-    """(N,) bool"""
-
-    def rows(self, index: Tensor) -> "Inputs":
-        """The tokens ``index``."""
-        take = {name: t[index] for name in PER_TOKEN if (t := getattr(self, name)) is not None}
-        return self._replace(mask=None, **take)
-
-
-class Wanted(NamedTuple):
-    """Which gradients are asked for."""
-
-    hidden: bool = False
-    weight: bool = False
-    bias: bool = False
-
-
-NOTHING = Wanted()
+FUSED_BYTES_PER_ROW = 0.25
+"""Memory of the fused kernel's partials for one token and one row of the lm_head: 16 bytes for a
+tile of at least 64 rows."""
 
 
 class Result(NamedTuple):
-    """``value`` (N,); ``stats`` (6, N): see ``TokenStats``; gradients of sum weights * value,
-    divided by ``scale`` (), empty where not wanted. dH is in the inputs' dtype, dW in float32."""
+    """What the loop fills. The gradients of sum token_weights * value are divided by ``scale``, and
+    empty if not asked for."""
 
     value: Tensor
+    """(N,)"""
     stats: Tensor
+    """(6, N), the fields of ``TokenStats``."""
     dhidden: Tensor
+    """(N, D), in the inputs' dtype."""
     dweight: Tensor
+    """(V, D), float32 (float64 for float64), as are all the others."""
     dbias: Tensor
+    """(V,)"""
     scale: Tensor
+    """()"""
 
 
-def empty_result(x: Inputs, wanted: Wanted, zero: bool = False) -> Result:
-    """A result's tensors, for the driver to fill."""
-    dtype = accumulation_dtype(x.hidden.dtype)
-    n = x.hidden.shape[0]
-    new = functools.partial((torch.zeros if zero else torch.empty), device=x.hidden.device)
-    vocabulary = x.weight.shape[0]
+def empty_result(x: Inputs, wanted: Sequence[bool] = (), zero: bool = False) -> Result:
+    """A result's tensors, for the loop to fill.
+
+    Args:
+        wanted: for which of ``DIFFERENTIABLE`` a gradient is asked for.
+    """
+    dtype = accumulation_dtype(x.student_hidden.dtype)
+    new = functools.partial(torch.zeros if zero else torch.empty, device=x.student_hidden.device)
+    n, vocabulary = x.student_hidden.shape[0], x.lm_head_weight.shape[0]
+    hidden, weight, bias = wanted or (False, False, False)
     return Result(
         value=new(n, dtype=dtype),
-        stats=new(6, n, dtype=dtype),
-        dhidden=new(x.hidden.shape if wanted.hidden else 0, dtype=x.hidden.dtype),
-        dweight=new(x.weight.shape if wanted.weight else 0, dtype=dtype),
-        dbias=new(vocabulary if wanted.bias else 0, dtype=dtype),
+        stats=new(len(TokenStats._fields), n, dtype=dtype),
+        dhidden=new(x.student_hidden.shape if hidden else 0, dtype=x.student_hidden.dtype),
+        dweight=new(x.lm_head_weight.shape if weight else 0, dtype=dtype),
+        dbias=new(vocabulary if bias else 0, dtype=dtype),
         scale=new((), dtype=dtype),
     )
 
 
 @torch.no_grad()
-def run(x: Inputs, spec: Spec, weights_N: Tensor | None = None, wanted: Wanted = NOTHING) -> Result:
-    """Values and statistics and, given weights, gradients of the weighted sum of the values."""
+def run(
+    x: Inputs, spec: Spec, weights_N: Tensor | None = None, wanted: Sequence[bool] = ()
+) -> Result:
+    """Values and statistics and, given token weights, gradients of the values' weighted sum."""
     if x.mask is not None:
-        return _run_masked(x, spec, weights_N, wanted)
+        return _run_masked(x, x.mask, spec, weights_N, wanted)
     result = empty_result(x, wanted)
-    for summed in (result.dweight, result.dbias, result.stats):
+    for summed in (result.dweight, result.dbias):
         summed.zero_()
     result.scale.fill_(1)
-    n = x.hidden.shape[0]
+    n = x.student_hidden.shape[0]
     if weights_N is not None and n:
         # G is rounded to the inputs' dtype, as every mixed-precision linear layer does, but
         # relative to the largest weight: a mean over many tokens would underflow in float16
         tiny = torch.finfo(result.scale.dtype).tiny
         torch.amax(weights_N.abs().to(result.scale.dtype).clamp_(min=tiny), 0, out=result.scale)
         weights_N = weights_N / result.scale
-    with torch.autocast(x.hidden.device.type, enabled=False):
-        _Loop(x, spec, weights_N, wanted, result).run()
-    if spec.group and spec.kind in ("reverse_kl", "forward_kl"):
+    with torch.autocast(x.student_hidden.device.type, enabled=False):
+        loop = _Loop(x, spec, weights_N, any(wanted), result)
+        for c in chunks(n, loop.chunk_rows):
+            loop.run_chunk(c)
+    if spec.group and loop.values_are_partial:
         vocab.sum_(spec.group, result.value)
     return result
 
 
-def _run_masked(x: Inputs, spec: Spec, weights_N: Tensor | None, wanted: Wanted) -> Result:
-    """A mask in host memory drops rows; one on the device only silences them, as their number is
-    not known here without waiting for the device."""
-    mask, device = x.mask, x.hidden.device
-    assert mask is not None
+def _run_masked(
+    x: Inputs, mask: Tensor, spec: Spec, weights_N: Tensor | None, wanted: Sequence[bool]
+) -> Result:
+    """A mask in host memory drops rows; one on the device only silences them, because the host
+    would have to wait for the device to know their number."""
+    device = x.student_hidden.device
     if device.type != "cpu" and mask.device == device:
-        keep = mask[:, None]
-        quiet = x._replace(
-            mask=None,
-            **{
-                name: torch.where(keep if t.ndim == 2 else mask, t, 0)
-                for name in PER_TOKEN
-                if (t := getattr(x, name)) is not None
-            },
-        )
-        weights_N = None if weights_N is None else torch.where(mask, weights_N, 0)
-        out = run(quiet, spec, weights_N, wanted)
-        return out._replace(
-            value=torch.where(mask, out.value, 0), stats=torch.where(mask, out.stats, 0)
-        )
+
+        def silence(t: Tensor) -> Tensor:
+            return torch.where(mask[:, None] if t.ndim == 2 else mask, t, 0)
+
+        weights_N = None if weights_N is None else silence(weights_N)
+        out = run(x.map_tokens(silence), spec, weights_N, wanted)
+        return out._replace(value=silence(out.value), stats=torch.where(mask, out.stats, 0))
     index = mask.nonzero()[:, 0].to(device, non_blocking=True)
-    part = run(x.rows(index), spec, None if weights_N is None else weights_N[index], wanted)
-    out = empty_result(x, wanted._replace(weight=False, bias=False), zero=True)
+    weights_N = None if weights_N is None else weights_N[index]
+    part = run(x.map_tokens(lambda t: t[index]), spec, weights_N, wanted)
+    hidden = bool(wanted) and wanted[0]
+    out = empty_result(x, (hidden, False, False), zero=True)
     out.value.index_copy_(0, index, part.value)
     out.stats.index_copy_(1, index, part.stats)
-    if wanted.hidden:
+    if hidden:
         out.dhidden.index_copy_(0, index, part.dhidden)
     return out._replace(dweight=part.dweight, dbias=part.dbias, scale=part.scale)
 
 
 class _Loop:
-    """One call's chunk loop: the buffers it reuses, and what it does with each chunk."""
+    """The buffers that the chunks of a call share, and what is done with each chunk."""
 
     def __init__(
-        self, x: Inputs, spec: Spec, weights_N: Tensor | None, wanted: Wanted, result: Result
+        self, x: Inputs, spec: Spec, weights_N: Tensor | None, gradient: bool, result: Result
     ):
-        self.x, self.spec, self.weights_N = x, spec, weights_N
-        self.wanted, self.result = wanted, result
+        self.x, self.spec, self.result = x, spec, result
+        self.weights_N = weights_N if gradient else None
         self.dtype = result.value.dtype
-        self.vocabulary = x.weight.shape[0]
-        self.gradient = weights_N is not None and any(wanted)
-        self.fused = spec.path == "fused" and spec.kind not in PAIRED
-        self.rows = _row_operations(spec.path)
-        self.stacked = x.hindsight_weight is None
-        self.targets_N = (
-            vocab.local_targets(x.targets, spec.start, self.vocabulary)
-            if x.targets is not None
-            else None
+        self.vocabulary = x.lm_head_weight.shape[0]
+        self.fused = spec.impl == "fused" and not spec.paired
+        self.rows = _row_operations(spec.impl)
+        self.values_are_partial = (
+            spec.paired and not spec.k and spec.kind not in self.rows.TWO_PASSES
         )
+        self.targets_N = x.targets
+        if x.targets is not None:
+            self.targets_N = vocab.local_targets(x.targets, spec.start, self.vocabulary)
+        self.shared_head = x.teacher_lm_head_weight is None
         self.bias = _cast(x.bias, self.dtype)
-        self.hindsight_bias = self.bias if self.stacked else _cast(x.hindsight_bias, self.dtype)
-        streams = 2 if x.hindsight is not None and not self.fused else 1
-        without_logits = self.fused and not self.gradient
-        word_bytes = FUSED_WORD_BYTES if without_logits else streams * self.dtype.itemsize
-        self.chunk_rows = _chunk_rows(x, word_bytes, spec)
-        if not without_logits:
-            self.buffer = self._new_buffer(streams * self.chunk_rows)
-
-    def run(self) -> None:
-        for c in chunks(self.x.hidden.shape[0], self.chunk_rows):
-            z_CV, u_CV, row = self._read(c)
-            value_C, grad_CV = self._evaluate(c, z_CV, u_CV, row)
-            self.result.value[c] = value_C
-            if grad_CV is not None:
-                self._accumulate(c, grad_CV)
-
-    def _read(self, c: slice) -> tuple[Tensor | None, Tensor | None, RowStats]:
-        """Both streams' transformed logits, where they are needed, and their statistics."""
-        x, targets = self.x, None if self.targets_N is None else self.targets_N[c]
-        z = u = None
-        if x.hindsight is None or self.fused:
-            z, part = self._read_one(x.hidden[c], x.weight, self.bias, targets, self.gradient)
-            if x.hindsight is not None:
-                weight = x.weight if self.stacked else x.hindsight_weight
-                assert weight is not None
-                _, other = self._read_one(
-                    x.hindsight[c], weight, self.hindsight_bias, targets, False
-                )
-                part = torch.cat([part, other, torch.zeros_like(part[:1])])
+        self.teacher_bias = self.bias if self.shared_head else _cast(x.teacher_bias, self.dtype)
+        streams = 2 if x.teacher_hidden is not None and not self.fused else 1
+        if self.fused and self.weights_N is None:
+            self.chunk_rows = _chunk_rows(x, spec, FUSED_BYTES_PER_ROW)
         else:
-            z, u = self._logits_of_both(c)
-            part = self.rows.stats(
-                z, u, targets, self.spec.transform, self.bias, self.hindsight_bias
-            )
-        row = self._merge(part)
-        stats_6C = self.result.stats[:, c]
-        stats_6C[0], stats_6C[2], stats_6C[4] = row.logp, row.entropy, row.lse
-        if row.hindsight_lse is not None:
-            assert row.hindsight_logp is not None and row.hindsight_entropy is not None
-            stats_6C[1], stats_6C[3] = row.hindsight_logp, row.hindsight_entropy
-            stats_6C[5] = row.hindsight_lse
-        if targets is None:
-            stats_6C[:2] = torch.nan
-        return z, u, row
+            self.chunk_rows = _chunk_rows(x, spec, streams * self.dtype.itemsize)
+            # rows start at aligned addresses, whatever the vocabulary
+            columns = -(-self.vocabulary // 8) * 8
+            self.buffer = x.student_hidden.new_empty(
+                (streams * self.chunk_rows, columns), dtype=self.dtype
+            )[:, : self.vocabulary]
+
+    def run_chunk(self, c: slice) -> None:
+        z_CV, u_CV, part_FC = self._read(c)
+        if self.spec.group:
+            part_FC = partials.merge(vocab.gather(self.spec.group, part_FC))
+        norm, gap, stats = partials.finish(part_FC)
+        torch.stack(stats, out=self.result.stats[:, c])
+        if self.targets_N is None:
+            self.result.stats[:2, c] = torch.nan
+        weight_C = None if self.weights_N is None else self.weights_N[c]
+        if not self.spec.paired:
+            value_C, grad_CV = self._function_of_logp(c, z_CV, norm, stats, weight_C)
+        elif self.spec.k:
+            assert z_CV is not None and u_CV is not None
+            dtype = self.x.student_hidden.dtype
+            value_C, grad_CV = topk_divergence(self.rows, self.spec, z_CV, u_CV, weight_C, dtype)
+        else:
+            value_C, grad_CV = self._divergence(z_CV, u_CV, norm, gap, weight_C)
+        self.result.value[c] = value_C
+        if grad_CV is not None:
+            self._accumulate(c, grad_CV)
+
+    def _read(self, c: slice) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Both streams' transformed logits, where they are needed, and their partials."""
+        x, targets = self.x, None if self.targets_N is None else self.targets_N[c]
+        teacher_weight = x.lm_head_weight if self.shared_head else x.teacher_lm_head_weight
+        student_hidden, n = x.student_hidden[c], c.stop - c.start
+        if x.teacher_hidden is None or self.fused:
+            keep = self.weights_N is not None
+            z, part = self._read_one(student_hidden, x.lm_head_weight, self.bias, targets, keep)
+            if x.teacher_hidden is not None:
+                assert teacher_weight is not None
+                teacher = (x.teacher_hidden[c], teacher_weight, self.teacher_bias, targets)
+                _, other = self._read_one(*teacher, keep=False)
+                part = torch.cat([part, other, torch.zeros_like(part[:1])])
+            return z, None, part
+        z, u = self.buffer[:n], self.buffer[n : 2 * n]
+        if self.shared_head:
+            both = torch.cat([student_hidden, x.teacher_hidden[c]])
+            logits(both, x.lm_head_weight, self.buffer[: 2 * n])
+        else:
+            assert teacher_weight is not None
+            logits(student_hidden, x.lm_head_weight, z)
+            logits(x.teacher_hidden[c], teacher_weight, u)
+        return z, u, self.rows.stats(self.spec, z, u, targets, self.bias, self.teacher_bias)
 
     def _read_one(
         self,
@@ -235,136 +208,96 @@ class _Loop:
     ) -> tuple[Tensor | None, Tensor]:
         """Partials of one stream, and its logits where they must be kept."""
         if self.fused and not keep:
-            from .fused_triton import stream_stats
+            from .fused_triton import stream_stats  # Triton is optional
 
-            return None, stream_stats(hidden_CD, weight_VD, bias_V, targets, self.spec.transform)
-        z = self._buffer(hidden_CD.shape[0])
+            return None, stream_stats(self.spec, hidden_CD, weight_VD, bias_V, targets)
+        z = self.buffer[: hidden_CD.shape[0]]
         logits(hidden_CD, weight_VD, z)
-        return z, self.rows.stats(z, None, targets, self.spec.transform, bias_V)
+        return z, self.rows.stats(self.spec, z, None, targets, bias_V)
 
-    def _logits_of_both(self, c: slice) -> tuple[Tensor, Tensor]:
-        x, n = self.x, c.stop - c.start
-        assert x.hindsight is not None
-        both = self._buffer(2 * n)
-        if self.stacked:
-            logits(torch.cat([x.hidden[c], x.hindsight[c]]), x.weight, both)
-        else:
-            assert x.hindsight_weight is not None
-            logits(x.hidden[c], x.weight, both[:n])
-            logits(x.hindsight[c], x.hindsight_weight, both[n:])
-        return both[:n], both[n:]
-
-    def _merge(self, part_FC: Tensor) -> RowStats:
+    def _divergence(self, z, u, norm, gap, weight_C) -> tuple[Tensor, Tensor | None]:
+        """Values (C,) and, given weights, the gradient with respect to raw logits (C, V)."""
+        dtype = self.x.student_hidden.dtype
+        if self.spec.kind not in self.rows.TWO_PASSES:
+            sums, grad = self.rows.divergence(self.spec, z, u, norm, gap, weight_C, dtype)
+            return sums[0], grad
+        sums, grad = self.rows.divergence(self.spec, z, u, norm, None, None, dtype)
         if self.spec.group:
-            part_FC = partials.merge(vocab.gather(self.spec.group, part_FC))
-        return partials.finish(part_FC)
+            vocab.sum_(self.spec.group, sums)
+        if weight_C is not None:
+            _, grad = self.rows.divergence(self.spec, z, u, norm, sums[1], weight_C, dtype)
+        return sums[0], grad
 
-    def _evaluate(
-        self, c: slice, z: Tensor | None, u: Tensor | None, row: RowStats
+    def _function_of_logp(
+        self, c: slice, z: Tensor | None, norm: Tensor, stats: TokenStats, weight_C: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Values (C,) and, where asked for, the gradient with respect to raw logits (C, V)."""
-        weight_C = self.weights_N[c] if self.gradient and self.weights_N is not None else None
-        kind = self.spec.kind
-        if kind in ("reverse_kl", "forward_kl"):
-            values, grad = self._divergence(kind, z, u, row, row.gap, weight_C)
-            return values[0], grad
-        if kind == "jsd":
-            values, _ = self._divergence(kind, z, u, row, None, None)
-            if self.spec.group:
-                vocab.sum_(self.spec.group, values)
-            grad = None
-            if weight_C is not None:
-                _, grad = self._divergence(kind, z, u, row, values[0], weight_C)
-            return (1 - self.spec.beta) * values[0] + self.spec.beta * values[1], grad
-        if kind == "topk":
-            assert z is not None and u is not None
-            return topk_divergence(self.rows, self.spec, z, u, weight_C, self.x.hidden.dtype)
-        value, slope = self._of_logprob(c, row)
+        """The same for a value that depends on the student's logits through log p(y) alone."""
+        x, logp = self.x, stats.logp_student
+        if self.spec.kind == "logprob":
+            value, slope = logp, torch.ones_like(logp)
+        else:
+            if x.advantage is None:
+                advantage_C = stats.logp_teacher - logp
+            else:
+                advantage_C = x.advantage[c].to(self.dtype)
+            old_C = None if x.old_logp is None else x.old_logp[c].to(self.dtype)
+            value, slope = policy_gradient(logp, advantage_C, old_C, *self.spec.parameters)
         if weight_C is None:
             return value, None
         assert z is not None and self.targets_N is not None
         by = torch.where(weight_C == 0, 0, weight_C * slope)
-        return value, self.rows.softmax_grad(
-            z, row.norm, -by, by, self.targets_N[c], self.spec.transform, self.x.hidden.dtype
-        )
-
-    def _divergence(self, kind, z, u, row, centre_C, weight_C):
-        return self.rows.divergence(
-            kind,
-            self.spec.beta,
-            z,
-            u,
-            row.norm,
-            centre_C,
-            weight_C,
-            self.spec.transform,
-            self.x.hidden.dtype,
-        )
-
-    def _of_logprob(self, c: slice, row: RowStats) -> tuple[Tensor, Tensor]:
-        """A function of log p(y) alone, and its derivative."""
-        if self.spec.kind == "logprob":
-            return row.logp, torch.ones_like(row.logp)
-        old_C = None if self.x.old_logp is None else self.x.old_logp[c].to(self.dtype)
-        if self.x.advantage is not None:
-            advantage_C = self.x.advantage[c].to(self.dtype)
-        else:
-            assert row.hindsight_logp is not None
-            advantage_C = row.hindsight_logp - row.logp
-        return policy_gradient(row.logp, advantage_C, old_C, self.spec.clip)
+        targets, dtype = self.targets_N[c], x.student_hidden.dtype
+        return value, self.rows.softmax_grad(self.spec, z, norm, -by, by, targets, dtype)
 
     def _accumulate(self, c: slice, grad_CV: Tensor) -> None:
         """dH = G W, dW += G^T H, db += sum G."""
         x, out = self.x, self.result
-        if self.wanted.hidden:
-            out.dhidden[c] = hidden_gradient(grad_CV, x.weight, self.dtype)
-        if self.wanted.weight:
-            add_weight_gradient(out.dweight, grad_CV, x.hidden[c])
-        if self.wanted.bias:
+        if out.dhidden.numel():
+            out.dhidden[c] = hidden_gradient(grad_CV, x.lm_head_weight, self.dtype)
+        if out.dweight.numel():
+            add_weight_gradient(out.dweight, grad_CV, x.student_hidden[c])
+        if out.dbias.numel():
             out.dbias.add_(grad_CV.sum(0, dtype=self.dtype))
-
-    def _new_buffer(self, rows: int) -> Tensor:
-        """Rows of logits whose starts are aligned, whatever the vocabulary."""
-        return self.x.hidden.new_empty((rows, -(-self.vocabulary // 8) * 8), dtype=self.dtype)
-
-    def _buffer(self, rows: int) -> Tensor:
-        return self.buffer[:rows, : self.vocabulary]
 
 
 def policy_gradient(
-    logp_C: Tensor, advantage_C: Tensor, old_logp_C: Tensor | None, clip: float
+    logp_C: Tensor,
+    advantage_C: Tensor,
+    old_logp_C: Tensor | None,
+    ppo_clip: float,
+    importance_clip: float,
 ) -> tuple[Tensor, Tensor]:
-    """``reference.policy_gradient`` and its derivative in log p; ``clip`` as in ``Spec``."""
-    if not clip:
+    """``reference.policy_gradient`` and its derivative in log p; a clip of 0 is none."""
+    if not ppo_clip and not importance_clip:
         return -advantage_C * logp_C, -advantage_C
     assert old_logp_C is not None
     ratio_C = (logp_C - old_logp_C).exp()
-    if clip < 0:
-        slope_C = -ratio_C.clamp(max=-clip) * advantage_C
+    if importance_clip:
+        slope_C = -ratio_C.clamp(max=importance_clip) * advantage_C
         return slope_C * logp_C, slope_C
     free_C = ratio_C * advantage_C
-    clipped_C = ratio_C.clamp(1 - clip, 1 + clip) * advantage_C
+    clipped_C = ratio_C.clamp(1 - ppo_clip, 1 + ppo_clip) * advantage_C
     return -torch.minimum(free_C, clipped_C), torch.where(free_C <= clipped_C, -free_C, 0)
 
 
-def _chunk_rows(x: Inputs, word_bytes: float, spec: Spec) -> int:
+def _chunk_rows(x: Inputs, spec: Spec, bytes_per_row: float) -> int:
     """Tokens of a chunk: as many as the budget allows, but at least one, and chunks of one size.
 
-    Ranks must agree on it, however uneven their shards: it is reckoned for an even one.
+    All ranks must use the same chunk size, so it is computed from an even shard.
     """
-    n, vocabulary = x.hidden.shape[0], x.weight.shape[0]
+    n, vocabulary = x.student_hidden.shape[0], x.lm_head_weight.shape[0]
     if spec.group:
         vocabulary = -(-spec.total // vocab.size(spec.group))
-    most = max(1, int(spec.chunk_bytes / (word_bytes * max(1, vocabulary))))
+    most = max(1, int(spec.chunk_bytes / (bytes_per_row * max(1, vocabulary))))
     return max(1, -(-n // -(-n // most))) if n else 1
 
 
-def _row_operations(path: str):
-    if path == "torch":
-        return torch_rows
-    from . import rows_triton as triton_rows
+def _row_operations(impl: str):
+    if impl == "torch":
+        return rows_torch
+    from . import rows_triton  # Triton is optional
 
-    return triton_rows
+    return rows_triton
 
 
 def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:

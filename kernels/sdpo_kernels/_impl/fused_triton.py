@@ -1,14 +1,14 @@
-"""Statistics of one stream straight from hidden states: a matrix product and an online softmax in
-one Triton kernel. Logits live in registers only; forward only.
+"""Statistics of one stream straight from hidden states: a matmul and an online softmax in one
+Triton kernel. Logits live in registers only; forward only.
 
-Shapes: N tokens, V rows of the head, D hidden size, R tiles of the vocabulary.
-A persistent grid walks over (tokens, vocabulary) tiles of the product, tokens first within a group,
-so that a group's hidden states and head rows stay in the L2 cache. A tile ends as four float32
+Shapes: N tokens, V rows of the lm_head, D hidden size, R tiles of the vocabulary.
+A persistent grid walks over (tokens, vocabulary) tiles of the matmul, tokens first within a group,
+so that a group's hidden states and lm_head rows stay in the L2 cache. A tile ends as four float32
 numbers per token (see ``partials``): 16 N R bytes instead of 4 N V. Tiles are loaded by tensor
 descriptors (TMA on Hopper and later) where the rows' strides allow it.
 Oracle: reference.py.
 """
-# a launch's num_warps and num_stages are not among the kernel's parameters
+# launch options are not among a kernel's parameters
 # pyright: reportCallIssue=false
 
 import functools
@@ -20,11 +20,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import partials
-from .options import Transform
-from .rows_triton import on_device
-from .tiles import transform as transformed
-from .tiles import weighted
-from .tuning import fused_tiles, multiprocessors
+from .options import Spec
+from .rows_triton import on_device, transformed, weighted
+from .tuning import FP_FUSION, fused_tiles, multiprocessors
 
 GROUP = 8
 """Token tiles that share a vocabulary tile while it is in the cache."""
@@ -85,28 +83,28 @@ def fused_stats_kernel(
             z += tl.load(bias_ptr + columns, mask=columns < vocabulary, other=0.0)[None, :]
         z = transformed(z, cap, temperature, CAP, SCALE)
         z = tl.where((columns < vocabulary)[None, :], z, float("-inf"))
-        m = tl.max(z, 1)
+        # (tiles, fields, tokens); each field is stored as soon as it is known, to free registers
+        out = out_ptr + tile_v.to(tl.int64) * 4 * tokens + rows
         if TARGETS:
             target = tl.load(targets_ptr + rows, mask=rows < tokens, other=-1)
             y = tl.max(tl.where(columns[None, :] == target[:, None], z, float("-inf")), 1)
         else:
             y = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        tl.store(out + 3 * tokens, y, mask=rows < tokens)
+        m = tl.max(z, 1)
+        tl.store(out, m, mask=rows < tokens)
         z -= tl.where(m == float("-inf"), 0.0, m)[:, None]
         e = tl.exp(z)
-        # (tiles, fields, tokens)
-        out = out_ptr + tile_v.to(tl.int64) * 4 * tokens + rows
-        tl.store(out, m, mask=rows < tokens)
         tl.store(out + tokens, tl.sum(e, 1), mask=rows < tokens)
         tl.store(out + 2 * tokens, tl.sum(weighted(e, z), 1), mask=rows < tokens)
-        tl.store(out + 3 * tokens, y, mask=rows < tokens)
 
 
 def stream_stats(
+    spec: Spec,
     hidden_ND: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
     targets_N: Tensor | None,
-    transform: Transform,
 ) -> Tensor:
     """Partials (4, N) of one stream, float32.
 
@@ -124,7 +122,7 @@ def stream_stats(
     hidden_ND, weight_VD = (
         x if x.stride(1) == 1 else x.contiguous() for x in (hidden_ND, weight_VD)
     )
-    tiles = fused_tiles(device, hidden_ND.element_size(), transform.softcap != 0)
+    tiles = fused_tiles(device, hidden_ND.element_size())
     count = triton.cdiv(v, tiles.vocabulary)
     out = torch.empty((count, partials.SINGLE, n), device=device)
     block_h, block_w = [tiles.tokens, tiles.hidden], [tiles.vocabulary, tiles.hidden]
@@ -142,27 +140,28 @@ def stream_stats(
             d,
             hidden_ND.stride(0),
             weight_VD.stride(0),
-            transform.softcap,
-            transform.temperature,
+            spec.softcap,
+            spec.temperature,
             TARGETS=targets_N is not None,
             BIAS=bias_V is not None,
-            CAP=transform.softcap != 0,
-            SCALE=transform.temperature != 1,
+            CAP=spec.softcap != 0,
+            SCALE=spec.temperature != 1,
             DESCRIPTORS=by_descriptor,
-            UPCAST=not hidden_ND.is_cuda,  # the interpreter's bf16 products are wrong
+            UPCAST=not hidden_ND.is_cuda,  # the interpreter's bf16 matmuls are wrong
             GROUP=GROUP,
             BLOCK_N=tiles.tokens,
             BLOCK_V=tiles.vocabulary,
             BLOCK_D=tiles.hidden,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
+            **FP_FUSION,
         )
     return partials.merge(out)
 
 
 def _describable(x: Tensor) -> bool:
     """Whether TMA can address it: a Hopper GPU or later, and rows that start at 16-byte boundaries.
-    Not float32, whose exact products then spill."""
+    Not float32, whose exact matmuls then spill."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
     return aligned and x.element_size() == 2 and _has_tma(x.device)
 

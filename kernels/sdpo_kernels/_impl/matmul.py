@@ -1,10 +1,9 @@
-"""The matrix products between hidden states, logits and gradients, with float32 results.
+"""The matmuls between hidden states, logits and gradients, with float32 results.
 
-Shapes: C tokens of a chunk, V rows of the head, D hidden size. Half-precision operands are
-multiplied as they are where the device has such a product with a float32 result. CPUs have none:
-there logits are products of operands cast a few rows of the head at a time, and bfloat16 gradients,
-which are rounded anyway, come out of bfloat16 products. float64 stays float64. To be called with
-autocast off.
+Shapes: C tokens of a chunk, V rows of the lm_head, D hidden size. Half-precision operands are
+multiplied as they are where the device has such a matmul with a float32 result. CPUs have none:
+there logits come from operands cast a few rows of the lm_head at a time, and bfloat16 gradients,
+which are rounded anyway, from bfloat16 matmuls. float64 stays float64. Call with autocast off.
 """
 
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 HEAD_ROWS = 4096
-"""Rows of a half-precision head that are cast to float32 at a time, where the device has no product
+"""Rows of a half-precision lm_head that are cast to float32 at a time, on devices without a matmul
 of half-precision operands with a float32 result."""
 
 
@@ -22,7 +21,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _half_products(x: Tensor) -> bool:
+def _half_matmuls(x: Tensor) -> bool:
     """The CPU multiplies such operands no slower than float32."""
     return x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -51,7 +50,7 @@ def hidden_gradient(grad_CV: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> T
         return grad_CV @ weight_VD
     if weight_VD.is_cuda:
         return torch.mm(grad_CV.to(weight_VD.dtype), weight_VD, out_dtype=dtype)
-    if grad_CV.dtype == weight_VD.dtype and _half_products(weight_VD):
+    if grad_CV.dtype == weight_VD.dtype and _half_matmuls(weight_VD):
         return grad_CV @ weight_VD
     out_CD = weight_VD.new_zeros((grad_CV.shape[0], weight_VD.shape[1]), dtype=dtype)
     for v in chunks(weight_VD.shape[0], HEAD_ROWS):
@@ -67,10 +66,18 @@ def add_weight_gradient(dweight_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) 
     elif hidden_CD.is_cuda:
         grad_CV = grad_CV.to(hidden_CD.dtype)
         torch.addmm(dweight_VD, grad_CV.T, hidden_CD, out_dtype=dtype, out=dweight_VD)
-    elif grad_CV.dtype == hidden_CD.dtype and _half_products(hidden_CD):
+    elif grad_CV.dtype == hidden_CD.dtype and _half_matmuls(hidden_CD):
         for v in chunks(grad_CV.shape[1], HEAD_ROWS):
             dweight_VD[v] += grad_CV[:, v].T @ hidden_CD
     else:
         hidden_CD = hidden_CD.to(dtype)
         for v in chunks(grad_CV.shape[1], HEAD_ROWS):
             dweight_VD[v].addmm_(grad_CV[:, v].T.to(dtype), hidden_CD)
+
+
+def narrow(z_CV: Tensor, dtype: torch.dtype) -> Tensor:
+    """(C, V) of ``dtype`` in the memory of (C, V) logits, each row at its row's start."""
+    if dtype == z_CV.dtype or not z_CV.shape[1]:
+        return z_CV.to(dtype)
+    rows = z_CV.as_strided((z_CV.shape[0], z_CV.stride(0)), (z_CV.stride(0), 1))
+    return rows.view(dtype)[:, : z_CV.shape[1]]

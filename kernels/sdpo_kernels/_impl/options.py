@@ -1,4 +1,5 @@
-"""The vocabulary of choices shared by all paths: what is computed, from which logits, and how."""
+"""What a call computes, from which tensors and how: the keyword arguments that users pass
+(``Options``), the tensors (``Inputs``) and everything else (``Spec``)."""
 
 from typing import Literal, NamedTuple, TypedDict, get_args
 
@@ -6,74 +7,96 @@ from torch import Tensor
 
 from ..vocab_parallel import VocabShard
 
-Kind = Literal["logprob", "sampled_token", "reverse_kl", "forward_kl", "jsd", "topk"]
-"""What is computed per token; ``topk`` is a divergence over buckets, named by ``Spec.buckets``."""
-Path = Literal["auto", "reference", "torch", "triton", "fused"]
-"""How: full logits; chunks with torch operators; chunks with Triton kernels; and, where no gradient
-is asked for and one stream is read, one Triton kernel that never writes logits."""
-PATHS: tuple[str, ...] = get_args(Path)
+Impl = Literal["auto", "reference", "torch", "triton", "fused"]
+"""``reference``: full logits. ``torch`` and ``triton``: chunks of logits, with torch operators or
+Triton kernels. ``fused``: like ``triton``, but a stream that needs no gradient is read by one
+kernel that never writes logits. ``auto``: chosen by device, dtype and number of tokens."""
+IMPLS: tuple[str, ...] = get_args(Impl)
+DIFFERENTIABLE = ("student_hidden", "lm_head_weight", "bias")
+PER_TOKEN = ("student_hidden", "teacher_hidden", "targets", "old_logp", "advantage")
 
 
 class Options(TypedDict, total=False):
     """Keyword arguments that all public functions share."""
 
     mask: Tensor | None
-    """(N,) bool; False rows have value, statistics and gradient 0 whatever they hold. In host
-    memory, such rows cost nothing; on a GPU, where their number is not known without waiting for
-    it, their products are still computed."""
+    """(N,) bool; rows where it is False have value, statistics and gradient 0 whatever they hold.
+    With a mask in host memory they cost nothing; with one on the GPU, where their number is not
+    known without waiting for the device, their matmuls are still computed."""
     bias: Tensor | None
-    """(V,) of the policy's head, of any floating dtype; differentiable."""
-    hindsight_bias: Tensor | None
-    """(V,) of the hindsight's head, where that is not the policy's."""
+    """(V,) bias of the student's lm_head, of any floating dtype; differentiable."""
+    teacher_bias: Tensor | None
+    """(V,) bias of the teacher's lm_head, if the teacher has its own."""
     temperature: float
-    """> 0, divides the logits of both streams. 1."""
+    """Divides the logits of both streams; > 0. Default 1."""
     softcap: float | None
-    """Logits become softcap * tanh(logits / softcap) before the temperature divides. None."""
+    """Logits become softcap * tanh(logits / softcap) before the temperature divides them."""
     shard: VocabShard | None
-    """This rank's rows of a head that is split over a process group; see ``VocabShard``."""
+    """This rank's rows of an lm_head that is split over a process group; see ``VocabShard``."""
     chunk_bytes: int | None
-    """float32 logits, of both streams, that may be alive at once, in bytes; with a shard, those of
-    an even one. None: by device."""
-    path: Path
-    """Forces a way to compute it; see ``Path``. "auto"."""
+    """Upper limit for the float32 logits, of both streams, that are alive at once, in bytes. With a
+    shard, the size of an even shard counts. None: a default for the device."""
+    impl: Impl
+    """Forces an implementation; see ``Impl``. Default "auto"."""
 
 
-class Transform(NamedTuple):
-    """softcap tanh(x / softcap) / temperature. A softcap of 0 is none."""
+class Inputs(NamedTuple):
+    """The tensors of a call: N tokens, V rows of the lm_head, hidden sizes D and D'."""
 
-    temperature: float = 1.0
-    softcap: float = 0.0
+    student_hidden: Tensor
+    """(N, D)"""
+    lm_head_weight: Tensor
+    """(V, D)"""
+    teacher_hidden: Tensor | None = None
+    """(N, D')"""
+    teacher_lm_head_weight: Tensor | None = None
+    """(V, D'); None: the student's lm_head and bias."""
+    bias: Tensor | None = None
+    """(V,)"""
+    teacher_bias: Tensor | None = None
+    """(V,)"""
+    targets: Tensor | None = None
+    """(N,) token ids."""
+    old_logp: Tensor | None = None
+    """(N,) log-probabilities of the targets when they were sampled."""
+    advantage: Tensor | None = None
+    """(N,); None: computed from the two streams."""
+    mask: Tensor | None = None
+    """(N,) bool"""
 
-    @property
-    def identity(self) -> bool:
-        return self.temperature == 1 and not self.softcap
-
-
-IDENTITY = Transform()
+    def map_tokens(self, function) -> "Inputs":
+        """``function`` applied to every tensor that has a row per token; without the mask."""
+        changed = {
+            name: function(x) for name in PER_TOKEN if (x := getattr(self, name)) is not None
+        }
+        return self._replace(mask=None, **changed)
 
 
 class Spec(NamedTuple):
     """Everything about a call that is not a tensor; the types are those of operator schemas."""
 
     kind: str
-    path: str
-    beta: float = 0.5
-    """Of JSD."""
-    clip: float = 0.0
-    """Of the ratio to the sampler, > 0: PPO's; < 0: truncated importance weights; 0: none."""
+    """"logprob", "sampled_token" or a divergence of ``rows_torch.FORMULAS``."""
+    impl: str = "auto"
+    parameters: list[float] = []
+    """The kind's own numbers: (beta,) of the JSD; (ppo_clip, importance_clip) of the sampled token,
+    0 for none."""
     k: int = 0
-    buckets: str = "reverse_kl"
-    """The divergence over top-K buckets."""
-    support: str = "policy"
-    """Whose top K."""
+    """> 0: the divergence is taken over the k likeliest tokens and one bucket for all others."""
+    support: str = "student"
+    """Whose k likeliest tokens: "student" or "teacher"."""
     temperature: float = 1.0
     softcap: float = 0.0
+    """0: none."""
     chunk_bytes: int = 0
     group: str = ""
-    """Name of the tensor-parallel process group; empty: the whole vocabulary is here."""
+    """Name of the tensor-parallel process group; empty if this rank holds the whole vocabulary."""
     start: int = 0
+    """First row of the vocabulary that this rank holds."""
     total: int = 0
+    """Rows of the whole vocabulary."""
 
     @property
-    def transform(self) -> Transform:
-        return Transform(self.temperature, self.softcap)
+    def paired(self) -> bool:
+        """Whether both streams' logits are needed at once."""
+        return self.kind not in ("logprob", "sampled_token")

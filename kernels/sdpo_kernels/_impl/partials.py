@@ -2,13 +2,13 @@
 
 Shapes: R ranges (tiles, or tensor-parallel ranks), F fields, C tokens.
 
-  of one stream         m = max z, s = sum e^(z-m), t = sum e^(z-m) (z-m), y = z at the target
-  of the pair, at last  c = sum e^(z-m) ((z-u) - (m-n)), n = max u, so that a difference of level
-                        between the streams' logits does not take its digits
+  one stream       m = max z, s = sum e^(z-m), t = sum e^(z-m) (z-m), y = z at the target
+  a pair, at last  c = sum e^(z-m) ((z-u) - (m-n)), n = max u, so that a difference of level
+                   between the streams' logits does not cost digits
 
 The target's logit is -inf where another range holds it. Ranges merge in any order and grouping, so
 the same ``merge`` serves tiles of a kernel and ranks of a process group.
-Oracle: tests/kernels/test_partials.py splits a vocabulary anywhere.
+Oracle: tests/sdpo_kernels/test_shard.py splits a vocabulary anywhere.
 """
 
 from typing import NamedTuple
@@ -20,20 +20,18 @@ SINGLE, PAIR = 4, 9
 """Number of fields F: (m, s, t, y) of one stream; of both streams, and c."""
 
 
-class RowStats(NamedTuple):
-    """Statistics of C tokens, each (C,), in nats. The hindsight's are None for a single stream."""
+class TokenStats(NamedTuple):
+    """Detached statistics of both distributions, each (N,), in nats.
 
-    norm: Tensor
-    """(2, C), or (4, C) for a pair: the maximum logit and log sum e^(z - max), whose sum is the
-    log-sum-exp; apart they keep the digits that a large maximum would take."""
-    lse: Tensor
-    entropy: Tensor
-    logp: Tensor
-    hindsight_lse: Tensor | None = None
-    hindsight_entropy: Tensor | None = None
-    hindsight_logp: Tensor | None = None
-    gap: Tensor | None = None
-    """sum p ((z - u) - (max z - max u)), under the policy."""
+    ``logp_*`` are the log-probabilities of the targets; NaN if no targets were given.
+    """
+
+    logp_student: Tensor
+    logp_teacher: Tensor
+    entropy_student: Tensor
+    entropy_teacher: Tensor
+    lse_student: Tensor
+    lse_teacher: Tensor
 
 
 def merge(parts_RFC: Tensor) -> Tensor:
@@ -45,8 +43,8 @@ def merge(parts_RFC: Tensor) -> Tensor:
     if parts_RFC.shape[1] == PAIR:
         _merge_stream(parts_RFC[:, 4:8], out[4:8])
         offset_RC = (parts_RFC[:, 0] - parts_RFC[:, 4]) - (out[0] - out[4])
-        c_RC = parts_RFC[:, 8] + _product(parts_RFC[:, 1], offset_RC)
-        out[8] = _product(scale_RC, c_RC).sum(0)
+        c_RC = parts_RFC[:, 8] + _times(parts_RFC[:, 1], offset_RC)
+        out[8] = _times(scale_RC, c_RC).sum(0)
     return out
 
 
@@ -57,24 +55,32 @@ def _merge_stream(parts_R4C: Tensor, out_4C: Tensor) -> Tensor:
     scale_RC = shift_RC.exp()
     out_4C[0] = m_C
     out_4C[1] = (scale_RC * s_RC).sum(0)
-    out_4C[2] = _product(scale_RC, t_RC + _product(s_RC, shift_RC)).sum(0)
+    out_4C[2] = _times(scale_RC, t_RC + _times(s_RC, shift_RC)).sum(0)
     out_4C[3] = y_RC.amax(0)
     return scale_RC
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _times(a: Tensor, b: Tensor) -> Tensor:
     """a b, and 0 where a is 0, whatever b."""
     return torch.where(a == 0, 0, a * b)
 
 
-def finish(merged_FC: Tensor) -> RowStats:
-    """The whole vocabulary's partials -> statistics."""
+def finish(merged_FC: Tensor) -> tuple[Tensor, Tensor, TokenStats]:
+    """The whole vocabulary's partials -> (norm, gap, statistics).
+
+    norm: (2, C), or (4, C) for a pair: the maximum logit and log sum e^(z - max), whose sum is the
+    log-sum-exp; apart they keep the digits that a large maximum would take.
+    gap: (C,), sum p ((z - u) - (max z - max u)) under the student; 0 for a single stream, as are
+    the teacher's statistics.
+    """
     norm, lse, entropy, logp = _finish_stream(merged_FC[:4])
     if merged_FC.shape[0] == SINGLE:
-        return RowStats(norm, lse, entropy, logp)
-    other, *others = _finish_stream(merged_FC[4:8])
+        nothing = torch.zeros_like(lse)
+        return norm, nothing, TokenStats(logp, nothing, entropy, nothing, lse, nothing)
+    other_norm, other_lse, other_entropy, other_logp = _finish_stream(merged_FC[4:8])
     gap = merged_FC[8] / merged_FC[1]
-    return RowStats(torch.cat([norm, other]), lse, entropy, logp, *others, gap=gap)
+    stats = TokenStats(logp, other_logp, entropy, other_entropy, lse, other_lse)
+    return torch.cat([norm, other_norm]), gap, stats
 
 
 def _finish_stream(merged_4C: Tensor) -> tuple[Tensor, ...]:

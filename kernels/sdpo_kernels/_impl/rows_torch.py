@@ -1,13 +1,14 @@
 """Operations on rows of logits in memory, by torch operators: any device, float32 and float64.
 
 Shapes: C tokens of a chunk, V columns (the vocabulary, or this rank's shard of it).
-The contract is shared with ``triton_rows``, which does the same in one kernel each:
+``rows_triton`` has the same three functions as one kernel each:
 
-  stats        logits -> partials; afterwards the buffers hold the *transformed* logits
-  divergence   both logits and row statistics -> values; the gradient replaces the policy's logits
-  softmax_grad logits and row statistics -> a p + b onehot(y), in the logits' place
+  stats         logits -> partials; afterwards the buffers hold the *transformed* logits
+  divergence    both logits and row statistics -> sums; the gradient replaces the student's logits
+  softmax_grad  logits and row statistics -> a p + b onehot(y), in the logits' place
 
-A few rows are worked on at a time, so that temporaries stay in the cache and cost no memory.
+A few rows are processed at a time, so that temporaries stay in the cache and cost no memory.
+``FORMULAS`` has the divergences: docs/adding-an-objective.md.
 """
 
 from collections.abc import Iterator
@@ -15,20 +16,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .options import Transform
+from .matmul import narrow
+from .options import Spec
 from .partials import PAIR, SINGLE
 
 BLOCK_ELEMENTS = 2**18
-"""Logits worked on at a time: with their temporaries a few MB, of the order of an L2 cache."""
+"""Logits processed at a time: with their temporaries a few MB, about the size of an L2 cache."""
 
 
 def stats(
+    spec: Spec,
     z_CV: Tensor,
     u_CV: Tensor | None,
     targets_C: Tensor | None,
-    transform: Transform,
     bias_V: Tensor | None = None,
-    hindsight_bias_V: Tensor | None = None,
+    teacher_bias_V: Tensor | None = None,
 ) -> Tensor:
     """Partials (F, C) of raw logits, which are transformed in place.
 
@@ -37,23 +39,23 @@ def stats(
     """
     out = z_CV.new_empty((SINGLE if u_CV is None else PAIR, z_CV.shape[0]))
     for r in _blocks(z_CV):
-        z = _transform_(z_CV[r], transform, bias_V)
+        z = _transform_(spec, z_CV[r], bias_V)
         targets = None if targets_C is None else targets_C[r]
         e = _stream_stats(z, targets, out[:4, r])
         if u_CV is not None:
-            u = _transform_(u_CV[r], transform, hindsight_bias_V)
+            u = _transform_(spec, u_CV[r], teacher_bias_V)
             _stream_stats(u, targets, out[4:8, r])
             out[8, r] = _dot(e, (z - u).sub_((out[0, r] - out[4, r])[:, None]))
     return out
 
 
-def _transform_(x: Tensor, transform: Transform, bias_V: Tensor | None) -> Tensor:
+def _transform_(spec: Spec, x: Tensor, bias_V: Tensor | None) -> Tensor:
     if bias_V is not None:
         x += bias_V
-    if transform.softcap:
-        x.div_(transform.softcap).tanh_().mul_(transform.softcap)
-    if transform.temperature != 1:
-        x /= transform.temperature
+    if spec.softcap:
+        x.div_(spec.softcap).tanh_().mul_(spec.softcap)
+    if spec.temperature != 1:
+        x /= spec.temperature
     return x
 
 
@@ -71,42 +73,44 @@ def _stream_stats(x: Tensor, targets: Tensor | None, out_4C: Tensor) -> Tensor:
 
 
 def divergence(
-    kind: str,
-    beta: float,
+    spec: Spec,
     z_CV: Tensor,
     u_CV: Tensor,
     norm_4C: Tensor,
     centre_C: Tensor | None,
     weight_C: Tensor | None,
-    transform: Transform,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """Values (1, C), or (2, C) for JSD: KL(p || m) and KL(q || m), of these columns only; and
-    where weights are given ``weight * d value / d raw logits`` (C, V) in ``grad_dtype``, in the
-    logits' memory.
+    """Sums over these columns and, given weights, ``weight * d value / d raw logits`` (C, V) in
+    ``grad_dtype``, in the logits' memory.
 
     Args:
         z_CV, u_CV: transformed logits.
-        norm_4C: see ``RowStats.norm``.
-        centre_C: what centres the gradient: ``RowStats.gap`` for reverse KL, KL(p || m) for JSD.
+        norm_4C: see ``partials.finish``.
+        centre_C: what centres the gradient: ``gap`` of ``partials.finish``, or, for a divergence of
+            ``TWO_PASSES``, the second sum over the whole vocabulary, from a first call without it.
+
+    Returns:
+        sums: (1, C): the value; or (2, C): the value, and what centres the gradient.
     """
-    values = z_CV.new_empty((2 if kind == "jsd" else 1, z_CV.shape[0]))
+    sums = z_CV.new_empty((2 if spec.kind in TWO_PASSES else 1, z_CV.shape[0]))
     out_CV = None if weight_C is None else narrow(z_CV, grad_dtype)
     for r in _blocks(z_CV):
         z, u = z_CV[r], u_CV[r]
         norm = norm_4C[:, r, None].unbind()
         centre = None if centre_C is None else centre_C[r, None]
         found = None
-        if kind != "jsd" and z.device.type == "cpu":  # elsewhere, to look at d is to wait for it
-            found = _moderate_kl(kind, z, u, norm, centre)
-        values[:, r], grad = found or _divergence(kind, beta, z, u, norm, centre)
+        # elsewhere, to look at d is to wait for the device
+        if spec.kind in ("reverse_kl", "forward_kl") and z.device.type == "cpu":
+            found = _moderate_kl(spec.kind, z, u, norm, centre)
+        sums[:, r], grad = found or _evaluate(spec, z, u, norm, centre)
         if out_CV is not None:
             assert weight_C is not None
             grad.mul_(weight_C[r, None])
             if found is None:  # an infinite value has no gradient, but a weight of 0 silences it
                 grad.masked_fill_(weight_C[r, None] == 0, 0)
-            out_CV[r] = _through_transform_(grad, z, transform)
-    return values, out_CV
+            out_CV[r] = _through_transform_(spec, grad, z)
+    return sums, out_CV
 
 
 def _moderate_kl(kind: str, z, u, norm, centre) -> tuple[Tensor, Tensor] | None:
@@ -120,7 +124,7 @@ def _moderate_kl(kind: str, z, u, norm, centre) -> tuple[Tensor, Tensor] | None:
         return None
     expm1 = torch.expm1(d)
     if kind == "reverse_kl":
-        # of e^d - 1 - d >= 0 only roundings are negative
+        # e^d - 1 - d >= 0: only rounding makes it negative
         value = (expm1 - d).clamp_(min=0).mul_(p).sum(-1)
         grad = gap if centre is None else gap.sub_(centre).mul_(p)
     else:
@@ -130,41 +134,62 @@ def _moderate_kl(kind: str, z, u, norm, centre) -> tuple[Tensor, Tensor] | None:
     return (value[None], grad) if torch.isfinite(value).all() else None
 
 
-def _divergence(kind: str, beta: float, z, u, norm, centre) -> tuple[Tensor, Tensor]:
-    """Values (1 or 2, C) and gradient (C, V), wherever they are defined."""
+def _evaluate(spec: Spec, z, u, norm, centre) -> tuple[Tensor, Tensor]:
+    """Sums (1 or 2, C) and gradient (C, V), wherever they are defined."""
     m, log_s, n, log_r = norm
+    # z - u, like m - n, is exact where the two almost agree
     gap = (z - u).sub_(m - n)
     p, q = (z - m).sub_(log_s).exp_(), (u - n).sub_(log_r).exp_()
-    # log q - log p: z - u, like m - n, is exact where the two almost agree
     d = (log_s - log_r) - gap
     d.masked_fill_((p == 0) & (q == 0), 0)
-    # q - p loses every digit where the two agree; expm1 of the non-positive exponent keeps them
+    # q - p loses every digit where the two agree; expm1 of a non-positive number keeps them
     expm1 = torch.expm1(-d.abs())
     difference = torch.where(d < 0, p, -q).mul_(expm1)
-    if kind == "reverse_kl":
-        grad = gap if centre is None else _weighted(p, gap - centre)
-        return _excess(p, d, difference).sum(-1)[None], grad
-    if kind == "forward_kl":
-        return _excess(q, -d, -difference).sum(-1)[None], -difference
+    *sums, grad = FORMULAS[spec.kind](p, q, d, gap, expm1, difference, centre, *spec.parameters)
+    return torch.stack(sums), grad
+
+
+def _reverse_kl(p, q, d, gap, expm1, difference, centre) -> tuple[Tensor, ...]:
+    grad = gap if centre is None else weighted(p, gap - centre)
+    return excess(p, d, difference).sum(-1), grad
+
+
+def _forward_kl(p, q, d, gap, expm1, difference, centre) -> tuple[Tensor, ...]:
+    return excess(q, -d, -difference).sum(-1), -difference
+
+
+def _jsd(p, q, d, gap, expm1, difference, centre, beta: float) -> tuple[Tensor, ...]:
     # log m - log p and log m - log q, from the non-positive exponent again
     half = torch.log1p(torch.where(d < 0, beta * expm1, (1 - beta) * expm1))
     to_p, to_q = half + d.clamp(min=0), half + (-d).clamp(min=0)
-    value = torch.stack(
-        [
-            _excess(p, to_p, beta * difference).sum(-1),
-            _excess(q, to_q, (beta - 1) * difference).sum(-1),
-        ]
-    )
-    return value, to_p if centre is None else _weighted(p, to_p + centre).mul_(beta - 1)
+    kl_p = excess(p, to_p, beta * difference).sum(-1)
+    kl_q = excess(q, to_q, (beta - 1) * difference).sum(-1)
+    grad = to_p if centre is None else weighted(p, to_p + centre).mul_(beta - 1)
+    return (1 - beta) * kl_p + beta * kl_q, kl_p, grad
+
+
+FORMULAS = {"reverse_kl": _reverse_kl, "forward_kl": _forward_kl, "jsd": _jsd}
+"""Divergence -> a function of blocks of rows, (C, V), that returns its value (C,), for
+``TWO_PASSES`` the sum that centres its gradient (C,), and the gradient in the logits (C, V).
+
+  p, q        probabilities of student and teacher
+  d           log q - log p
+  gap         (z - u) - (max z - max u)
+  expm1       e^-|d| - 1
+  difference  q - p without cancellation
+  centre      (C, 1), or None, when the gradient is not needed yet
+"""
+TWO_PASSES = {"jsd"}
+"""Divergences whose gradient needs a sum over the whole vocabulary that ``partials`` lack."""
 
 
 def softmax_grad(
+    spec: Spec,
     z_CV: Tensor,
     norm_2C: Tensor,
     a_C: Tensor,
     b_C: Tensor | None,
     targets_C: Tensor | None,
-    transform: Transform,
     grad_dtype: torch.dtype,
 ) -> Tensor:
     """a p + b onehot(y) with respect to raw logits, (C, V) in ``grad_dtype``, in the memory of
@@ -177,50 +202,43 @@ def softmax_grad(
             assert targets_C is not None
             at = torch.where(targets_C[r] >= 0, b_C[r], 0)[:, None]
             grad.scatter_add_(1, targets_C[r].clamp(min=0)[:, None], at)
-        out_CV[r] = _through_transform_(grad, z, transform)
+        out_CV[r] = _through_transform_(spec, grad, z)
     return out_CV
 
 
-def narrow(z_CV: Tensor, dtype: torch.dtype) -> Tensor:
-    """(C, V) of ``dtype`` in the memory of (C, V) logits, each row at its row's start."""
-    if dtype == z_CV.dtype or not z_CV.shape[1]:
-        return z_CV.to(dtype)
-    rows = z_CV.as_strided((z_CV.shape[0], z_CV.stride(0)), (z_CV.stride(0), 1))
-    return rows.view(dtype)[:, : z_CV.shape[1]]
-
-
-def transform_grad(z: Tensor, transform: Transform) -> Tensor | float:
+def transform_grad(spec: Spec, z: Tensor) -> Tensor | float:
     """d z / d raw, from the transformed logits z."""
-    if not transform.softcap:
-        return 1 / transform.temperature
-    tanh = z * (transform.temperature / transform.softcap)
-    return (1 - tanh * tanh) / transform.temperature
+    if not spec.softcap:
+        return 1 / spec.temperature
+    tanh = z * (spec.temperature / spec.softcap)
+    return (1 - tanh * tanh) / spec.temperature
 
 
-def _through_transform_(grad: Tensor, z: Tensor, transform: Transform) -> Tensor:
-    return grad if transform.identity else _weighted(grad, transform_grad(z, transform))
+def _through_transform_(spec: Spec, grad: Tensor, z: Tensor) -> Tensor:
+    plain = spec.temperature == 1 and not spec.softcap
+    return grad if plain else weighted(grad, transform_grad(spec, z))
 
 
-def _excess(p: Tensor, d: Tensor, difference: Tensor) -> Tensor:
-    """p (e^d - 1 - d) >= 0, given difference = p (e^d - 1); 0 where p is 0 and so is e^d p."""
+def excess(p: Tensor, d: Tensor, difference: Tensor) -> Tensor:
+    """p (e^d - 1 - d) >= 0, given difference = p (e^d - 1); 0 where p and e^d p are 0."""
     # by its series where the difference would lose more digits than the series' end
     small = 0.03 if d.dtype == torch.float64 else 0.3
     series = d * d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d / 720))))
-    return torch.where(d.abs() < small, p * series, difference - _weighted(p, d))
+    return torch.where(d.abs() < small, p * series, difference - weighted(p, d))
 
 
-def _weighted(p: Tensor, x: Tensor | float) -> Tensor:
+def weighted(p: Tensor, x: Tensor | float) -> Tensor:
     """p x, and 0 where p is 0, whatever x."""
     return (p * x).masked_fill_(p == 0, 0)
 
 
 def _dot(p: Tensor, x: Tensor) -> Tensor:
-    """sum p x over columns, where p = 0 counts as nothing, whatever x."""
+    """sum p x over columns; p = 0 contributes nothing, whatever x."""
     if p.device.type == "cpu":  # elsewhere, to look at the result is to wait for it
         total = (p * x).sum(-1)
         if torch.isfinite(total).all():
             return total
-    return _weighted(p, x).sum(-1)
+    return weighted(p, x).sum(-1)
 
 
 def _blocks(x_CV: Tensor) -> Iterator[slice]:

@@ -1,4 +1,5 @@
-"""Operations on rows of logits in memory, one Triton kernel each. The contract is ``torch_rows``'s.
+"""Operations on rows of logits in memory, one Triton kernel each: ``rows_torch``'s functions, in
+float32, and the @triton.jit helpers that ``fused_triton`` shares.
 
 Shapes: C tokens of a chunk, V columns. One program reads one row, left to right, in blocks; offsets
 of rows are int64. Bytes per logit: stats reads 4 (and writes 4 where logits are transformed), the
@@ -8,8 +9,8 @@ A bf16 gradient is left in the float32 logits' memory: block k of a row is read 
 [4kB, 4(k+1)B) and written at [2kB, 2(k+1)B), behind everything yet to be read. Warps of a program
 drift apart, so a barrier stands between a block's loads and its stores.
 """
-# a launch's num_warps and num_stages are not among the kernel's parameters
-# pyright: reportCallIssue=false
+# launch options are not among a kernel's parameters, and no argument is a tl.constexpr
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 import contextlib
 
@@ -18,21 +19,90 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .options import Transform
+from .matmul import narrow
+from .options import Spec
 from .partials import PAIR, SINGLE
-from .rows_torch import narrow
-from .tiles import (
-    excess,
-    expm1_nonpositive,
-    log1p,
-    online,
-    transform_grad,
-    weighted,
-)
-from .tiles import transform as transformed
 from .tuning import row_tiles
 
-KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
+
+@triton.jit
+def expm1_nonpositive(x):
+    """e^x - 1 for x <= 0: its series where the difference would lose digits."""
+    series = x * (
+        1.0 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720)))))
+    )
+    return tl.where(x > -0.3, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def tanh(x):
+    """To an ulp or two, with Cephes' polynomial for float32 where 1 - 2 / (e^2x + 1) cancels."""
+    y = x * x
+    series = 1.33314422036e-1 + y * (
+        -5.37397155531e-2 + y * (2.06390887954e-2 - y * 5.70498872745e-3)
+    )
+    series = x + x * (y * (-3.33332819422e-1 + y * series))
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = 1.0 - 2.0 * e / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.625, series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def transformed(x, cap, temperature, CAP: tl.constexpr, SCALE: tl.constexpr):
+    """cap tanh(x / cap) / temperature."""
+    if CAP:
+        x = cap * tanh(x / cap)
+    if SCALE:
+        x = x / temperature
+    return x
+
+
+@triton.jit
+def transform_grad(z, cap, temperature, CAP: tl.constexpr, SCALE: tl.constexpr):
+    """d z / d raw, from the transformed logits z."""
+    one = tl.full(z.shape, 1.0, tl.float32)
+    if CAP:
+        t = z * (temperature / cap)
+        one = 1.0 - t * t
+    if SCALE:
+        one = one / temperature
+    return one
+
+
+@triton.jit
+def weighted(p, x):
+    """p x, and 0 where p is 0, whatever x."""
+    return tl.where(p == 0, 0.0, p * x)
+
+
+@triton.jit
+def online(m, s, t, x):
+    """Partials (m, s, t) of one row, scalars, with a block x of more logits; -inf is none.
+
+    Returns them, e^(x - m), and what sums under the old maximum are to be scaled by.
+    """
+    new_m = tl.maximum(m, tl.max(x, 0))
+    base = tl.where(new_m == float("-inf"), 0.0, new_m)
+    shift = tl.where(s == 0, 0.0, m - base)
+    scale = tl.exp(shift)
+    e = tl.exp(x - base)
+    t = scale * (t + s * shift) + tl.sum(weighted(e, x - base), 0)
+    s = scale * s + tl.sum(e, 0)
+    return new_m, s, t, e, scale
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x > -1: the rounding of 1 + x is divided out again."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
+
+
+@triton.jit
+def excess(p, d, difference):
+    """p (e^d - 1 - d) >= 0, given difference = p (e^d - 1); 0 where p is 0 and so is e^d p."""
+    series = d * d * (0.5 + d * (1.0 / 6 + d * (1.0 / 24 + d * (1.0 / 120 + d * (1.0 / 720)))))
+    return tl.where(tl.abs(d) < 0.3, p * series, difference - weighted(p, d))
 
 
 @triton.jit
@@ -40,7 +110,7 @@ def stats_kernel(
     z_ptr,
     u_ptr,
     bias_ptr,
-    hindsight_bias_ptr,
+    teacher_bias_ptr,
     targets_ptr,
     out_ptr,
     tokens,
@@ -52,13 +122,14 @@ def stats_kernel(
     PAIRED: tl.constexpr,
     TARGETS: tl.constexpr,
     BIAS: tl.constexpr,
-    HINDSIGHT_BIAS: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr,
     CAP: tl.constexpr,
     SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * z_stride
+    out_ptr += row
     m = float("-inf")
     s = 0.0
     t = 0.0
@@ -80,10 +151,13 @@ def stats_kernel(
         y = tl.where(here, transformed(y, cap, temperature, CAP, SCALE), float("-inf"))
         if PAIRED:
             x = tl.load(u_ptr + target, mask=here, other=float("-inf"))
-            if HINDSIGHT_BIAS:
-                x += tl.load(hindsight_bias_ptr + target, mask=here, other=0.0)
+            if TEACHER_BIAS:
+                x += tl.load(teacher_bias_ptr + target, mask=here, other=0.0)
             x = tl.where(here, transformed(x, cap, temperature, CAP, SCALE), float("-inf"))
         tl.debug_barrier()
+    tl.store(out_ptr + 3 * tokens, y)
+    if PAIRED:
+        tl.store(out_ptr + 7 * tokens, x)
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocabulary
@@ -99,66 +173,88 @@ def stats_kernel(
         m, s, t, e, scale = online(m, s, t, z)
         if PAIRED:
             u = tl.load(u_ptr + columns, mask=inside, other=float("-inf"))
-            if HINDSIGHT_BIAS:
-                u += tl.load(hindsight_bias_ptr + columns, mask=inside, other=0.0)
+            if TEACHER_BIAS:
+                u += tl.load(teacher_bias_ptr + columns, mask=inside, other=0.0)
             if CAP or SCALE:
                 u = tl.where(inside, transformed(u, cap, temperature, CAP, SCALE), float("-inf"))
-            if HINDSIGHT_BIAS or CAP or SCALE:
+            if TEACHER_BIAS or CAP or SCALE:
                 tl.store(u_ptr + columns, u, mask=inside)
             n, r, w, _, _ = online(n, r, w, u)
             c = scale * (c + weighted(before, offset - (m - n)))
             c += tl.sum(weighted(e, (z - u) - (m - n)), 0)
-    out_ptr += row
     tl.store(out_ptr, m)
     tl.store(out_ptr + tokens, s)
     tl.store(out_ptr + 2 * tokens, t)
-    tl.store(out_ptr + 3 * tokens, y)
     if PAIRED:
         tl.store(out_ptr + 4 * tokens, n)
         tl.store(out_ptr + 5 * tokens, r)
         tl.store(out_ptr + 6 * tokens, w)
-        tl.store(out_ptr + 7 * tokens, x)
         tl.store(out_ptr + 8 * tokens, c)
 
 
 def stats(
+    spec: Spec,
     z_CV: Tensor,
     u_CV: Tensor | None,
     targets_C: Tensor | None,
-    transform: Transform,
     bias_V: Tensor | None = None,
-    hindsight_bias_V: Tensor | None = None,
+    teacher_bias_V: Tensor | None = None,
 ) -> Tensor:
-    """See ``torch_rows.stats``."""
+    """See ``rows_torch.stats``."""
     tokens, vocabulary = z_CV.shape
     paired = u_CV is not None
     out = z_CV.new_empty((PAIR if paired else SINGLE, tokens))
     u = z_CV if u_CV is None else u_CV
-    block, warps = row_tiles(vocabulary)
+    tiles = row_tiles(vocabulary)
     with on_device(z_CV):
         stats_kernel[(tokens,)](
             z_CV,
             u,
             _or(bias_V, z_CV),
-            _or(hindsight_bias_V, z_CV),
+            _or(teacher_bias_V, z_CV),
             _or(targets_C, z_CV),
             out,
             tokens,
             vocabulary,
             z_CV.stride(0),
             u.stride(0),
-            transform.softcap,
-            transform.temperature,
+            spec.softcap,
+            spec.temperature,
             PAIRED=paired,
             TARGETS=targets_C is not None,
             BIAS=bias_V is not None,
-            HINDSIGHT_BIAS=hindsight_bias_V is not None,
-            CAP=transform.softcap != 0,
-            SCALE=transform.temperature != 1,
-            BLOCK=block,
-            num_warps=warps,
+            TEACHER_BIAS=teacher_bias_V is not None,
+            CAP=spec.softcap != 0,
+            SCALE=spec.temperature != 1,
+            **tiles,
         )
     return out
+
+
+@triton.jit
+def _reverse_kl(p, q, d, gap, expm1, difference, centre, beta):
+    return excess(p, d, difference), 0.0, weighted(p, gap - centre)
+
+
+@triton.jit
+def _forward_kl(p, q, d, gap, expm1, difference, centre, beta):
+    return excess(q, -d, -difference), 0.0, -difference
+
+
+@triton.jit
+def _jsd(p, q, d, gap, expm1, difference, centre, beta):
+    half = log1p(tl.where(d < 0, beta, 1.0 - beta) * expm1)
+    to_p = half + tl.maximum(d, 0.0)
+    kl_p = excess(p, to_p, beta * difference)
+    kl_q = excess(q, half + tl.maximum(-d, 0.0), (beta - 1.0) * difference)
+    value = (1.0 - beta) * kl_p + beta * kl_q
+    return value, kl_p, (beta - 1.0) * weighted(p, to_p + centre)
+
+
+FORMULAS = {"reverse_kl": _reverse_kl, "forward_kl": _forward_kl, "jsd": _jsd}
+"""``rows_torch.FORMULAS`` for a block of one row: terms of the value, terms of the sum that centres
+the gradient (0.0 unless in ``TWO_PASSES``), and the gradient."""
+TWO_PASSES = {"jsd"}
 
 
 @triton.jit
@@ -169,7 +265,7 @@ def divergence_kernel(
     norm_ptr,
     centre_ptr,
     weight_ptr,
-    values_ptr,
+    sums_ptr,
     tokens,
     vocabulary,
     z_stride,
@@ -178,7 +274,9 @@ def divergence_kernel(
     beta,
     cap,
     temperature,
-    KIND: tl.constexpr,
+    FORMULA: tl.constexpr,
+    TWO_PASSES: tl.constexpr,
+    CENTRE: tl.constexpr,
     GRAD: tl.constexpr,
     NARROW: tl.constexpr,
     CAP: tl.constexpr,
@@ -198,10 +296,10 @@ def divergence_kernel(
     if GRAD:
         grad_ptr += row * grad_stride
         weight = tl.load(weight_ptr + row)
-        if KIND != 1:
+        if CENTRE:
             centre = tl.load(centre_ptr + row)
     value = tl.zeros((BLOCK,), tl.float32)
-    other = tl.zeros((BLOCK,), tl.float32)
+    second = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocabulary
@@ -214,18 +312,10 @@ def divergence_kernel(
         d = tl.where((p == 0) & (q == 0), 0.0, (log_s - log_r) - gap)
         expm1 = expm1_nonpositive(-tl.abs(d))
         difference = tl.where(d < 0, p, -q) * expm1
-        if KIND == 0:
-            value += excess(p, d, difference)
-            grad = weighted(p, gap - centre)
-        elif KIND == 1:
-            value += excess(q, -d, -difference)
-            grad = -difference
-        else:
-            half = log1p(tl.where(d < 0, beta, 1.0 - beta) * expm1)
-            to_p = half + tl.maximum(d, 0.0)
-            value += excess(p, to_p, beta * difference)
-            other += excess(q, half + tl.maximum(-d, 0.0), (beta - 1.0) * difference)
-            grad = (beta - 1.0) * weighted(p, to_p + centre)
+        of_value, of_second, grad = FORMULA(p, q, d, gap, expm1, difference, centre, beta)
+        value += of_value
+        if TWO_PASSES:
+            second += of_second
         if GRAD:
             if CAP or SCALE:
                 grad = weighted(grad, transform_grad(z, cap, temperature, CAP, SCALE))
@@ -234,27 +324,26 @@ def divergence_kernel(
             # an infinite value has no gradient, but a weight of 0 silences it
             grad = tl.where(weight == 0, 0.0, grad * weight)
             tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=inside)
-    tl.store(values_ptr + row, tl.sum(value, 0))
-    if KIND == 2:
-        tl.store(values_ptr + tokens + row, tl.sum(other, 0))
+    tl.store(sums_ptr + row, tl.sum(value, 0))
+    if TWO_PASSES:
+        tl.store(sums_ptr + tokens + row, tl.sum(second, 0))
 
 
 def divergence(
-    kind: str,
-    beta: float,
+    spec: Spec,
     z_CV: Tensor,
     u_CV: Tensor,
     norm_4C: Tensor,
     centre_C: Tensor | None,
     weight_C: Tensor | None,
-    transform: Transform,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    """See ``torch_rows.divergence``; the gradient is in ``grad_dtype``."""
+    """See ``rows_torch.divergence``."""
     tokens, vocabulary = z_CV.shape
-    values = z_CV.new_empty((2 if kind == "jsd" else 1, tokens))
+    two_passes = spec.kind in TWO_PASSES
+    sums = z_CV.new_empty((2 if two_passes else 1, tokens))
     grad = None if weight_C is None else narrow(z_CV, grad_dtype)
-    block, warps = row_tiles(vocabulary)
+    tiles = row_tiles(vocabulary)
     with on_device(z_CV):
         divergence_kernel[(tokens,)](
             z_CV,
@@ -263,24 +352,25 @@ def divergence(
             norm_4C,
             _or(centre_C, z_CV),
             _or(weight_C, z_CV),
-            values,
+            sums,
             tokens,
             vocabulary,
             z_CV.stride(0),
             u_CV.stride(0),
             0 if grad is None else grad.stride(0),
-            beta,
-            transform.softcap,
-            transform.temperature,
-            KIND=KINDS[kind],
+            spec.parameters[0] if spec.parameters else 0.0,
+            spec.softcap,
+            spec.temperature,
+            FORMULA=FORMULAS[spec.kind],
+            TWO_PASSES=two_passes,
+            CENTRE=centre_C is not None,
             GRAD=grad is not None,
             NARROW=grad_dtype != z_CV.dtype,
-            CAP=transform.softcap != 0,
-            SCALE=transform.temperature != 1,
-            BLOCK=block,
-            num_warps=warps,
+            CAP=spec.softcap != 0,
+            SCALE=spec.temperature != 1,
+            **tiles,
         )
-    return values, grad
+    return sums, grad
 
 
 @triton.jit
@@ -329,18 +419,18 @@ def softmax_grad_kernel(
 
 
 def softmax_grad(
+    spec: Spec,
     z_CV: Tensor,
     norm_2C: Tensor,
     a_C: Tensor,
     b_C: Tensor | None,
     targets_C: Tensor | None,
-    transform: Transform,
     grad_dtype: torch.dtype,
 ) -> Tensor:
-    """See ``torch_rows.softmax_grad``; the gradient is in ``grad_dtype``."""
+    """See ``rows_torch.softmax_grad``."""
     tokens, vocabulary = z_CV.shape
     grad = narrow(z_CV, grad_dtype)
-    block, warps = row_tiles(vocabulary)
+    tiles = row_tiles(vocabulary)
     with on_device(z_CV):
         softmax_grad_kernel[(tokens,)](
             z_CV,
@@ -353,14 +443,13 @@ def softmax_grad(
             vocabulary,
             z_CV.stride(0),
             grad.stride(0),
-            transform.softcap,
-            transform.temperature,
+            spec.softcap,
+            spec.temperature,
             TARGETS=b_C is not None,
             NARROW=grad_dtype != z_CV.dtype,
-            CAP=transform.softcap != 0,
-            SCALE=transform.temperature != 1,
-            BLOCK=block,
-            num_warps=warps,
+            CAP=spec.softcap != 0,
+            SCALE=spec.temperature != 1,
+            **tiles,
         )
     return grad
 

@@ -1,7 +1,8 @@
-"""Block sizes and the choice of a path: tables over device and shape, nothing is timed at run time.
+"""Block sizes and the choice of an implementation, by device and shape; nothing is timed at run
+time.
 
-Chosen by counting bytes and registers (`python -m benchmarks.resources` shows the compiler's
-account); not yet measured on a GPU.
+Chosen by counting bytes and registers (`python -m benchmarks.resources` prints what the compiler
+reports); not yet measured on a GPU.
 """
 
 import functools
@@ -13,29 +14,19 @@ import torch
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 """It is not on every platform."""
 
-
-class Choice(NamedTuple):
-    """The path of calls on a kind of device, from so many tokens on; the first that fits."""
-
-    device: str
-    path: str
-    min_tokens: int = 0
-    half: bool = False
-    """Only for half-precision inputs."""
-    statistics: bool = False
-    """Only where one stream is read at a time and no gradient is asked for."""
-
-
-PATHS = (
-    # float32 products that are exact run far from the tensor cores' speed: cuBLAS's are better
-    Choice("cuda", "fused", min_tokens=64, half=True, statistics=True),
-    Choice("cuda", "triton"),
-)
-"""Everything else: torch."""
+FUSED_MIN_TOKENS = 64
 
 CHUNK_BYTES = {"cuda": 2560 * 2**20, "cpu": 192 * 2**20}
 """Logits alive at once, by device. On a GPU, 2048 tokens of two streams at V = 151,936: enough that
-adding to the head's float32 gradient (8 V D bytes a chunk) stays well under the product itself."""
+adding to the lm_head's float32 gradient (8 V D bytes a chunk) takes far less time than the matmul
+itself."""
+
+ROW_BLOCK, ROW_WARPS, ROW_REGISTERS = 2048, 8, 128
+"""Logits of a row that a program processes at a time, 8 per thread, and the registers a thread may
+have: two programs to a multiprocessor. Without a limit ptxas aims at more of them, and spills."""
+
+FP_FUSION = {"enable_fp_fusion": True}
+"""Fused multiply-adds: Triton's default until 3.10, here whatever the release."""
 
 
 class FusedTiles(NamedTuple):
@@ -49,26 +40,24 @@ class FusedTiles(NamedTuple):
 
 
 FUSED = {
-    (8, False): FusedTiles(128, 128, 32, warps=8, stages=3),
-    (9, False): FusedTiles(128, 128, 64, warps=8, stages=4),
-    (10, False): FusedTiles(128, 128, 64, warps=8, stages=4),
-    (10, True): FusedTiles(128, 64, 64, warps=8, stages=3),
+    8: FusedTiles(128, 128, 32, warps=8, stages=3),
+    9: FusedTiles(128, 128, 64, warps=8, stages=4),
+    10: FusedTiles(128, 128, 64, warps=8, stages=4),
 }
-"""By major compute capability, and whether the head has a softcap where that needs other tiles to
-stay clear of spills. Float32 operands take half the hidden units."""
-
-ROW_BLOCK, ROW_WARPS = 2048, 8
-"""Logits of a row that a program works on at a time: 8 per thread."""
+"""Tiles by major compute capability. Float32 operands take half the hidden units."""
 
 
-def choose_path(device: torch.device, dtype: torch.dtype, tokens: int, statistics: bool) -> str:
-    """The path of ``auto``: a row of ``PATHS``, or torch where Triton is not there or cannot."""
-    if dtype != torch.float64 and HAS_TRITON:
-        for row in PATHS:
-            fits = row.device == device.type and tokens >= row.min_tokens
-            if fits and statistics >= row.statistics and (dtype.itemsize == 2) >= row.half:
-                return row.path
-    return "torch"
+def choose_impl(device: torch.device, dtype: torch.dtype, tokens: int, statistics: bool) -> str:
+    """What ``impl="auto"`` stands for.
+
+    Args:
+        statistics: one stream is read at a time, and no gradient is asked for.
+    """
+    if device.type != "cuda" or dtype == torch.float64 or not HAS_TRITON:
+        return "torch"
+    # exact float32 matmuls run far from the tensor cores' speed: cuBLAS is better at them
+    fused = statistics and dtype.itemsize == 2 and tokens >= FUSED_MIN_TOKENS
+    return "fused" if fused else "triton"
 
 
 def chunk_bytes(device: torch.device) -> int:
@@ -76,24 +65,26 @@ def chunk_bytes(device: torch.device) -> int:
     return CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
 
 
-def row_tiles(vocabulary: int) -> tuple[int, int]:
-    """(block, warps) of the kernels that read rows of logits."""
+def row_tiles(vocabulary: int) -> dict[str, int]:
+    """Block size and launch options of the kernels that read rows of logits."""
     block = min(ROW_BLOCK, max(128, 1 << (vocabulary - 1).bit_length()))
-    return block, max(1, block * ROW_WARPS // ROW_BLOCK)
+    warps = max(1, block * ROW_WARPS // ROW_BLOCK)
+    # Triton for AMD has no such option
+    limit = {} if torch.version.hip else {"maxnreg": ROW_REGISTERS}
+    return {"BLOCK": block, "num_warps": warps, **limit, **FP_FUSION}
 
 
 @functools.cache
-def fused_tiles(device: torch.device, itemsize: int, softcap: bool) -> FusedTiles:
+def fused_tiles(device: torch.device, itemsize: int) -> FusedTiles:
     """Tiles of the fused kernel; small ones where it is interpreted on a CPU."""
     if device.type != "cuda":
         return FusedTiles(16, 32, 16, warps=4, stages=1)
-    return fused_tiles_of(torch.cuda.get_device_capability(device)[0], itemsize, softcap)
+    return fused_tiles_for(torch.cuda.get_device_capability(device)[0], itemsize)
 
 
-def fused_tiles_of(major: int, itemsize: int, softcap: bool) -> FusedTiles:
-    """Tiles by major compute capability: those of the newest one known that is not newer."""
-    known = max((m for m, _ in FUSED if m <= major), default=8)
-    tiles = FUSED.get((known, softcap), FUSED[known, False])
+def fused_tiles_for(major: int, itemsize: int) -> FusedTiles:
+    """Tiles for a major compute capability: those of the newest known one that is not newer."""
+    tiles = FUSED[max((known for known in FUSED if known <= major), default=8)]
     return tiles if itemsize == 2 else tiles._replace(hidden=tiles.hidden // 2)
 
 
