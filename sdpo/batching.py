@@ -23,8 +23,8 @@ from binpacking.to_constant_volume import to_constant_volume
 from torch import Tensor
 
 from sdpo_parallel.engine import ROW_MULTIPLE
-from sdpo_parallel.errors import SdpoError
 
+from .errors import SdpoError
 from .hindsight import Encoded
 
 

@@ -27,6 +27,8 @@ from sdpo_kernels import (
     linear_sampled_token,
 )
 
+from .errors import SdpoError
+
 
 class Streams(NamedTuple):
     """Hidden states (N, D) of both passes at the response, their lm_heads (V, D), and y (N,).
@@ -72,9 +74,9 @@ class Objective:
 
     def __post_init__(self):
         if self.ignore_first < 0:
-            raise ValueError(f"ignore_first must not be negative, got {self.ignore_first}")
+            raise SdpoError(f"ignore_first must not be negative, got {self.ignore_first}")
         if self.chunk_bytes is not None and self.chunk_bytes < 1:
-            raise ValueError(f"chunk_bytes must be positive, got {self.chunk_bytes}")
+            raise SdpoError(f"chunk_bytes must be positive, got {self.chunk_bytes}")
 
     def per_token(self, streams: Streams, layout: Layout, common: Common) -> Divergence:
         """The kernel's call: its ``loss`` is the micro-batch's."""
@@ -95,13 +97,13 @@ class SampledToken(Objective):
     def __post_init__(self):
         super().__post_init__()
         if self.ppo_clip is not None and self.importance_clip is not None:
-            raise ValueError(
+            raise SdpoError(
                 "ppo_clip and importance_clip both correct for the sampling policy: set one of them"
             )
         for name in ("ppo_clip", "importance_clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+                raise SdpoError(f"{name} must be positive, got {value}")
 
     @property
     def needs_old_logprobs(self) -> bool:
@@ -110,7 +112,7 @@ class SampledToken(Objective):
 
     def per_token(self, streams: Streams, layout: Layout, common: Common) -> Divergence:
         if self.needs_old_logprobs and layout.old_logp_N is None:
-            raise ValueError(
+            raise SdpoError(
                 "ppo_clip and importance_clip need the log-probabilities that the responses were "
                 "sampled with: give every interaction completion_token_ids and "
                 "completion_logprobs, or leave the clips unset"
@@ -152,7 +154,7 @@ class JSD(Objective):
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.beta < 1:
-            raise ValueError(
+            raise SdpoError(
                 f"beta must lie strictly between 0 and 1, got {self.beta}: its limits are the "
                 "recipes forward-kl (0) and reverse-kl (1)"
             )
@@ -183,7 +185,7 @@ def total_loss(objective: Objective, streams: Streams, layout: Layout) -> tuple[
     the logits exist: four matmuls of N V D instead of six.
 
     Raises:
-        ValueError: a clip needs the sampling policy's log-probabilities, which are missing.
+        SdpoError: a clip needs the sampling policy's log-probabilities, which are missing.
     """
     common = Common(
         targets=streams.targets,

@@ -4,6 +4,7 @@ Imports torch, and Triton where it is installed, and nothing else of this projec
 other people's trainers too. ``sdpo_kernels._impl`` is private; kernels/README.md has the maths.
 """
 
+from ._impl.tuning import chunk_bytes as default_chunk_bytes
 from .divergence import Divergence, TokenStats, linear_forward_kl, linear_jsd, linear_reverse_kl
 from .logprob import LogProb, linear_logprob
 from .sampled_token import linear_sampled_token
@@ -15,6 +16,7 @@ __all__ = [
     "LogProb",
     "TokenStats",
     "VocabShard",
+    "default_chunk_bytes",
     "linear_forward_kl",
     "linear_jsd",
     "linear_logprob",

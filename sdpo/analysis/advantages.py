@@ -81,7 +81,7 @@ class Reader:
             members = [waiting.popleft() for _ in batch.lengths]
             batch = batch.to(self.device)
             stats = score(self.model, batch)
-            passes = [stats.logp_policy, stats.logp_hindsight]
+            passes = [stats.logp_student, stats.logp_teacher]
             for prompts in zip(*(others for _, others in members), strict=True):
                 pairs = [(p, e.response) for p, (e, _) in zip(prompts, members, strict=True)]
                 rows = pack(pairs, self.packing.row_tokens)

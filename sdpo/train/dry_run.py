@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sdpo_kernels._impl import tuning
+from sdpo_kernels import default_chunk_bytes
 from sdpo_parallel.config import Frozen, ParallelConfig
 from sdpo_parallel.huggingface import load_tokenizer
 from sdpo_parallel.memory import USABLE, Load, ModelShape, estimate, host_bytes
@@ -64,7 +64,7 @@ def load_of(config: TrainConfig, sample: Sequence[Encoded] = ()) -> Load:
         response_tokens=round(tokens * response / (prompt + response)),
         row_tokens=min(max(b.row_tokens, longest), tokens),
         max_tokens=config.max_tokens,
-        chunk_bytes=config.objective.chunk_bytes or tuning.CHUNK_BYTES["cuda"],
+        chunk_bytes=config.objective.chunk_bytes or default_chunk_bytes(torch.device("cuda")),
     )
 
 
