@@ -143,7 +143,7 @@ def test_outliers_of_both_tails():
 
 
 def test_the_ends_of_the_share():
-    """0: alike whoever's follow-up it is; 1: nothing in common."""
+    """0: the same whichever follow-up is read; 1: nothing in common."""
     a, b = np.array([1.0, -2.0, 0.0, 0.0]), np.array([0.0, 0.0, 3.0, -1.0])
 
     def of(own, other):

@@ -193,7 +193,7 @@ def test_other_data_and_other_scores_are_told(data, run, trace, tmp_path):
 
 
 def test_a_run_from_a_tainted_export_is_named(data, run, trace, tmp_path, capsys):
-    """Of its own data nothing is traced, but it began where the first had read it."""
+    """Nothing of its own data is traced, but it began where the first had read it."""
     child = tmp_path / "child"
     shutil.copytree(run, child)
     shutil.rmtree(child / "checkpoints")

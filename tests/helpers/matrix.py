@@ -63,7 +63,7 @@ def reference(c: dict) -> str:
 
 
 def tolerance(c: dict) -> float:
-    """Of losses and gradient norms: bfloat16 rounds every sum of a layer another way."""
+    """Tolerance of losses and gradient norms: bfloat16 rounds every sum of a layer differently."""
     return 1e-2 if c.get("compute_dtype") == "bfloat16" else 1e-5
 
 

@@ -25,7 +25,7 @@ from sdpo_parallel.torchtitan.engine import TorchtitanEngine
 
 
 def local_bytes(tensors) -> int:
-    """Of this rank; storages that several tensors share count once."""
+    """This rank's bytes; storages that several tensors share count once."""
     storages = {}
     for t in tensors:
         if t is not None:

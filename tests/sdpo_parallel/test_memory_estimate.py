@@ -123,17 +123,17 @@ def estimated(c: Case) -> dict[str, int]:
 
 
 def error(c: Case) -> float:
-    """Of the total, relative to the measured peak."""
+    """Relative error of the total allowed next to the measured peak."""
     return estimated(c)["total"] / measured(c)["total"] - 1
 
 
 @pytest.mark.parametrize("name", some(CASES, "selective", "2 shards", "tensor"))
 def test_the_estimate_is_what_is_measured(name):
     c = CASES[name]
-    counted, reckoned = measured(c), estimated(c)
+    counted, estimate = measured(c), estimated(c)
     for part in ("parameters", "gradients", "optimizer"):
-        assert reckoned[part] == pytest.approx(counted[part], rel=0.01), part
-    assert reckoned["total"] == pytest.approx(counted["total"], rel=TOLERANCE)
+        assert estimate[part] == pytest.approx(counted[part], rel=0.01), part
+    assert estimate["total"] == pytest.approx(counted["total"], rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", some(["none", "full", "2 shards"], "none"))

@@ -73,7 +73,7 @@ class Store:
 
 
 def test_the_ranks_behind_are_those_that_others_wait_for(monkeypatch):
-    """Of 4 answering ranks, one still gathers data while three wait in their passes."""
+    """Four ranks answer: one still gathers data while three wait in their passes."""
     store, watches = Store(), []
     for rank in range(4):
         watch = Watchdog(0, rank, 4)

@@ -161,7 +161,7 @@ def tensor_parallel_rank(rank: int, folders: list[str], store: str) -> None:
     dims.build_mesh()
     context = dist_utils.get_spmd_context(parallel_dims=dims, spmd_typechecking=True)
     for folder in folders:
-        courses = []
+        trajectories = []
         for liger in (False, True):
             module = titan_model(folder, liger, lambda module: module.parallelize(dims))
             torch.manual_seed(0)
@@ -170,9 +170,9 @@ def tensor_parallel_rank(rank: int, folders: list[str], store: str) -> None:
             with context():
                 annotate_input_spmd_types(dims, tokens, labels, {"positions": positions})
                 logits = module(tokens, positions=positions, attention_masks=masks)
-            courses.append(trajectory(module, logits))
-        assert courses[0]["logits"].shape == (48, 224)  # half of the vocabulary
-        assert_equal(courses[1], courses[0])
+            trajectories.append(trajectory(module, logits))
+        assert trajectories[0]["logits"].shape == (48, 224)  # half of the vocabulary
+        assert_equal(trajectories[1], trajectories[0])
     torch.distributed.destroy_process_group()
 
 
@@ -204,7 +204,7 @@ def modeling(monkeypatch):
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 def test_transformers_model_computes_the_same(kind, checkpointing, models, modeling):
     tokens, positions = packed_rows(2)
-    module, courses = modeling(kind), []
+    module, trajectories = modeling(kind), []
     for liger in (False, True):
         model = AutoModelForCausalLM.from_pretrained(models(kind))
         if liger:
@@ -219,8 +219,8 @@ def test_transformers_model_computes_the_same(kind, checkpointing, models, model
         assert ("LigerRMSNorm" in names) == ("LigerSwiGLUMLP" in names) == liger, names
         assert type(model).forward == model.forward.__func__  # no loss of Liger's
         logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
-        courses.append(trajectory(model, logits))
-    assert_equal(courses[1], courses[0])
+        trajectories.append(trajectory(model, logits))
+    assert_equal(trajectories[1], trajectories[0])
 
 
 def test_liger_that_is_missing_or_has_no_gpu_is_said_so(models, monkeypatch):
