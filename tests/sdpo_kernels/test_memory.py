@@ -5,7 +5,7 @@ import sys
 
 from helpers.environment import ENV
 
-SIZES = "N, V, D, CHUNK = 4096, 50257, 256, 64 * 2**20"
+SIZES = "N, V, D, CHUNK = 1024, 50257, 256, 64 * 2**20"
 WIDE = "N, V, D, CHUNK = 64, 50257, 512, 8 * 2**20"
 """A head's gradient that is far larger than the logits."""
 SCRIPT = """
@@ -80,6 +80,6 @@ def test_the_backward_holds_one_copy_of_the_heads_gradient_beside_the_gradient_i
     assert extra < kept + 2 * chunk, (extra / kept, chunk)
 
 
-def test_plain_torch_needs_gigabytes():
-    extra, _ = measure("float32", "plain")
-    assert extra > 2 * 2**30, extra
+def test_plain_torch_needs_many_times_as_much():
+    extra, chunk = measure("float32", "plain")
+    assert extra > 8 * chunk, extra
