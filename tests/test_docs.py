@@ -13,6 +13,8 @@ from sdpo.cli import COMMANDS, main
 from sdpo.data.cli import COMMANDS as DATA_COMMANDS
 
 ROOT = Path(__file__).parents[1]
+PLACES = (ROOT, ROOT / "kernels", ROOT / "parallel", ROOT / "kernels" / "sdpo_kernels")
+"""Folders that documents name files from."""
 FOLDERS = (
     "*.md",
     "docs/*.md",
@@ -49,7 +51,7 @@ def test_links_lead_somewhere(page):
 def test_named_files_and_modules_exist(page):
     for span in code(page.read_text(encoding="utf-8")):
         for name in FILE.findall(span):
-            assert any((place / name).exists() for place in (ROOT, page.parent)), name
+            assert any((place / name).exists() for place in (*PLACES, page.parent)), name
         if page.name != "CHANGELOG.md":  # which names what has gone, too
             for name in MODULE.findall(span):
                 assert _exists(name), name
