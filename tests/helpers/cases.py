@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from helpers import interpreter
 from sdpo_kernels import (
     linear_forward_kl,
     linear_jsd,
@@ -14,6 +15,8 @@ from sdpo_kernels import (
     linear_sampled_token,
     linear_topk_divergence,
 )
+
+interpreter.mend()
 
 
 class Problem(NamedTuple):
