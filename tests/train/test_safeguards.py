@@ -74,25 +74,25 @@ class Store:
 
 def test_the_ranks_behind_are_those_that_others_wait_for(monkeypatch):
     """Four ranks answer: one still gathers data while three wait in their passes."""
-    store, watches = Store(), []
+    store, watchdogs = Store(), []
     for rank in range(4):
-        watch = Watchdog(0, rank, 4)
-        watch.seconds, watch._store = 60.0, store
-        watch.beat(7, PHASES[0] if rank == 2 else PHASES[1])
-        watch._tell()
-        watches.append(watch)
-    answering = list(watches)
-    monkeypatch.setattr("time.sleep", lambda _: [w._tell() for w in answering])
-    told = watches[0].message()
+        watchdog = Watchdog(0, rank, 4)
+        watchdog.seconds, watchdog._store = 60.0, store
+        watchdog.beat(7, PHASES[0] if rank == 2 else PHASES[1])
+        watchdog._report()
+        watchdogs.append(watchdog)
+    answering = list(watchdogs)
+    monkeypatch.setattr("time.sleep", lambda _: [w._report() for w in answering])
+    told = watchdogs[0].message()
     assert re.search(
         r"in step 8; ranks behind: rank 2 on .* \(step 8, data, 0 s before it\)$", told
     )
-    watches[2].beat(7, PHASES[1])
-    assert "all ranks hang in its passes phase" in watches[0].message()
-    answering.remove(watches[3])
-    assert "no longer answer: rank 3 on" in watches[0].message()
+    watchdogs[2].beat(7, PHASES[1])
+    assert "all ranks hang in its passes phase" in watchdogs[0].message()
+    answering.remove(watchdogs[3])
+    assert "no longer answer: rank 3 on" in watchdogs[0].message()
     del store.kept["sdpo/watch/3"]
-    assert "no longer answer: rank 3 (never heard of)" in watches[0].message()
+    assert "no longer answer: rank 3 (never heard of)" in watchdogs[0].message()
 
 
 IMPOSSIBLE = [
