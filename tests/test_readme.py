@@ -70,10 +70,10 @@ def test_the_kernels_example(tmp_path):
     hidden = torch.randn(6, 8, requires_grad=True)
     scope = {
         "lm_head": lm_head,
-        "hidden": hidden,
-        "hindsight_hidden": torch.randn(6, 8),
+        "student_hidden": hidden,
+        "teacher_hidden": torch.randn(6, 8),
         "targets": torch.randint(20, (6,)),
-        "weights": torch.rand(6),
+        "token_weights": torch.rand(6),
     }
     exec(example, scope)
     assert hidden.grad is not None and lm_head.weight.grad is not None

@@ -60,7 +60,7 @@ def titan_model(folder: str, liger: bool, parallelize=None) -> torch.nn.Module:
     cpu.prepare()
     from torchtitan.config import OverrideConfig, ParallelismConfig, apply_overrides
 
-    from sdpo_parallel.torchtitan.engine import spec_from_hf
+    from sdpo_parallel.torchtitan.models import spec_from_hf
     from sdpo_parallel.torchtitan.liger import OVERRIDES
 
     spec = spec_from_hf(folder)
