@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from helpers.environment import ENV
+from helpers.environment import ENV as ENV
+from helpers.torchrun import torchrun
 from sdpo.cli import main
 from sdpo.train.run_folder import read_metrics
 
@@ -43,7 +43,7 @@ def train(recipe: str, model: str, data: str, out: Path, *options: str, ranks: i
     """Run to the end; the rows of metrics.jsonl. ``ranks`` = 0: in this process."""
     argv = command(recipe, model, data, out, *options, ranks=ranks)
     if ranks:
-        result = subprocess.run(argv, env=ENV, capture_output=True, text=True)
+        result = torchrun(*argv[argv.index("sdpo.train") - 1 :], ranks=ranks)
         assert result.returncode == 0, cause(result.stderr)
     else:
         with as_alone():

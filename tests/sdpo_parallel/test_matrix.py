@@ -5,13 +5,12 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from helpers import matrix, runs, tiny
+from helpers.torchrun import torchrun
 
 WORKER = str(Path(__file__).parents[1] / "helpers" / "matrix_worker.py")
 
@@ -29,9 +28,7 @@ def train(ranks: int, cases: list[dict], models, data: str, out: Path) -> dict[s
         folder.mkdir(parents=True)
         work = {"data": data, "cases": [{**c, "model": models(c["kind"])} for c in group]}
         (folder / "cases.json").write_text(json.dumps(work))
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        argv = [sys.executable, *launch, WORKER, str(folder / "cases.json"), str(folder)]
-        result = subprocess.run(argv, env=runs.ENV, capture_output=True, text=True)
+        result = torchrun(WORKER, str(folder / "cases.json"), str(folder), ranks=ranks)
         assert result.returncode == 0, runs.cause(result.stderr)
         rows |= json.loads((folder / "rows.json").read_text())
     return rows

@@ -5,8 +5,6 @@ Sizes are chosen so that in turn layers' activations, weights and the head decid
 
 import functools
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, Qwen3Config
 
-from helpers import runs
+from helpers.torchrun import torchrun
 from sdpo_parallel import memory
 from sdpo_parallel.config import EMA, Frozen, Live, LoraConfig, ParallelConfig, TrustRegion
 from sdpo_parallel.memory import Load, ModelShape, estimate, host_bytes
@@ -95,14 +93,8 @@ def measured(c: Case) -> dict[str, int]:
     """Bytes of rank 0 by part, and the peak, as the worker counts them."""
     args = {**TASK, **dict(c.task), "parallel": dict(c.parallel), "folder": model_of(c)}
     args["out"] = tempfile.mkdtemp()
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={c.ranks}"]
     worker = str(Path(__file__).parents[1] / "helpers" / "memory_worker.py")
-    result = subprocess.run(
-        [sys.executable, *launch, worker, json.dumps(args)],
-        env=runs.ENV,
-        capture_output=True,
-        text=True,
-    )
+    result = torchrun(worker, json.dumps(args), ranks=c.ranks)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.strip().splitlines()[-1])
 

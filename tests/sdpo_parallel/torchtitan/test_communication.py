@@ -1,8 +1,6 @@
 """What a step sends: counted on real process groups."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.collectives import Collective
 from helpers import runs, tiny
+from helpers.torchrun import torchrun
 
 WORKER = str(Path(__file__).parents[2] / "helpers" / "comm_worker.py")
 
@@ -21,9 +20,7 @@ def data(tmp_path_factory) -> str:
 
 
 def collectives(model: str, data: str, *, tensor: int = 1) -> dict:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    argv = [sys.executable, *launch, WORKER, model, data, str(tensor)]
-    result = subprocess.run(argv, env=runs.ENV, capture_output=True, text=True)
+    result = torchrun(WORKER, model, data, str(tensor), ranks=2)
     assert result.returncode == 0, runs.cause(result.stderr)
     found = json.loads(result.stdout.splitlines()[-1])
     return found | {"seen": [Collective(*c) for c in found["seen"]]}
