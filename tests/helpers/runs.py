@@ -28,23 +28,39 @@ def cause(stderr: str) -> str:
     return stderr.partition("torch/distributed/elastic/multiprocessing/api.py")[0][-9000:]
 
 
+def torchrun(ranks: int) -> list[str]:
+    """argv of torchrun on one node, without what it starts."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [sys.executable, *launch]
+
+
+def output(argv: list[str]) -> str:
+    """What a command prints; it must succeed."""
+    result = subprocess.run(argv, env=ENV, capture_output=True, text=True)
+    assert result.returncode == 0, cause(result.stderr)
+    return result.stdout
+
+
+def worker(name: str, ranks: int, *arguments: str) -> str:
+    """What a script beside this file prints under torchrun."""
+    return output([*torchrun(ranks), str(Path(__file__).parent / name), *arguments])
+
+
 def command(recipe: str, model: str, data: str, out: Path, *options: str, ranks: int = 0) -> list:
     """argv of a run; ``ranks`` = 0: no torchrun."""
-    launch = ["-m", "sdpo", "train"]
-    if ranks:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        launch += ["-m", "sdpo.train"]
+    launch = [*torchrun(ranks), "-m", "sdpo.train"]
+    if not ranks:
+        launch = [sys.executable, "-m", "sdpo", "train"]
     names = ["--model", model, "--data", data, "--out", str(out)]
     small = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, *launch, recipe, *names, *small, *options]
+    return [*launch, recipe, *names, *small, *options]
 
 
 def train(recipe: str, model: str, data: str, out: Path, *options: str, ranks: int = 0) -> list:
     """Run to the end; the rows of metrics.jsonl. ``ranks`` = 0: in this process."""
     argv = command(recipe, model, data, out, *options, ranks=ranks)
     if ranks:
-        result = subprocess.run(argv, env=ENV, capture_output=True, text=True)
-        assert result.returncode == 0, cause(result.stderr)
+        output(argv)
     else:
         with as_alone():
             main(argv[argv.index("train") :])
