@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdpo_kernels import TokenStats
-from sdpo_parallel.engine import CausalModel
+from sdpo_parallel.model import CausalModel
 
 from .batching import Batch
 from .objective import Layout, Objective, SampledToken, Streams, total_loss

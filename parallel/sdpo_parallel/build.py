@@ -7,7 +7,6 @@ from torch.distributed.checkpoint.stateful import Stateful
 from .engine import Engine, EngineConfig
 from .errors import SdpoError
 from .transformers.engine import TransformersEngine
-from .transformers.engine import export_checkpoint as export_with_transformers
 
 EngineName = Literal["torchtitan", "transformers"]
 
@@ -21,9 +20,7 @@ def build_engine(name: EngineName, config: EngineConfig, state: Stateful) -> Eng
     Raises:
         SdpoError: the engine is not installed, or the config does not fit the model or the ranks.
     """
-    if name == "transformers":
-        return TransformersEngine(config, state)
-    return _torchtitan().TorchtitanEngine(config, state)
+    return _engine(name)(config, state)
 
 
 def export_checkpoint(
@@ -39,18 +36,17 @@ def export_checkpoint(
     Raises:
         SdpoError: there is no such checkpoint, it is damaged, or there are no adapters.
     """
+    _engine(name).export_checkpoint(config, step, out, adapters=adapters)
+
+
+def _engine(name: EngineName):
     if name == "transformers":
-        export_with_transformers(config, step, out, adapters=adapters)
-    else:
-        _torchtitan().export_checkpoint(config, step, out, adapters=adapters)
-
-
-def _torchtitan():
+        return TransformersEngine
     try:  # the optional extra
-        from .torchtitan import engine
+        from .torchtitan.engine import TorchtitanEngine
     except ImportError as error:
         raise SdpoError(
             f"the torchtitan engine cannot be imported ({error}): pip install 'sdpo[train]', or "
             "use --engine transformers"
         ) from error
-    return engine
+    return TorchtitanEngine

@@ -105,14 +105,12 @@ class Checkpoints:
         distributed: bool,
     ):
         self.folder, self.config = Path(run_folder) / "checkpoints", config
-        self.state = dict(state)
+        self.state: dict[str, Any] = dict(state)
         self.distributed = distributed
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
         # of its own: a background save must not mix its messages with training's
-        self.group: Any = None
-        if distributed:
-            self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if distributed else None
         self._saving: tuple[int, Future] | None = None
 
     def steps(self) -> list[int]:
@@ -130,7 +128,7 @@ class Checkpoints:
         if self.rank == 0 and set_aside:
             for partial in self.folder.glob("step-*.partial"):
                 shutil.rmtree(partial)
-        for step in reversed(self._agree(self.steps())):
+        for step in reversed(self.gather(self.steps())[0]):
             problems = self._verify(step)
             if not problems:
                 return step
@@ -142,7 +140,6 @@ class Checkpoints:
                     os.rename(self.folder / f"step-{step}", aside)
                     told += f"; set aside as {aside.name}"
                 print(f"sdpo: {told}", file=sys.stderr)
-            self._barrier()
         return None
 
     def undamaged(self, step: int | None) -> int:
@@ -166,9 +163,8 @@ class Checkpoints:
     def load(self, step: int) -> None:
         """Bring the state to where a verified checkpoint has it; what the checkpoint holds beside
         ``state`` is not read."""
-        state: dict[str, Any] = dict(self.state)
-        reader = FileSystemReader(self.folder / f"step-{step}")
-        load(state, storage_reader=reader, process_group=self.group, **self._mode())
+        reader, alone = FileSystemReader(self.folder / f"step-{step}"), not self.distributed
+        load(self.state, storage_reader=reader, process_group=self.group, no_dist=alone)
 
     def due(self, step: int) -> bool:
         """``step`` ends an interval."""
@@ -181,15 +177,15 @@ class Checkpoints:
             CheckpointError: it, or the one before it that was still under way, failed.
         """
         self.finish()
-        state: dict[str, Any] = dict(self.state)
         writer = SummedWriter(self.folder / f"step-{step}", {"step": step, **manifest})
         if self.config.asynchronous and self.distributed and not wait:
-            future = async_save(state, storage_writer=writer, process_group=self.group)
+            future = async_save(self.state, storage_writer=writer, process_group=self.group)
             assert isinstance(future, Future)
             self._saving = step, future
             return
+        alone = not self.distributed
         try:
-            save(state, storage_writer=writer, process_group=self.group, **self._mode())
+            save(self.state, storage_writer=writer, process_group=self.group, no_dist=alone)
         except FAILURES as error:
             raise self._failed(step, error) from error
         self._saved()
@@ -246,7 +242,7 @@ class Checkpoints:
             files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         except (OSError, ValueError, KeyError) as error:
             problems.append(f"{MANIFEST}: {error}")
-        files = self._agree(files)
+        files = self.gather(files)[0]
         for name in sorted(files)[self.rank :: self.world_size]:
             try:
                 found = summed(folder / name)
@@ -256,23 +252,11 @@ class Checkpoints:
             for what, then in files[name].items():
                 if found[what] != then:
                     problems.append(f"{name}: {what} {found[what]}, was {then}")
-        if not self.distributed:
-            return problems
-        every: list[Any] = [None] * self.world_size
-        dist.all_gather_object(every, problems, group=self.group)
-        return [p for ps in every for p in ps]
+        return [p for ps in self.gather(problems) for p in ps]
 
-    def _agree(self, value: Any) -> Any:
-        """The first rank's value, on every rank."""
-        if not self.distributed:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
-
-    def _mode(self) -> dict[str, Any]:
-        return {} if self.distributed else {"no_dist": True}
-
-    def _barrier(self) -> None:
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in their order, on every rank."""
+        values = [value] * self.world_size
         if self.distributed:
-            dist.barrier(group=self.group)
+            dist.all_gather_object(values, value, group=self.group)
+        return values

@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import SdpoError
+
+Attention = Literal["auto", "flex", "flex_flash", "varlen", "dense"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,11 @@ class OptimizerConfig:
                 raise SdpoError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 <= self.warmup_fraction <= 1:
             raise SdpoError(f"warmup_fraction must lie in [0, 1], got {self.warmup_fraction}")
+
+    def adamw(self) -> dict[str, Any]:
+        """Arguments of torch.optim.AdamW."""
+        names = ("lr", "betas", "eps", "weight_decay")
+        return {name: getattr(self, name) for name in names}
 
     def lr_at(self, step: int, total: int) -> float:
         """The learning rate of step ``step`` (from 0) of ``total``."""
@@ -67,7 +74,7 @@ class ParallelConfig:
     ``batch.row_tokens``, so that few versions are compiled."""
     cpu_offload: bool = False
     """Parameters, gradients and optimizer state live in host memory between their uses."""
-    attention: Literal["auto", "flex", "flex_flash", "varlen", "dense"] = "auto"
+    attention: Attention = "auto"
     """Attention of the torchtitan engine; ``auto``: chosen by device and what is installed."""
     liger: bool = False
     """RMSNorm, SwiGLU and rotary embeddings by Liger's Triton kernels; needs the liger extra."""

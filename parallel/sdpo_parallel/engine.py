@@ -1,58 +1,37 @@
-"""The seam between the method and what computes it: a model of the two passes, and its training.
+"""What the trainer needs of an engine, and what both engines do alike.
 
-``two_pass_loss`` needs a `CausalModel`; the trainer needs an `Engine`. Both engines of this package
-are built from one `EngineConfig`: ``torchtitan`` for any layout of any number of ranks,
-``transformers`` for any causal LM on one device.
+``torchtitan`` is for any layout of any number of ranks, ``transformers`` for any causal LM on one
+device.
 """
 
+import abc
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from sdpo_kernels import VocabShard
+from torch.distributed.checkpoint.stateful import Stateful
 
 from .checkpoints import Checkpoints
 from .config import (
     CheckpointConfig,
+    Frozen,
     Live,
     LoraConfig,
     OptimizerConfig,
     ParallelConfig,
     Teacher,
 )
+from .errors import SdpoError
+from .huggingface import check_finite
+from .model import ModuleModel
+from .teacher import TeacherState, reshard
 
 ROW_MULTIPLE = 128
 """Row widths are rounded up to it: the block of flex attention's masks, and few enough shapes for
 compiled kernels. Layouts that split rows need a multiple of it."""
-
-
-class LMHead(NamedTuple):
-    """``weight``: (V, D), or with a ``shard`` this rank's rows of it."""
-
-    weight: Tensor
-    shard: VocabShard | None = None
-
-
-class CausalModel(Protocol):
-    """A language model as the two passes read it."""
-
-    def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
-        """(N, D): what the lm_head reads at the flat slots ``index_N``. Documents begin wherever
-        ``positions_BT`` restarts at 0 and do not see each other."""
-        ...
-
-    def lm_head(self) -> LMHead:
-        """The weight, (V, D) or this rank's rows of it; its gradient reaches the parameter."""
-        ...
-
-    def own_responses(self, lengths: Sequence[int]) -> list[int] | None:
-        """Indices of the responses whose loss this rank computes, where several ranks read the
-        same micro-batch with responses of these lengths; None: all of them."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -95,81 +74,131 @@ class EngineConfig:
     teacher: Teacher = field(default_factory=Live)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
+    @property
+    def teacher_folder(self) -> str | None:
+        """The folder of a teacher that does not start as the policy; None: it does."""
+        return self.teacher.folder if isinstance(self.teacher, Frozen) else None
 
-class Engine(Protocol):
+
+class Engine(abc.ABC):
     """Training of one model: parameters, optimizer, teacher, checkpoints, export.
 
     A step is, for every micro-batch, ``with engine.context(): engine.backward(loss, last=...)``,
     then ``clip_gradients`` and either ``update`` or ``discard``. All ranks call the same methods in
-    the same order.
+    the same order. The methods here are those of a single rank.
+
+    Args:
+        optimizer_state: what a checkpoint holds of ``optimizer``.
+        state: saved and restored with the model (step, place in the data).
+
+    Attributes:
+        policy: the model in training.
+        teacher: the model that reads the hindsight prompt; None: the policy itself.
+        device: where micro-batches belong.
+        ranks: this process among the run's.
+        row_multiple: widths of packed rows must be multiples of it.
+        checkpoints: the run's checkpoints.
     """
 
-    @property
-    def policy(self) -> CausalModel:
-        """The model in training."""
-        ...
+    device: torch.device
+    ranks = Ranks()
+    row_multiple = ROW_MULTIPLE
+    _distributed = False
 
-    @property
-    def teacher(self) -> CausalModel | None:
-        """The model that reads the hindsight prompt; None: the policy itself."""
-        ...
+    def __init__(
+        self,
+        config: EngineConfig,
+        policy: ModuleModel,
+        teacher: TeacherState,
+        optimizer: torch.optim.Optimizer,
+        optimizer_state: Stateful,
+        state: Stateful,
+    ):
+        self.config, self.policy, self.module = config, policy, policy.module
+        self.teacher_state, self.teacher = teacher, teacher.model
+        self.optimizer = optimizer
+        parts = {"model": self.module, "optimizer": optimizer_state}
+        parts |= {"teacher": teacher, "run": state}
+        self.checkpoints = Checkpoints(
+            config.run_folder, config.checkpoint, parts, distributed=self._distributed
+        )
 
-    @property
-    def device(self) -> torch.device:
-        """Where micro-batches belong."""
-        ...
+    @staticmethod
+    @abc.abstractmethod
+    def build_policy(config: EngineConfig) -> ModuleModel:
+        """The model to train; ``load`` completes its weights."""
 
-    @property
-    def ranks(self) -> Ranks:
-        """This process among the run's."""
-        ...
+    @staticmethod
+    @abc.abstractmethod
+    def export_policy(
+        policy: Any, config: EngineConfig, folder: str, *, adapters: bool = False
+    ) -> None:
+        """See ``export``."""
 
-    @property
-    def row_multiple(self) -> int:
-        """Widths of packed rows must be multiples of it."""
-        ...
+    @classmethod
+    def export_checkpoint(
+        cls, config: EngineConfig, step: int | None, folder: str, *, adapters: bool = False
+    ) -> None:
+        """See `sdpo_parallel.build.export_checkpoint`."""
+        policy = cls.build_policy(config)
+        parts = {"model": policy.module}
+        checkpoints = Checkpoints(
+            config.run_folder, config.checkpoint, parts, distributed=cls._distributed
+        )
+        checkpoints.load(checkpoints.undamaged(step))
+        cls.export_policy(policy, config, folder, adapters=adapters)
 
-    @property
-    def checkpoints(self) -> Checkpoints:
-        """The run's checkpoints."""
-        ...
+    def export(self, folder: str, *, adapters: bool = False) -> None:
+        """Write a Hugging Face folder that transformers loads: weights (adapters merged), configs,
+        tokenizer; or, with ``adapters``, a PEFT folder of the adapters alone."""
+        self.export_policy(self.policy, self.config, folder, adapters=adapters)
 
     def context(self) -> contextlib.AbstractContextManager[object]:
         """What both passes and their backward run in."""
-        ...
+        return contextlib.nullcontext()
 
     def load(self) -> None:
         """Put the starting weights in place, the teacher's too."""
-        ...
+        self.teacher_state.start()
 
     def resume(self) -> None:
         """Go on from the newest undamaged checkpoint, where there is one."""
-        ...
+        step = self.checkpoints.newest()
+        if step is not None:
+            self.checkpoints.load(step)
+            check_finite(self.module, f"{self.checkpoints.folder}/step-{step}")
 
     def save(self, step: int, manifest: Mapping[str, Any], *, wait: bool = False) -> None:
         """Write a checkpoint, in the background where possible unless ``wait``."""
-        ...
+        self.checkpoints.save(step, manifest, wait=wait)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulate the gradients of a micro-batch; ``last``: it is the step's last."""
-        ...
+        loss.backward()
 
     def clip_gradients(self) -> float:
         """Clip the gradients' norm, over all ranks; returns the norm before clipping."""
-        ...
+        limit = self.config.optimizer.max_grad_norm
+        return float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit))
 
     def update(self, step: int) -> float:
         """Update weights and teacher with the gradients of step ``step`` (from 0), and drop them;
         returns the learning rate used."""
-        ...
+        lr = self.config.optimizer.lr_at(step, self.config.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.discard()
+        self.teacher_state.update()
+        return lr
 
     def discard(self) -> None:
         """Drop the gradients."""
-        ...
+        self.optimizer.zero_grad()
 
     def release(self) -> None:
         """Free the weights that passes without a backward left gathered."""
-        ...
+        reshard(self.module)
 
     def check_agreement(self, what: str, value: str) -> None:
         """Refuse to train where ranks were started with different things.
@@ -177,17 +206,18 @@ class Engine(Protocol):
         Raises:
             SdpoError: ``value`` is not the same on all ranks; the first that differs is named.
         """
-        ...
+        values = self.checkpoints.gather(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise SdpoError(
+                    f"{what} differs between ranks: rank {rank} has {other!r}, rank 0 "
+                    f"{values[0]!r}; put it where all nodes read the same, or copy it to each again"
+                )
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over ranks with tokens of their own: tensor ranks count once."""
-        ...
-
-    def export(self, folder: str, *, adapters: bool = False) -> None:
-        """Write a Hugging Face folder that transformers loads: weights (adapters merged), configs,
-        tokenizer; or, with ``adapters``, a PEFT folder of the adapters alone."""
-        ...
+        return x
 
     def close(self) -> None:
         """Finish what runs in the background and leave the process group."""
-        ...
+        self.checkpoints.finish()

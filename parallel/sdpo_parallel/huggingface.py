@@ -4,16 +4,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .errors import SdpoError
+from .model import local
 
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 """Patterns of the files that a model's folder needs, out of those that the hub has for it."""
@@ -38,13 +37,13 @@ ASSETS = (
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def resolve_model(name_or_folder: str, revision: str | None = None) -> str:
+def resolve_model(name_or_folder: str) -> str:
     """A model's local folder: the folder itself, or where the hub's model of that name was put.
 
     A folder that exists is returned as it is. ``organisation/name`` is otherwise looked up on the
-    Hugging Face hub, at the branch, tag or commit after an ``@`` or in ``revision``, and its
-    weights, configuration and tokenizer are downloaded into huggingface_hub's cache. What is in
-    the cache is not downloaded again, and is all there is under ``HF_HUB_OFFLINE=1``.
+    Hugging Face hub, at the branch, tag or commit after an ``@``, and its weights, configuration
+    and tokenizer are downloaded into huggingface_hub's cache. What is in the cache is not
+    downloaded again, and is all there is under ``HF_HUB_OFFLINE=1``.
 
     Every rank may call this at once: huggingface_hub locks each file, so that one process of a
     node downloads it and the others find it in the cache.
@@ -60,10 +59,9 @@ def resolve_model(name_or_folder: str, revision: str | None = None) -> str:
             f"{name_or_folder}: no such model folder, nor a name on the Hugging Face hub, which "
             "would be organisation/name or organisation/name@revision"
         )
-    name, revision = parts[1], revision or parts[2]
     try:
         return snapshot_download(
-            name, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=["*/*"]
+            parts[1], revision=parts[2], allow_patterns=DOWNLOADED, ignore_patterns=["*/*"]
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -154,13 +152,14 @@ def replace_folder(written: str, final: str) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_finite(tensors: Iterable[tuple[str, Tensor]], folder: str) -> None:
-    """Refuse weights with NaN or infinity.
+def check_finite(module: torch.nn.Module, folder: str) -> None:
+    """Refuse weights, read from ``folder``, with NaN or infinity.
 
     Raises:
         SdpoError: names the folder, the first such tensor and how many of its values are bad.
     """
-    for name, tensor in tensors:
+    for name, p in module.named_parameters():
+        tensor, name = local(p), name.replace("_checkpoint_wrapped_module.", "")
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         if bad:
             raise SdpoError(

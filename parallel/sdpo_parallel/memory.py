@@ -45,20 +45,12 @@ Left out, which makes the estimate too high: what torch.compile and Liger save, 
 adapters. Left out, which makes it too low: fragmentation, buffers of NCCL and cuBLAS (see USABLE).
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from transformers import AutoConfig
 
-from .config import (
-    EMA,
-    Frozen,
-    Live,
-    LoraConfig,
-    ParallelConfig,
-    Teacher,
-    TrustRegion,
-)
+from .config import EMA, Frozen, Live, LoraConfig, ParallelConfig, Teacher, TrustRegion
 from .errors import SdpoError
 
 MASTER = 4
@@ -183,83 +175,46 @@ class Load:
     """Logits of both passes that may be alive at once."""
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes at the peak, by part."""
-
-    parameters: float
-    gradients: float
-    optimizer: float
-    rotary_tables: float
-    gathered_layers: float = 0.0
-    """Weights that FSDP2 holds whole, and gradients before their reduce-scatter."""
-    activations: float = 0.0
-    head: float = 0.0
-    """A chunk of logits, and the lm_head's gradient before its reduce-scatter."""
-    teacher: float = 0.0
-
-    def by_part(self) -> dict[str, int]:
-        """Names for people, and the total."""
-        names = {f.name: f.name.replace("_", " ") for f in fields(self)}
-        names["head"] = "head chunk and head gradient"
-        parts = {names[f.name]: round(getattr(self, f.name)) for f in fields(self)}
-        return parts | {"total": sum(parts.values())}
-
-
-@dataclass(frozen=True)
 class _Rank:
     """One rank of a layout, and the sizes that follow."""
 
-    model: ModelShape
-    parallel: ParallelConfig
-    lora: LoraConfig
-    teacher: Teacher
-    teacher_model: ModelShape
-    shards: int
-    load: Load
-    device_type: str
-
-    @property
-    def item(self) -> int:
-        """Bytes of the compute dtype."""
-        return 4 if self.parallel.resolve_dtype(self.device_type) == "float32" else 2
-
-    @property
-    def tokens(self) -> float:
-        return self.load.tokens / self.parallel.context
-
-    @property
-    def attention(self) -> Literal["flash", "dense"]:
-        dense = self.parallel.attention == "dense" or self.device_type == "cpu"
-        return "dense" if dense else "flash"
-
-    @property
-    def residual(self) -> float:
-        """Width of the residual stream on this rank."""
-        split = self.parallel.tensor if self.parallel.sequence_parallel else 1
-        return self.model.hidden / split
-
-    @property
-    def norm_copies(self) -> int:
-        """Tensors of its input's size that a norm leaves: one, and its elementwise form two."""
-        return 2 if self.device_type == "cpu" else 1
-
-    @property
-    def own_teacher(self) -> bool:
-        """The teacher has weights of its own; adapters switched off are the start's."""
-        of_the_start = self.teacher == Frozen() or isinstance(self.teacher, TrustRegion)
-        return not isinstance(self.teacher, Live) and not (self.lora.rank and of_the_start)
-
-    @property
-    def trains_head(self) -> bool:
-        return not self.lora.rank
-
-    @property
-    def trained(self) -> float:
-        """Weights that this rank's optimizer updates."""
-        t = self.parallel.tensor
-        whole = self.model.adapters(self.lora, t) if self.lora.rank else self.model.parameters(t)
-        return whole / self.shards
+    def __init__(
+        self,
+        model: ModelShape,
+        parallel: ParallelConfig,
+        lora: LoraConfig,
+        teacher: Teacher,
+        ranks: int,
+        load: Load,
+        device_type: str = "cuda",
+        teacher_model: ModelShape | None = None,
+    ):
+        self.shards = parallel.shards(ranks) * parallel.context
+        for name in ("heads", "kv_heads", "intermediate", "vocabulary"):
+            if (size := getattr(model, name)) % parallel.tensor:
+                raise SdpoError(
+                    f"tensor={parallel.tensor} does not divide the model's {name}={size}: "
+                    "choose a degree that does"
+                )
+        self.model, self.parallel, self.lora, self.load = model, parallel, lora, load
+        self.teacher, self.teacher_model = teacher, teacher_model or model
+        self.on_cpu, self.trains_head = device_type == "cpu", not lora.rank
+        # bytes of the compute dtype
+        self.item = 4 if parallel.resolve_dtype(device_type) == "float32" else 2
+        self.tokens = load.tokens / parallel.context
+        self.dense = parallel.attention == "dense" or self.on_cpu
+        # width of the residual stream
+        self.residual = model.hidden / (parallel.tensor if parallel.sequence_parallel else 1)
+        # tensors of its input's size that a norm leaves: one, and its elementwise form two
+        self.norm_copies = 2 if self.on_cpu else 1
+        # a teacher with weights of its own; adapters switched off are the start's
+        of_the_start = teacher == Frozen() or isinstance(teacher, TrustRegion)
+        self.own_teacher = not isinstance(teacher, Live) and not (lora.rank and of_the_start)
+        adapters = model.adapters(lora, parallel.tensor)
+        whole = model.parameters(parallel.tensor)
+        # weights of this rank, and those that its optimizer updates
+        self.weights = (whole + adapters) / self.shards
+        self.trained = (whole if self.trains_head else adapters) / self.shards
 
     def saved(self) -> float:
         """Bytes that one layer leaves for its backward: the first table of the module."""
@@ -272,7 +227,7 @@ class _Rank:
             items += copies * (m.q + m.kv) / t
             inverse += (m.heads + m.kv_heads) / t
         items += self.lora.rank * len(adapted(self.lora) & set(m.linears()))
-        if self.attention == "dense":
+        if self.dense:
             items += self.load.row_tokens
         rotary = (2 if m.qk_norm else 1) * m.head_dim
         return self.tokens * (self.item * items + 4 * (rotary + m.heads / t + inverse))
@@ -285,7 +240,7 @@ class _Rank:
         items, single = self.residual, 0.0
         if mode == "selective":
             items += sum(self._products()[::2])
-            if self.attention == "flash":
+            if not self.dense:
                 items += m.q / t
                 single = m.heads / t
             if t > 1 and self.parallel.sequence_parallel:
@@ -305,37 +260,39 @@ class _Rank:
         names = adapted(self.lora)
         return [w for name, o in widths.items() for w in ([o, rank, o] if name in names else [o])]
 
-    def resident(self) -> Memory:
-        """Bytes that stay allocated for the whole run, on the device or in host memory."""
-        m, t = self.model, self.parallel.tensor
-        frozen = self.model.adapters(self.lora, t) if self.lora.rank else 0.0
-        tables = 4 * (2 if m.qk_norm else 1) * m.head_dim * self.load.max_tokens
+    def state(self) -> dict[str, float]:
+        """Part -> bytes that stay allocated for the whole run; ``cpu_offload`` moves all of it."""
         teacher = 0.0
         if self.own_teacher:
-            weights = self.teacher_model.parameters(t)
-            weights += self.model.adapters(self.lora, t) if isinstance(self.teacher, EMA) else 0
-            teacher = weights * (MASTER if isinstance(self.teacher, EMA) else self.item)
-        return Memory(
-            parameters=MASTER * (m.parameters(t) + frozen) / self.shards,
-            gradients=MASTER * self.trained,
-            optimizer=2 * MASTER * self.trained,
-            rotary_tables=m.layers * tables * (2 if self.own_teacher else 1),
-            teacher=teacher / self.shards,
-        )
+            moves = isinstance(self.teacher, EMA)
+            weights = self.teacher_model.parameters(self.parallel.tensor)
+            weights += self.model.adapters(self.lora, self.parallel.tensor) if moves else 0
+            teacher = weights * (MASTER if moves else self.item)
+        return {
+            "parameters": MASTER * self.weights,
+            "gradients": MASTER * self.trained,
+            "optimizer": 2 * MASTER * self.trained,
+            "teacher": teacher / self.shards,
+        }
+
+    def rotary_tables(self) -> float:
+        """Of every layer, and of a teacher's."""
+        m, models = self.model, 2 if self.own_teacher else 1
+        return models * m.layers * 4 * (2 if m.qk_norm else 1) * m.head_dim * self.load.max_tokens
 
     def teacher_at_work(self) -> float:
         """The lm_head that a teacher's pass leaves gathered; a mixture's is of twice the width."""
         head = self.item * self.teacher_model.head(self.parallel.tensor)
-        mixed = 2 * head + self.item * self.load.response_tokens * self.model.hidden
-        return (head if self.own_teacher else 0.0) + (
-            mixed if isinstance(self.teacher, TrustRegion) else 0.0
-        )
+        left = head if self.own_teacher else 0.0
+        if isinstance(self.teacher, TrustRegion):
+            left += 2 * head + self.item * self.load.response_tokens * self.model.hidden
+        return left
 
     def chunk(self) -> float:
         """A chunk's logits, the rows that are multiplied, and dH in float32."""
         m, row = self.model, 2 * 4 * self.model.vocabulary / self.parallel.tensor
         rows = min(max(1.0, self.load.chunk_bytes // row), self.load.response_tokens)
-        temporaries = BLOCK_BYTES if self.device_type == "cpu" else 0
+        temporaries = BLOCK_BYTES if self.on_cpu else 0
         return rows * (row + (4 + 2 * self.item) * m.hidden) + temporaries
 
     def moments(self) -> dict[str, tuple[float, float, float]]:
@@ -343,7 +300,7 @@ class _Rank:
         m, item, t = self.model, self.item, self.parallel.tensor
         head, rows = m.head(t), item * self.load.response_tokens * m.hidden
         trains = self.trains_head
-        mask = self.tokens * self.load.row_tokens if self.attention == "dense" else 0.0
+        mask = self.tokens * self.load.row_tokens if self.dense else 0.0
         stream = item * self.tokens * self.residual
         whole = item * self.tokens * m.hidden
         kept, gathered = m.layers * self.kept() + mask, item * head
@@ -362,26 +319,6 @@ class _Rank:
             ),
             "embedding": (gathered, whole, reducing + (item * head * trains if m.tied else 0.0)),
         }
-
-
-def _rank(
-    model: ModelShape,
-    parallel: ParallelConfig,
-    lora: LoraConfig,
-    teacher: Teacher,
-    ranks: int,
-    load: Load,
-    device_type: str,
-    teacher_model: ModelShape | None,
-) -> _Rank:
-    shards = parallel.shards(ranks) * parallel.context
-    for name in ("heads", "kv_heads", "intermediate", "vocabulary"):
-        if (size := getattr(model, name)) % parallel.tensor:
-            raise SdpoError(
-                f"tensor={parallel.tensor} does not divide the model's {name}={size}: choose a "
-                "degree that does"
-            )
-    return _Rank(model, parallel, lora, teacher, teacher_model or model, shards, load, device_type)
 
 
 def estimate(
@@ -405,18 +342,23 @@ def estimate(
     Raises:
         SdpoError: the degrees do not divide ``ranks``, or ``tensor`` the model's sizes.
     """
-    rank = _rank(model, parallel, lora, teacher, ranks, load, device_type, teacher_model)
-    resident = rank.resident()
-    if parallel.cpu_offload and device_type != "cpu":
-        resident = replace(resident, parameters=0.0, gradients=0.0, optimizer=0.0, teacher=0.0)
-    teaching = resident.teacher + rank.teacher_at_work()
-    peaks = [
-        replace(resident, gathered_layers=g, activations=a, head=h, teacher=teaching)
-        for g, a, h in rank.moments().values()
-    ]
-    if device_type == "cpu":
-        peaks.append(replace(resident, activations=MASTER * rank.trained))
-    return max((peak.by_part() for peak in peaks), key=lambda parts: parts["total"])
+    rank = _Rank(model, parallel, lora, teacher, ranks, load, device_type, teacher_model)
+    state, on_cpu = rank.state(), device_type == "cpu"
+    if parallel.cpu_offload and not on_cpu:
+        state = dict.fromkeys(state, 0.0)
+    weights = state.pop("teacher")
+
+    def peak(gathered: float, activations: float, head: float, teacher: float) -> dict[str, int]:
+        sizes = {**state, "rotary tables": rank.rotary_tables(), "gathered layers": gathered}
+        sizes |= {"activations": activations, "head chunk and head gradient": head}
+        parts = {name: round(size) for name, size in (sizes | {"teacher": teacher}).items()}
+        return parts | {"total": sum(parts.values())}
+
+    teaching = weights + rank.teacher_at_work()
+    peaks = [peak(*moment, teaching) for moment in rank.moments().values()]
+    if on_cpu:
+        peaks.append(peak(0.0, MASTER * rank.trained, 0.0, weights))
+    return max(peaks, key=lambda parts: parts["total"])
 
 
 def host_bytes(
@@ -427,13 +369,9 @@ def host_bytes(
     *,
     ranks: int,
     load: Load,
-    device_type: str = "cuda",
-    teacher_model: ModelShape | None = None,
 ) -> int:
     """Bytes of host memory that a rank's ``cpu_offload`` moves parameters, gradients, optimizer
     state and teacher to; 0 without it."""
     if not parallel.cpu_offload:
         return 0
-    rank = _rank(model, parallel, lora, teacher, ranks, load, device_type, teacher_model)
-    r = rank.resident()
-    return round(r.parameters + r.gradients + r.optimizer + r.teacher)
+    return round(sum(_Rank(model, parallel, lora, teacher, ranks, load).state().values()))

@@ -10,24 +10,13 @@ one matmul [W W'] [(1 - m) g; m g'], the logits of an lm_head of twice the width
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from .config import EMA, Frozen, Live, Teacher, TrustRegion
-from .engine import CausalModel, LMHead
-
-
-class ModuleModel(CausalModel, Protocol):
-    """A model of the two passes that is one torch module."""
-
-    @property
-    def module(self) -> torch.nn.Module:
-        """Holds all of its parameters."""
-        ...
+from .model import CausalModel, LMHead, ModuleModel, local
 
 
 def reshard(module: torch.nn.Module) -> None:
@@ -36,12 +25,6 @@ def reshard(module: torch.nn.Module) -> None:
     for m in module.modules():
         if isinstance(m, FSDPModule):
             m.reshard()
-
-
-def local(p: Tensor) -> Tensor:
-    """This rank's part of a parameter."""
-    p = p.detach()
-    return p.to_local() if isinstance(p, DTensor) else p
 
 
 @torch.no_grad()
@@ -57,7 +40,7 @@ def lerp(teacher: torch.nn.Module, policy: torch.nn.Module, weight: float) -> No
     torch._foreach_lerp_(theirs, ours, weight)  # pyright: ignore[reportPrivateImportUsage]
 
 
-class AdaptersOff:
+class AdaptersOff(CausalModel):
     """The policy without its adapters: the weights it started from, at no memory.
 
     Args:
@@ -72,7 +55,6 @@ class AdaptersOff:
         self.policy, self.switch = policy, switch
 
     def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
-        """(N, D), as the policy's own."""
         with self.switch():
             return self.policy.hidden_states(tokens_BT, positions_BT, index_N)
 
@@ -81,11 +63,10 @@ class AdaptersOff:
         return self.policy.lm_head()
 
     def own_responses(self, lengths: Sequence[int]) -> list[int] | None:
-        """The policy's."""
         return self.policy.own_responses(lengths)
 
 
-class Mixture:
+class Mixture(CausalModel):
     """log q = (1 - mix) log live + mix log frozen, renormalised."""
 
     def __init__(self, live: CausalModel, frozen: CausalModel, mix: float):
@@ -104,7 +85,6 @@ class Mixture:
         return LMHead(weight, live.shard)
 
     def own_responses(self, lengths: Sequence[int]) -> list[int] | None:
-        """The live model's."""
         return self.live.own_responses(lengths)
 
 
@@ -143,7 +123,7 @@ class TeacherState:
 
     def start(self) -> None:
         """Called with the policy's first weights in place, before any checkpoint is read."""
-        outside = isinstance(self.config, Frozen) and self.config.folder is not None
+        outside = isinstance(self.config, Frozen) and self.config.folder
         if self.copy is not None and not outside:
             lerp(self.copy.module, self.policy.module, 1.0)
 

@@ -3,7 +3,10 @@
 import itertools
 
 KINDS = ("qwen3", "qwen3-tied", "llama")
-OBJECTIVES = ("sampled-token", "reverse-kl")
+OBJECTIVES = {
+    "sampled-token": {"kind": "SampledToken", "ignore_first": 2},
+    "reverse-kl": {"kind": "ReverseKL"},
+}
 TEACHERS = ("live", "ema:0.5")
 
 LAYOUTS: dict[int, dict[str, dict]] = {
@@ -26,19 +29,20 @@ LAYOUTS: dict[int, dict[str, dict]] = {
     },
 }
 
+LORA = {"lora": {"rank": 4}, "optimizer": {"lr": 1e-3}}
 OPTIONS: dict[str, dict] = {
-    "accumulation": {"micro_batch_tokens": 256},
-    "AC none": {"activation_checkpoint": "none"},
-    "AC full": {"activation_checkpoint": "full"},
-    "compile": {"compile": "aot_eager"},
-    "offload": {"cpu_offload": True},
-    "bfloat16": {"compute_dtype": "bfloat16"},
+    "accumulation": {"batch": {"micro_batch_tokens": 256}},
+    "AC none": {"parallel": {"activation_checkpoint": "none"}},
+    "AC full": {"parallel": {"activation_checkpoint": "full"}},
+    "compile": {"parallel": {"compile": "aot_eager"}},
+    "offload": {"parallel": {"cpu_offload": True}},
+    "bfloat16": {"parallel": {"compute_dtype": "bfloat16"}},
     "frozen": {"teacher": "frozen"},
     "trust region": {"teacher": "trust-region:0.3"},
-    "LoRA": {"lora": 4},
-    "LoRA, frozen": {"lora": 4, "teacher": "frozen"},
-    "LoRA, trust region": {"lora": 4, "teacher": "trust-region:0.3"},
-    "LoRA, ema": {"lora": 4, "teacher": "ema:0.5"},
+    "LoRA": LORA,
+    "LoRA, frozen": {**LORA, "teacher": "frozen"},
+    "LoRA, trust region": {**LORA, "teacher": "trust-region:0.3"},
+    "LoRA, ema": {**LORA, "teacher": "ema:0.5"},
 }
 """Tried on some layouts, with one model and objective."""
 
@@ -46,25 +50,27 @@ OPTIONS: dict[str, dict] = {
 def case(
     ranks: int, layout: str, kind: str, objective: str, teacher: str, option: str = ""
 ) -> dict:
-    """Everything about one run, as JSON."""
-    out = dict(kind=kind, objective=objective, teacher=teacher, parallel=LAYOUTS[ranks][layout])
+    """One run: its name, layout, model, and the settings that differ from the worker's, as JSON."""
     name = " / ".join(filter(None, (layout, kind, objective, teacher, option)))
-    options = dict(OPTIONS.get(option, {}))
-    for field in ("teacher", "lora", "micro_batch_tokens", "compute_dtype"):
-        if field in options:
-            out[field] = options.pop(field)
-    return {"name": name, "layout": layout, **out, "parallel": out["parallel"] | options}
+    settings = {"objective": OBJECTIVES[objective], "teacher": teacher, **OPTIONS.get(option, {})}
+    settings["parallel"] = LAYOUTS[ranks][layout] | settings.get("parallel", {})
+    return {"name": name, "layout": layout, "kind": kind, "settings": settings}
 
 
-def reference(c: dict) -> str:
-    """What must not change the losses left out: the name of the run to compare with."""
-    kept = [c["kind"], c["objective"], c["teacher"], f"lora {c.get('lora', 0)}"]
-    return " / ".join([*kept, c.get("compute_dtype", "float32")])
+def compute_dtype(c: dict) -> str:
+    return c["settings"]["parallel"].get("compute_dtype", "float32")
+
+
+def alone(c: dict) -> dict:
+    """The one-process run with the same losses: what must not change them is left out."""
+    settings = {**c["settings"], "parallel": {"compute_dtype": compute_dtype(c)}}
+    settings.pop("batch", None)
+    return {**c, "name": f"{c['kind']} {settings}", "layout": "alone", "settings": settings}
 
 
 def tolerance(c: dict) -> float:
     """Tolerance of losses and gradient norms: bfloat16 rounds every sum of a layer differently."""
-    return 1e-2 if c.get("compute_dtype") == "bfloat16" else 1e-5
+    return 1e-2 if compute_dtype(c) == "bfloat16" else 1e-5
 
 
 def everything(ranks: int) -> list[dict]:

@@ -13,51 +13,25 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from helpers import runs
-from sdpo.batching import BatchConfig
-from sdpo.hindsight import HindsightConfig
-from sdpo.objective import ReverseKL, SampledToken
-from sdpo.train.config import TrainConfig
-from sdpo.train.safeguards import SafeguardConfig
+from sdpo.train.config import TrainConfig, with_settings
 from sdpo.train.trainer import train
-from sdpo_parallel.config import (
-    CheckpointConfig,
-    LoraConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    parse_teacher,
-)
 from sdpo_parallel.teacher import reshard
 from sdpo_parallel.torchtitan.engine import TorchtitanEngine
 from sdpo_parallel.torchtitan.mesh import init_distributed
 
-OBJECTIVES = {"sampled-token": SampledToken(ignore_first=2), "reverse-kl": ReverseKL()}
+SETTINGS = {
+    "hindsight": {
+        "max_prompt_tokens": 150,
+        "max_hindsight_prompt_tokens": 250,
+        "max_response_tokens": 60,
+    },
+    "batch": {"interactions_per_step": 6, "row_tokens": 256, "micro_batch_tokens": 768},
+    "optimizer": {"lr": 3e-4, "max_grad_norm": 1.0},
+    "parallel": {"compute_dtype": "float32"},
+    "safeguard": {"probe_every": 2, "probe_interactions": 5},
+}
 TOKENS = torch.randint(5, 400, (2, 256), generator=torch.Generator().manual_seed(1))
 TOLERANCE = 1e-4
-
-
-def config(case: dict, data: str, out: Path) -> TrainConfig:
-    return TrainConfig(
-        model=case["model"],
-        data=data,
-        out=str(out),
-        objective=OBJECTIVES[case["objective"]],
-        teacher=parse_teacher(case["teacher"]),
-        lora=LoraConfig(rank=case.get("lora", 0)),
-        hindsight=HindsightConfig(
-            max_prompt_tokens=150, max_hindsight_prompt_tokens=250, max_response_tokens=60
-        ),
-        batch=BatchConfig(
-            interactions_per_step=6,
-            row_tokens=256,
-            micro_batch_tokens=case.get("micro_batch_tokens", 768),
-        ),
-        optimizer=OptimizerConfig(lr=1e-3 if case.get("lora") else 3e-4, max_grad_norm=1.0),
-        parallel=ParallelConfig(
-            **case["parallel"], compute_dtype=case.get("compute_dtype", "float32")
-        ),
-        checkpoint=CheckpointConfig(interval=100),
-        safeguard=SafeguardConfig(probe_every=2, probe_interactions=5),
-    )
 
 
 @torch.no_grad()
@@ -107,7 +81,10 @@ def main(cases: str, out: str) -> None:
     for case in work["cases"]:
         print("case:", case["name"], file=sys.stderr)
         folder = Path(out) / "run"
-        train(config(case, work["data"], folder))
+        config = TrainConfig(model=case["model"], data=work["data"], out=str(folder))
+        for settings in (SETTINGS, case["settings"]):
+            config = with_settings(config, settings, case["name"])
+        train(config)
         if dist.get_rank() == 0:
             rows[case["name"]] = runs.read_metrics(folder)
             shutil.rmtree(folder)

@@ -59,7 +59,7 @@ def train(a: dict) -> dict[str, int]:
             sizes = {"gradients": local_bytes(p.grad for p in weights)}
             engine.clip_gradients()
             engine.update(step)
-    states = (s for o in engine.optimizers for s in o.state.values())
+    states = engine.optimizer.state.values()
     moments = (v for s in states for name, v in s.items() if name.startswith("exp_avg"))
     sizes |= {"parameters": local_bytes(weights), "optimizer": local_bytes(moments)}
     engine.close()

@@ -2,12 +2,13 @@
 
 import contextlib
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from helpers import forked
 from helpers.environment import ENV as ENV
-from helpers.torchrun import torchrun
 from sdpo.cli import main
 from sdpo.train.run_folder import read_metrics
 
@@ -28,26 +29,42 @@ def cause(stderr: str) -> str:
     return stderr.partition("torch/distributed/elastic/multiprocessing/api.py")[0][-9000:]
 
 
+def torchrun(ranks: int) -> list[str]:
+    """argv of torchrun on one node, without what it starts."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [sys.executable, *launch]
+
+
+def worker(name: str, ranks: int, *arguments: str) -> str:
+    """What a script beside this file prints under torchrun."""
+    return succeeded(forked.run(ranks, str(Path(__file__).parent / name), *arguments))
+
+
+def succeeded(result: subprocess.CompletedProcess[str]) -> str:
+    """What it printed."""
+    assert result.returncode == 0, cause(result.stderr)
+    return result.stdout
+
+
 def command(recipe: str, model: str, data: str, out: Path, *options: str, ranks: int = 0) -> list:
     """argv of a run; ``ranks`` = 0: no torchrun."""
-    launch = ["-m", "sdpo", "train"]
-    if ranks:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        launch += ["-m", "sdpo.train"]
+    launch = [*torchrun(ranks), "-m", "sdpo.train"]
+    if not ranks:
+        launch = [sys.executable, "-m", "sdpo", "train"]
     names = ["--model", model, "--data", data, "--out", str(out)]
     small = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, *launch, recipe, *names, *small, *options]
+    return [*launch, recipe, *names, *small, *options]
 
 
 def train(recipe: str, model: str, data: str, out: Path, *options: str, ranks: int = 0) -> list:
     """Run to the end; the rows of metrics.jsonl. ``ranks`` = 0: in this process."""
-    argv = command(recipe, model, data, out, *options, ranks=ranks)
+    argv = command(recipe, model, data, out, *options)
+    argv = argv[argv.index("train") :]
     if ranks:
-        result = torchrun(*argv[argv.index("sdpo.train") - 1 :], ranks=ranks)
-        assert result.returncode == 0, cause(result.stderr)
+        succeeded(forked.run(ranks, "-m", "sdpo.train", *argv[1:]))
     else:
         with as_alone():
-            main(argv[argv.index("train") :])
+            main(argv)
     return read_metrics(out)
 
 

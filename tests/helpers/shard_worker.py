@@ -15,23 +15,16 @@ TOKENS, WORDS, ROWS_PER_CHUNK = 13, 101, 5
 CHUNKS = -(-TOKENS // ROWS_PER_CHUNK)
 OPTIONS = dict(temperature=0.8, softcap=6.0)
 K = 5
-FLOATS = {
-    "logprob": partials.SINGLE,
-    "reverse_kl": partials.PAIR + 1,  # and the values, once
-    "forward_kl": partials.PAIR + 1,
-    "jsd": partials.PAIR + 2,
-    "sampled_token": partials.PAIR,
-    "topk": partials.PAIR + K + 2 * K + partials.PAIR + 2 * K,  # ids are int64
+SENT = {
+    "logprob": (partials.SINGLE, CHUNKS),
+    "reverse_kl": (partials.PAIR + 1, CHUNKS + 1),  # and the values, once
+    "forward_kl": (partials.PAIR + 1, CHUNKS + 1),
+    "jsd": (partials.PAIR + 2, 2 * CHUNKS),
+    "sampled_token": (partials.PAIR, CHUNKS),
+    # ids are int64
+    "topk": (partials.PAIR + K + 2 * K + partials.PAIR + 2 * K, 4 * CHUNKS),
 }
-"""float32 numbers per token that a rank sends where weights are known up front."""
-COLLECTIVES = {
-    "logprob": CHUNKS,
-    "reverse_kl": CHUNKS + 1,
-    "forward_kl": CHUNKS + 1,
-    "jsd": 2 * CHUNKS,
-    "sampled_token": CHUNKS,
-    "topk": 4 * CHUNKS,
-}
+"""float32 numbers per token that a rank sends where weights are known up front, and collectives."""
 sent: list[int] = []
 
 
@@ -86,16 +79,12 @@ def check_bytes(name: str) -> None:
     shard = VocabShard.of(dist.group.WORLD, WORDS)
     local = p._replace(weight=p.weight[shard.rows])
     streams = 1 if name == "logprob" else 2
+    chunk = ROWS_PER_CHUNK * 4 * streams * -(-WORDS // dist.get_world_size())
     sent.clear()
-    evaluate(
-        name,
-        local,
-        known=True,
-        shard=shard,
-        chunk_bytes=ROWS_PER_CHUNK * 4 * streams * -(-WORDS // dist.get_world_size()),
-    )
-    assert sum(sent) == 4 * FLOATS[name] * TOKENS, (name, sum(sent) / TOKENS)
-    assert len(sent) == COLLECTIVES[name], (name, len(sent))
+    evaluate(name, local, known=True, shard=shard, chunk_bytes=chunk)
+    floats, collectives = SENT[name]
+    assert sum(sent) == 4 * floats * TOKENS, (name, sum(sent) / TOKENS)
+    assert len(sent) == collectives, (name, len(sent))
     if dist.get_rank() == 0:
         print(f"{name}: {sum(sent) / TOKENS:.0f} bytes per token")
 
@@ -111,7 +100,7 @@ def main() -> None:
             check(name, borders, "triton", known=True)
         for impl in ("triton", "fused") if split == "empty" else ():
             check("sampled_token", borders, impl, known=True, dtype=torch.bfloat16)
-    for name in FLOATS:
+    for name in SENT:
         check_bytes(name)
     dist.destroy_process_group()
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 from benchmarks.models import QWEN3
@@ -50,33 +50,39 @@ def make_tokenizer(pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
+SIZES = dict(
+    vocab_size=448,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+)
+
+
+def make_config(kind: str, **sizes: int) -> PretrainedConfig:
+    """qwen3, qwen3-tied, llama, llama-tied, of these sizes or tiny."""
+    family, _, tied = kind.partition("-")
+    sizes = {**SIZES, **sizes, "tie_word_embeddings": bool(tied)}
+    if family == "qwen3":
+        return Qwen3Config(**{"head_dim": 24, **sizes})
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }
+    return LlamaConfig(**sizes, rms_norm_eps=1e-5, rope_parameters=rope)
+
+
 def make_model(
     folder: Path, kind: str = "qwen3", *, pad_is_eos: bool = False, seed: int = 0
 ) -> str:
-    """A random model with peaky logits and its tokenizer: qwen3, qwen3-tied, llama, llama-tied."""
-    family, _, tied = kind.partition("-")
-    common = dict(
-        vocab_size=448,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=bool(tied),
-    )
-    if family == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**common, head_dim=24))
-    else:
-        rope = {
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 256,
-        }
-        model = LlamaForCausalLM(LlamaConfig(**common, rms_norm_eps=1e-5, rope_parameters=rope))
+    """A random model with peaky logits, and its tokenizer."""
+    model = AutoModelForCausalLM.from_config(make_config(kind))
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         std = 0.2 if "embed" in name or "lm_head" in name else 0.1

@@ -1,8 +1,5 @@
 """Tensor parallelism: shards of the vocabulary on real process groups, and the merge itself."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,25 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.environment import ENV
+from helpers import forked
 from sdpo_kernels._impl import partials, rows_torch
 from sdpo_kernels._impl.options import Spec
 
-HERE = Path(__file__).parents[1] / "helpers"
+WORKER = str(Path(__file__).parents[1] / "helpers" / "shard_worker.py")
 PLAIN = Spec("reverse_kl")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_shards_on_several_ranks_equal_the_whole_head(ranks):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    paths = [str(HERE.parent), *sys.path]
-    result = subprocess.run(
-        [sys.executable, *launch, str(HERE / "shard_worker.py")],
-        env={**ENV, "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-    )
+    result = forked.run(ranks, WORKER)
     assert result.returncode == 0, result.stderr[-4000:]
     assert "reverse_kl: 40 bytes per token" in result.stdout
 

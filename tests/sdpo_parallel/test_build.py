@@ -5,6 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import runs
+from sdpo.batching import Cursor
+from sdpo.train.trainer import RunState
 from sdpo_parallel.build import EngineName, build_engine, export_checkpoint
 from sdpo_parallel.engine import EngineConfig
 from sdpo_parallel.errors import SdpoError
@@ -12,22 +14,12 @@ from sdpo_parallel.errors import SdpoError
 ENGINES: list[EngineName] = ["torchtitan", "transformers"]
 
 
-class State:
-    """A run with nothing to remember."""
-
-    def state_dict(self):
-        return {"step": 1}
-
-    def load_state_dict(self, state_dict):
-        pass
-
-
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_export_needs_no_optimizer_and_no_teacher(name, models, tmp_path, monkeypatch):
     model = models("qwen3-tied")
     config = EngineConfig(model=model, run_folder=str(tmp_path), total_steps=2, max_tokens=256)
     with runs.as_alone():
-        engine = build_engine(name, config, State())
+        engine = build_engine(name, config, RunState(Cursor(1, 0), ""))
         engine.load()
         tokens, slots = torch.arange(128)[None], torch.arange(128)
         with engine.context():
@@ -62,6 +54,6 @@ def test_the_transformers_engine_has_no_adapters_and_no_layouts(models, tmp_path
     config = EngineConfig(
         model=models("qwen3"), run_folder=str(tmp_path), total_steps=1, max_tokens=64
     )
-    engine = build_engine("transformers", config, State())
+    engine = build_engine("transformers", config, RunState(Cursor(1, 0), ""))
     with pytest.raises(SdpoError, match="no adapters"):
         engine.export(str(tmp_path / "x"), adapters=True)

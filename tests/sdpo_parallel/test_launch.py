@@ -35,7 +35,7 @@ def arguments(models, tmp_path):
 
 def launch(script: str, arguments: list[str], tmp_path: Path, *, srun: str = "", **environment):
     commands = tmp_path / "bin"
-    commands.mkdir()
+    commands.mkdir(exist_ok=True)
     for name, text in (("srun", srun), ("scontrol", SCONTROL)):
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
@@ -50,18 +50,8 @@ def test_one_node(arguments, tmp_path):
     result = launch("node.sh", arguments, tmp_path, RANKS="2")
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "run" / "export" / "config.json").is_file()
-    again = launch_again(arguments, tmp_path)
+    again = launch("node.sh", arguments, tmp_path, RANKS="1")
     assert again.returncode == 0, "a finished run, started again, has nothing to do"
-
-
-def launch_again(arguments, tmp_path):
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    return subprocess.run(
-        [str(LAUNCH / "node.sh"), *arguments],
-        env={**runs.ENV, "PATH": path, "RANKS": "1"},
-        capture_output=True,
-        text=True,
-    )
 
 
 def slurm() -> dict[str, str]:

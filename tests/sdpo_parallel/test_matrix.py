@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 
 from helpers import matrix, runs, tiny
-from helpers.torchrun import torchrun
-
-WORKER = str(Path(__file__).parents[1] / "helpers" / "matrix_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -28,26 +25,22 @@ def train(ranks: int, cases: list[dict], models, data: str, out: Path) -> dict[s
         folder.mkdir(parents=True)
         work = {"data": data, "cases": [{**c, "model": models(c["kind"])} for c in group]}
         (folder / "cases.json").write_text(json.dumps(work))
-        result = torchrun(WORKER, str(folder / "cases.json"), str(folder), ranks=ranks)
-        assert result.returncode == 0, runs.cause(result.stderr)
+        runs.worker("matrix_worker.py", ranks, str(folder / "cases.json"), str(folder))
         rows |= json.loads((folder / "rows.json").read_text())
     return rows
 
 
 def check(ranks: int, cases: list[dict], models, data: str, out: Path) -> None:
     """Train the cases, and once on one process what each must equal."""
-    alone = {}
-    for c in cases:
-        same = {**c, "name": matrix.reference(c), "layout": "alone", "parallel": {}}
-        alone[same["name"]] = {k: v for k, v in same.items() if k != "micro_batch_tokens"}
-    expected = train(1, list(alone.values()), models, data, out / "alone")
+    alone = {c["name"]: matrix.alone(c) for c in cases}
+    distinct = {run["name"]: run for run in alone.values()}
+    expected = train(1, list(distinct.values()), models, data, out / "alone")
     found = train(ranks, cases, models, data, out / str(ranks))
     wrong = []
     for c in cases:
+        rows = expected[alone[c["name"]]["name"]], found[c["name"]]
         try:
-            runs.assert_same_trajectory(
-                expected[matrix.reference(c)], found[c["name"]], matrix.tolerance(c)
-            )
+            runs.assert_same_trajectory(*rows, matrix.tolerance(c))
         except AssertionError as error:
             wrong.append(f"{c['name']}: {error}")
     assert not wrong, "\n".join(wrong)

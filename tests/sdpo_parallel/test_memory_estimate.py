@@ -9,14 +9,14 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, Qwen3Config
 
-from helpers.torchrun import torchrun
+from benchmarks.models import QWEN3
+from benchmarks.traffic import shape_of
+from helpers import runs, tiny
 from sdpo_parallel import memory
 from sdpo_parallel.config import EMA, Frozen, Live, LoraConfig, ParallelConfig, TrustRegion
 from sdpo_parallel.memory import Load, ModelShape, estimate, host_bytes
@@ -28,47 +28,36 @@ SIZES = dict(
     intermediate_size=768,
     num_hidden_layers=4,
     num_attention_heads=8,
-    num_key_value_heads=2,
+    head_dim=32,
     max_position_embeddings=2048,
-    tie_word_embeddings=False,
 )
 TASK = dict(lora_rank=0, rows=2, prompt=256, hindsight=512, response=512, chunk_bytes=2**23)
 
 
-class Case(NamedTuple):
-    """What a worker trains."""
-
-    ranks: int = 1
-    parallel: tuple = ()
-    sizes: tuple = ()
-    family: str = "qwen3"
-    task: tuple = ()
-
-
-def case(ranks: int = 1, checkpoint: str = "selective", *, family="qwen3", sizes=(), **layout):
-    """A hashable ``Case``; ``layout``: fields of ParallelConfig."""
-    parallel = tuple({"activation_checkpoint": checkpoint, **layout}.items())
-    return Case(ranks, parallel, tuple(dict(sizes).items()), family)
+def case(ranks=1, checkpoint="selective", *, kind="qwen3", sizes=None, task=None, **layout) -> dict:
+    """What a worker trains; ``layout``: fields of ParallelConfig."""
+    parallel = {"activation_checkpoint": checkpoint, **layout}
+    sizes, task = SIZES | (sizes or {}), TASK | (task or {})
+    return dict(ranks=ranks, kind=kind, sizes=sizes, parallel=parallel, task=task)
 
 
 HEAD = {"vocab_size": 16384, "num_hidden_layers": 2}
-WEIGHTS = Case(
-    sizes=(("num_hidden_layers", 8), ("vocab_size", 1024)),
-    task=(("rows", 1), ("prompt", 128), ("hindsight", 128), ("response", 128)),
-)
 CASES = {
     "none": case(checkpoint="none"),
-    "selective": case(checkpoint="selective"),
+    "selective": case(),
     "full": case(checkpoint="full"),
-    "2 shards": case(2, "selective"),
+    "2 shards": case(2),
     "2 shards, full": case(2, "full"),
     "tensor": case(2, "none", tensor=2),
     "context": case(2, "none", context=2),
     "head": case(sizes=HEAD),
-    "tied": case(checkpoint="full", sizes={**HEAD, "tie_word_embeddings": True}),
-    "weights": WEIGHTS,
-    "adapters": case()._replace(task=(("lora_rank", 16),)),
-    "llama": case(checkpoint="none", family="llama"),
+    "tied": case(checkpoint="full", kind="qwen3-tied", sizes=HEAD),
+    "weights": case(
+        sizes={"num_hidden_layers": 8, "vocab_size": 1024},
+        task={"rows": 1, "prompt": 128, "hindsight": 128, "response": 128},
+    ),
+    "adapters": case(task={"lora_rank": 16}),
+    "llama": case(checkpoint="none", kind="llama"),
 }
 
 
@@ -78,29 +67,26 @@ def some(names: Iterable[str], *quick: str) -> list:
 
 
 @functools.cache
-def model_of(c: Case) -> str:
+def model_of(name: str) -> str:
     """A folder of config.json and of the mark of weights that the engine looks for."""
-    sizes = {**SIZES, **dict(c.sizes)}
-    config = Qwen3Config(**sizes, head_dim=32) if c.family == "qwen3" else LlamaConfig(**sizes)
     folder = tempfile.mkdtemp()
-    config.save_pretrained(folder)
+    tiny.make_config(CASES[name]["kind"], **CASES[name]["sizes"]).save_pretrained(folder)
     save_file({"none": torch.zeros(1)}, Path(folder) / "model.safetensors")
     return folder
 
 
 @functools.cache
-def measured(c: Case) -> dict[str, int]:
+def measured(name: str) -> dict[str, int]:
     """Bytes of rank 0 by part, and the peak, as the worker counts them."""
-    args = {**TASK, **dict(c.task), "parallel": dict(c.parallel), "folder": model_of(c)}
+    c = CASES[name]
+    args = {**c["task"], "parallel": c["parallel"], "folder": model_of(name)}
     args["out"] = tempfile.mkdtemp()
-    worker = str(Path(__file__).parents[1] / "helpers" / "memory_worker.py")
-    result = torchrun(worker, json.dumps(args), ranks=c.ranks)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    printed = runs.worker("memory_worker.py", c["ranks"], json.dumps(args))
+    return json.loads(printed.splitlines()[-1])
 
 
-def estimated(c: Case) -> dict[str, int]:
-    task = {**TASK, **dict(c.task)}
+def estimated(name: str) -> dict[str, int]:
+    c, task = CASES[name], CASES[name]["task"]
     width = task["prompt"] + task["response"]
     load = Load(
         tokens=task["rows"] * width,
@@ -109,20 +95,19 @@ def estimated(c: Case) -> dict[str, int]:
         max_tokens=task["hindsight"] + task["response"],
         chunk_bytes=task["chunk_bytes"],
     )
-    model, parallel = ModelShape.from_config(model_of(c)), ParallelConfig(**dict(c.parallel))
+    model, parallel = ModelShape.from_config(model_of(name)), ParallelConfig(**c["parallel"])
     lora = LoraConfig(rank=task["lora_rank"])
-    return estimate(model, parallel, lora, Live(), ranks=c.ranks, load=load, device_type="cpu")
+    return estimate(model, parallel, lora, Live(), ranks=c["ranks"], load=load, device_type="cpu")
 
 
-def error(c: Case) -> float:
+def error(name: str) -> float:
     """Relative error of the total allowed next to the measured peak."""
-    return estimated(c)["total"] / measured(c)["total"] - 1
+    return estimated(name)["total"] / measured(name)["total"] - 1
 
 
 @pytest.mark.parametrize("name", some(CASES, "selective", "2 shards", "tensor"))
 def test_the_estimate_is_what_is_measured(name):
-    c = CASES[name]
-    counted, estimate = measured(c), estimated(c)
+    counted, estimate = measured(name), estimated(name)
     for part in ("parameters", "gradients", "optimizer"):
         assert estimate[part] == pytest.approx(counted[part], rel=0.01), part
     assert estimate["total"] == pytest.approx(counted["total"], rel=TOLERANCE)
@@ -132,33 +117,19 @@ def test_the_estimate_is_what_is_measured(name):
 def test_twice_the_activations_are_noticed(name, monkeypatch):
     once = memory._Rank.saved
     monkeypatch.setattr(memory._Rank, "saved", lambda self: 2 * once(self))
-    assert error(CASES[name]) > TOLERANCE
+    assert error(name) > TOLERANCE
 
 
 @pytest.mark.exhaustive
 def test_twice_the_vocabulary_is_noticed(monkeypatch):
     once = ModelShape.head
     monkeypatch.setattr(ModelShape, "head", lambda self, tensor=1: 2 * once(self, tensor))
-    assert error(CASES["head"]) > TOLERANCE
+    assert error("head") > TOLERANCE
 
 
-QWEN3_8B = ModelShape(
-    hidden=4096,
-    layers=36,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    intermediate=12288,
-    vocabulary=151936,
-    tied=False,
-    qk_norm=True,
-)
+QWEN3_8B = shape_of(QWEN3["qwen3-8b"])
 LOAD = Load(
-    tokens=16384,
-    response_tokens=4096,
-    row_tokens=8192,
-    max_tokens=8192,
-    chunk_bytes=2560 * 2**20,
+    tokens=16384, response_tokens=4096, row_tokens=8192, max_tokens=8192, chunk_bytes=2560 * 2**20
 )
 
 

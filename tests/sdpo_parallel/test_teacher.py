@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdpo_parallel.config import EMA, Frozen, Live, TrustRegion
-from sdpo_parallel.engine import LMHead
+from sdpo_parallel.model import LMHead
 from sdpo_parallel.teacher import AdaptersOff, Mixture, TeacherState, lerp
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import kill, runs, tiny
-from helpers.torchrun import torchrun
+from helpers import forked, kill, runs, tiny
 from sdpo.cli import main
 from sdpo.train.watchdog import PHASES, Watchdog
 
@@ -140,7 +139,7 @@ def test_impossible_combinations_of_ranks(options, ranks, names, tmp_path):
     model = broken_model(tmp_path / "model")
     data = tiny.make_interactions(tmp_path / "i.jsonl", 6)
     argv = runs.command("reverse-kl", model, data, tmp_path / "run", *options)
-    result = torchrun("-m", "sdpo.train", *argv[argv.index("train") + 1 :], ranks=ranks)
+    result = forked.run(ranks, "-m", "sdpo.train", *argv[argv.index("train") + 1 :])
     assert result.returncode != 0 and "Traceback" not in runs.cause(result.stderr)
     told = " ".join((result.stdout + result.stderr).split())
     assert names in told, told[-3000:]

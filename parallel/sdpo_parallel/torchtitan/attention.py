@@ -19,9 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from ..config import Attention
 from ..errors import SdpoError
 
-Setting = Literal["auto", "flex", "flex_flash", "varlen", "dense"]
 Backend = Literal["flex", "flex_flash", "varlen", "dense"]
 FASTEST_FIRST: tuple[Backend, ...] = ("varlen", "flex_flash", "flex", "dense")
 
@@ -50,13 +50,23 @@ class Choice:
     why: str
 
 
-@dataclass(frozen=True)
-class _Machine:
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What decides which attentions work.
+
+    Args:
+        device_type: ``torch.device.type``.
+        capability: of an NVIDIA GPU, by ``torch.cuda.get_device_capability``; None for any other.
+        context: ranks that split every row (CP).
+        installed: whether a module can be imported, as ``importable`` answers.
+        compute_dtype: of q, k and v; the flash kernels know no float32.
+    """
+
     device_type: str
     capability: tuple[int, int] | None
     context: int
     installed: Callable[[str], bool]
-    compute_dtype: str
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def obstacle(self, backend: Backend) -> str | None:
         """Why ``backend`` cannot train here; None: it can."""
@@ -89,6 +99,7 @@ class _Machine:
         )
 
     def describe(self, backend: Backend) -> str:
+        """The kernels, for the log."""
         if backend == "varlen":
             assert self.capability is not None
             return f"packed documents by {_VARLEN[self.capability[0]][0]}"
@@ -99,28 +110,12 @@ class _Machine:
         }[backend]
 
 
-def choose_attention(
-    setting: Setting,
-    *,
-    device_type: str,
-    capability: tuple[int, int] | None,
-    context: int,
-    installed: Callable[[str], bool],
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16",
-) -> Choice:
+def choose_attention(setting: Attention, here: Machine) -> Choice:
     """What ``setting`` means here; ``auto`` is the first of FASTEST_FIRST that works.
-
-    Args:
-        device_type: ``torch.device.type``.
-        capability: of an NVIDIA GPU, by ``torch.cuda.get_device_capability``; None for any other.
-        context: ranks that split every row (CP).
-        installed: whether a module can be imported, as ``importable`` answers.
-        compute_dtype: of q, k and v; the flash kernels know no float32.
 
     Raises:
         SdpoError: ``setting`` was asked for and cannot work; the message says what can.
     """
-    here = _Machine(device_type, capability, context, installed, compute_dtype)
     if setting != "auto":
         if (obstacle := here.obstacle(setting)) is None:
             return Choice(setting, f"asked for: {here.describe(setting)}")
@@ -131,7 +126,7 @@ def choose_attention(
     passed_over = []
     for backend in FASTEST_FIRST:
         obstacle = here.obstacle(backend)
-        if backend == "flex_flash" and context > 1:  # torch needs T to divide by context x 256
+        if backend == "flex_flash" and here.context > 1:  # torch needs T to divide by context x 256
             obstacle = obstacle or "its blocks of 256 ask for longer rows when context splits them"
         if obstacle is None:
             return Choice(backend, "; ".join([here.describe(backend), *passed_over]))

@@ -8,11 +8,12 @@ lm_head reads to all ranks of the group; the lm_head's work is then assigned by 
 Slots are assigned head and tail: rank r of R takes slices r and 2R-1-r of 2R.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.flex_attention import BlockMask
 from torchtitan.models.common.attention import create_attention_mask
@@ -59,26 +60,8 @@ def block_mask(document_BT: Tensor, part: Share, block: int | tuple[int, int]) -
     )
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows_MD: Tensor, where_M: Tensor, n: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        ctx.save_for_backward(where_M)
-        out_ND = rows_MD.new_zeros(n, rows_MD.shape[1])
-        out_ND[where_M] = rows_MD
-        dist.all_reduce(out_ND, group=group)  # exact: all but one of the addends are zero
-        return out_ND
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        (where_M,) = ctx.saved_tensors
-        grad_ND = grads[0].contiguous().clone()
-        dist.all_reduce(grad_ND, group=ctx.group)
-        return grad_ND[where_M], None, None, None
-
-
 def gather_rows(
-    h_BLD: Tensor, slots_BL: Tensor, slots: int, index_N: Tensor, group: dist.ProcessGroup
+    h_BLD: Tensor, slots_BL: Tensor, slots: int, index_N: Tensor, group: ProcessGroup
 ) -> Tensor:
     """(N, D) on every rank of the group: the rows at the slots ``index_N`` of the whole batch.
 
@@ -91,5 +74,5 @@ def gather_rows(
     local_N = place[index_N]
     where_M = (local_N >= 0).nonzero()[:, 0]
     rows_MD = h_BLD.flatten(0, 1)[local_N[where_M]]
-    out: Any = _GatherRows.apply(rows_MD, where_M, index_N.numel(), group)
-    return out
+    out_ND = rows_MD.new_zeros(index_N.numel(), rows_MD.shape[1]).index_copy(0, where_M, rows_MD)
+    return all_reduce(out_ND, "sum", group)  # exact: all but one of the addends are zero

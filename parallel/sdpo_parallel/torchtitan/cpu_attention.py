@@ -55,3 +55,7 @@ class DenseMaskAttention(FlexAttention):
 def flex_to_dense(config: FlexAttention.Config) -> DenseMaskAttention.Config:
     """FlexAttention.Config -> DenseMaskAttention.Config."""
     return derive(config, DenseMaskAttention.Config)
+
+
+FLEX_TO_DENSE = f"{__name__}.{flex_to_dense.__name__}"
+"""For torchtitan's ``OverrideConfig.imports``."""

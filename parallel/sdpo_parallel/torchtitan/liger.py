@@ -9,6 +9,7 @@ Shapes: B rows, L tokens, N heads (of q or of k), H head dimension, D model, F h
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import spmd_types as spmd
 import torch
@@ -27,11 +28,6 @@ except ImportError as error:
     raise SdpoError(
         f"liger=True needs liger-kernel ({error}): pip install 'sdpo[liger]', or set liger=False"
     ) from error
-
-OVERRIDES = tuple(
-    f"{__name__}.{name}" for name in ("rms_norm", "feed_forward", "cos_sin_rope", "complex_rope")
-)
-"""For torchtitan's ``OverrideConfig.imports``."""
 
 
 def _typed_like(out: Tensor, like: Tensor) -> Tensor:
@@ -125,31 +121,25 @@ class LigerComplexRoPE(ComplexRoPE):
         return _typed_like(q, query), _typed_like(k, key)
 
 
-def _swap(config, target):
-    if not torch.accelerator.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise SdpoError("liger=True: Liger's kernels are Triton's and need a GPU; set liger=False")
-    return derive(config, target)
+def _swap(target: Any, ours: Any) -> str:
+    """Register ``ours`` in place of torchtitan's ``target``; returns the override's name."""
+
+    def swap(config):
+        if not torch.accelerator.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            raise SdpoError(
+                "liger=True: Liger's kernels are Triton's and need a GPU; set liger=False"
+            )
+        return derive(config, ours.Config)
+
+    swap.__name__ = ours.__name__
+    override(target=target.Config, exact=True, description=ours.__name__)(swap)
+    return f"{__name__}.{swap.__name__}"
 
 
-@override(target=RMSNorm.Config, exact=True, description="Liger's RMSNorm")
-def rms_norm(config: RMSNorm.Config) -> LigerRMSNorm.Config:
-    """RMSNorm.Config -> LigerRMSNorm.Config."""
-    return _swap(config, LigerRMSNorm.Config)
-
-
-@override(target=FeedForward.Config, exact=True, description="Liger's SwiGLU")
-def feed_forward(config: FeedForward.Config) -> LigerFeedForward.Config:
-    """FeedForward.Config -> LigerFeedForward.Config."""
-    return _swap(config, LigerFeedForward.Config)
-
-
-@override(target=CosSinRoPE.Config, exact=True, description="Liger's RoPE")
-def cos_sin_rope(config: CosSinRoPE.Config) -> LigerCosSinRoPE.Config:
-    """CosSinRoPE.Config -> LigerCosSinRoPE.Config."""
-    return _swap(config, LigerCosSinRoPE.Config)
-
-
-@override(target=ComplexRoPE.Config, exact=True, description="Liger's RoPE")
-def complex_rope(config: ComplexRoPE.Config) -> LigerComplexRoPE.Config:
-    """ComplexRoPE.Config -> LigerComplexRoPE.Config."""
-    return _swap(config, LigerComplexRoPE.Config)
+OVERRIDES = [
+    _swap(RMSNorm, LigerRMSNorm),
+    _swap(FeedForward, LigerFeedForward),
+    _swap(CosSinRoPE, LigerCosSinRoPE),
+    _swap(ComplexRoPE, LigerComplexRoPE),
+]
+"""For torchtitan's ``OverrideConfig.imports``."""

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from sdpo_kernels import VocabShard
 
-from ..engine import LMHead
+from ..model import LMHead
 
 
 def gathered(lm_head: torch.nn.Module, vocabulary: int, group: ProcessGroup | None) -> LMHead:

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -17,7 +16,7 @@ from ..engine import ROW_MULTIPLE, Ranks
 from ..errors import SdpoError
 from ..huggingface import read_config
 from . import cpu
-from .attention import Choice, choose_attention, importable
+from .attention import Choice, Machine, choose_attention, importable
 
 cpu.prepare()  # before torchtitan binds the device
 from torchtitan.config import CommConfig, ParallelismConfig  # noqa: E402
@@ -70,25 +69,20 @@ class Mesh:
         return {"replicate": d.dp_replicate, "shard": d.dp_shard, "context": d.cp, "tensor": d.tp}
 
 
-def init_distributed(*, host_memory: bool = False, timeout_seconds: int = 7200) -> int:
+def init_distributed(*, host_memory: bool = False) -> int:
     """Join torchrun's process group, or be a group of one; returns the world size.
 
     Args:
         host_memory: tensors in host memory take part in collectives, beside the accelerator's.
-        timeout_seconds: limit of a collective; far beyond what a run's own watchdog allows, which
-            names the ranks that stall.
     """
     if "RANK" not in os.environ:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
-        alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ |= {k: str(v) for k, v in alone.items()}
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # 0: any that is free
     if dist.is_initialized():
         return dist.get_world_size()
     utils.device_module.set_device(utils.get_local_device())
-    comm = CommConfig(init_timeout_seconds=timeout_seconds, trace_buf_size=0)
+    # far beyond what a run's own watchdog allows, which names the ranks that stall
+    comm = CommConfig(init_timeout_seconds=7200, trace_buf_size=0)
     with quiet():
         return dist_utils.init_distributed(comm, enable_cpu_backend=host_memory, base_folder="")
 
@@ -138,14 +132,14 @@ def _dims(world: dist.ProcessGroup, replicate: int, context: int, tensor: int) -
 
 def _attention(parallel: ParallelConfig, device: torch.device) -> Choice:
     nvidia = device.type == "cuda" and torch.version.hip is None
-    return choose_attention(
-        parallel.attention,
+    here = Machine(
         device_type=device.type,
         capability=torch.cuda.get_device_capability(device) if nvidia else None,
         context=parallel.context,
         installed=importable,
         compute_dtype=parallel.resolve_dtype(device.type),
     )
+    return choose_attention(parallel.attention, here)
 
 
 def _expect_many_shapes() -> None:

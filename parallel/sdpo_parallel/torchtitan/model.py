@@ -11,9 +11,8 @@ from binpacking.to_constant_bin_number import to_constant_bin_number
 from torch import Tensor
 
 from ..config import LoraConfig
-from ..engine import LMHead
 from ..huggingface import check_finite, check_length
-from ..teacher import local
+from ..model import CausalModel, LMHead
 from . import cpu
 from .lm_head import end_prefetch, gathered
 from .mesh import Mesh, quiet
@@ -31,12 +30,12 @@ from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC  # 
 from torchtitan.tools import utils  # noqa: E402
 
 from .context_parallel import block_mask, dense_mask, gather_rows, share  # noqa: E402
-from .cpu_attention import document_mask  # noqa: E402
+from .cpu_attention import FLEX_TO_DENSE, document_mask  # noqa: E402
 from .models import spec_from_hf  # noqa: E402
 from .weights import load_weights, start_adapters  # noqa: E402
 
 
-class TorchtitanModel:
+class TorchtitanModel(CausalModel):
     """A `CausalModel`, sharded over a mesh.
 
     Args:
@@ -125,17 +124,12 @@ class TorchtitanModel:
         """
         load_weights(self.module, self.adapter(), self.folder)
         start_adapters(self.module)
-        self.check_finite(self.folder)
+        check_finite(self.module, self.folder)
 
     def adapter(self) -> Any:
         """torchtitan's state dict adapter: names and shapes of Hugging Face, and back."""
         with quiet():
             return self.spec.state_dict_adapter(self.spec.model, self.folder)  # pyright: ignore
-
-    def check_finite(self, source: str) -> None:
-        """Refuse weights, read from ``source``, that hold NaN or infinity."""
-        named = self.module.named_parameters()
-        check_finite(((canonical_fqn(n), local(p)) for n, p in named), source)
 
     def _build(self, trained: bool, dtype: str) -> Any:
         """The sharded module, its weights not yet set."""
@@ -151,8 +145,13 @@ class TorchtitanModel:
         model.update_from_config(config=SimpleNamespace(parallelism=mesh.titan))
         for layer in model.layers:
             layer.attention.rope = replace(layer.attention.rope, max_seq_len=self.max_tokens)
+        overrides: list[Any] = [FLEX_TO_DENSE] if self.dense else []
+        if parallel.liger:
+            from .liger import OVERRIDES  # the optional extra
+
+            overrides += OVERRIDES
         with quiet():
-            apply_overrides(OverrideConfig(imports=self._overrides()), model)
+            apply_overrides(OverrideConfig(imports=overrides), model)
         with torch.device("meta"), utils.set_default_dtype(TORCH_DTYPE_MAP[training.dtype]):
             module = model.build()
         trainable = {name for name, p in module.named_parameters() if p.requires_grad}
@@ -177,17 +176,6 @@ class TorchtitanModel:
         for name, p in module.named_parameters():  # sharding forgets which are frozen
             p.requires_grad_(canonical_fqn(name) in trainable)
         return module.train(trained)
-
-    def _overrides(self) -> list[Any]:
-        """torchtitan's modules that are swapped for others."""
-        out: list[Any] = []
-        if self.dense:
-            out.append("sdpo_parallel.torchtitan.cpu_attention.flex_to_dense")
-        if self.mesh.parallel.liger:
-            from .liger import OVERRIDES  # the optional extra
-
-            out += OVERRIDES
-        return out
 
 
 def _stay_tied(module: Any) -> None:

@@ -46,14 +46,26 @@ def spec_from_hf(
             f"{folder}/config.json: model_type {c.get('model_type')!r} has no torchtitan model "
             "here (qwen3 and llama have); use --engine transformers"
         )
-    _refuse(folder, c, "hidden_act", allowed=("silu", None))
-    _refuse(folder, c, "attention_bias", allowed=(False, None))
-    _refuse(folder, c, "mlp_bias", allowed=(False, None))
-    _refuse(folder, c, "use_sliding_window", allowed=(False, None))
-    _refuse(folder, c, "partial_rotary_factor", allowed=(1.0, None))
+    exact = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    exact |= {"use_sliding_window": False, "partial_rotary_factor": 1.0}
+    for field, value in exact.items():
+        if c.get(field) not in (value, None):
+            raise SdpoError(
+                f"{folder}/config.json: {field}={c[field]!r} is not supported by the torchtitan "
+                "engine; use --engine transformers"
+            )
     adapters = lora is not None and lora.rank > 0
     # adapters go beside Q, K and V each, as Hugging Face names them
-    spec = build(folder, c, {"attn_backend": attention, "fuse_qkv": not adapters})
+    options = dict(
+        n_layers=c["num_hidden_layers"],
+        dim=c["hidden_size"],
+        n_heads=c["num_attention_heads"],
+        n_kv_heads=c["num_key_value_heads"],
+        hidden_dim=c["intermediate_size"],
+        attn_backend=attention,
+        fuse_qkv=not adapters,
+    )
+    spec = build(folder, c, options)
     spec.flavor = Path(folder).name
     if lora is not None and adapters:
         converter = LoRAConverter.Config(
@@ -69,42 +81,38 @@ def spec_from_hf(
     return spec
 
 
-def _refuse(folder: str, config: dict, field: str, allowed: tuple) -> None:
-    if config.get(field) not in allowed:
-        raise SdpoError(
-            f"{folder}/config.json: {field}={config[field]!r} is not supported by the torchtitan "
-            "engine; use --engine transformers"
-        )
-
-
 def _norm(c: dict, dim: int) -> RMSNorm.Config:
     ones = {"weight": torch.nn.init.ones_}
     return RMSNorm.Config(normalized_shape=dim, eps=c["rms_norm_eps"], param_init=ones)
 
 
 def _rope(folder: str, c: dict) -> dict:
-    """theta and scaling of the rotary embedding, under the names of RoPE.Config."""
+    """Length, theta and scaling of the rotary embedding, under the names of RoPE.Config."""
     r = c.get("rope_parameters") or c.get("rope_scaling") or {}
     theta = r.get("rope_theta") or c.get("rope_theta") or 10000.0
     kind = r.get("rope_type", r.get("type", "default"))
+    rope = {"max_seq_len": c["max_position_embeddings"], "theta": theta}
     if kind == "default":
-        return {"theta": theta, "scaling": "none"}
+        return {**rope, "scaling": "none"}
     if kind == "llama3" and c["model_type"] == "llama":
         names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         scaling = {name: r[name] for name in names}
-        return {"theta": theta, "scaling": "llama", "scaling_factor": r["factor"], **scaling}
+        return {**rope, "scaling": "llama", "scaling_factor": r["factor"], **scaling}
     raise SdpoError(
         f"{folder}/config.json: rope_type {kind!r} is not supported by the torchtitan engine; "
         "use --engine transformers"
     )
 
 
-def _decoder(c: dict, module, layers: list) -> dict:
-    """The fields that every decoder config has beside its layers."""
+def _spec(c: dict, module, config: type, layers: list) -> ModelSpec:
+    """torchtitan's ``module`` with a decoder of these layers."""
     dim, vocabulary, tied = c["hidden_size"], c["vocab_size"], bool(c.get("tie_word_embeddings"))
+    for layer in layers:  # torchtitan's builders know one eps
+        layer.attention_norm = layer.ffn_norm = _norm(c, dim)
     embedding = module._EMBEDDING_SKIP_INIT if tied else module._EMBEDDING_INIT
     head = module._LINEAR_INIT
-    return dict(
+    spec = module.model_registry("debugmodel")
+    spec.model = config(
         dim=dim,
         vocab_size=vocabulary,
         norm=_norm(c, dim),
@@ -115,30 +123,19 @@ def _decoder(c: dict, module, layers: list) -> dict:
         ),
         lm_head=Linear.Config(in_features=dim, out_features=vocabulary, param_init=head),
     )
-
-
-def _qwen3(folder: str, c: dict, layer_options: dict) -> ModelSpec:
-    head_dim = c["head_dim"]
-    length = c["max_position_embeddings"]
-    layers = qwen3._build_qwen3_layers(
-        n_layers=c["num_hidden_layers"],
-        dim=c["hidden_size"],
-        n_heads=c["num_attention_heads"],
-        n_kv_heads=c["num_key_value_heads"],
-        head_dim=head_dim,
-        hidden_dim=c["intermediate_size"],
-        **layer_options,
-        rope=CosSinRoPE.Config(dim=head_dim, max_seq_len=length, **_rope(folder, c)),
-    )
-    for layer in layers:  # the builder knows one eps
-        layer.attention_norm = layer.ffn_norm = _norm(c, c["hidden_size"])
-        layer.attention.qk_norm = _norm(c, head_dim)  # pyright: ignore
-    spec = qwen3.model_registry("debugmodel")
-    spec.model = qwen3.Qwen3Model.Config(**_decoder(c, qwen3, layers))
     return spec
 
 
-def _llama(folder: str, c: dict, layer_options: dict) -> ModelSpec:
+def _qwen3(folder: str, c: dict, options: dict) -> ModelSpec:
+    head_dim = c["head_dim"]
+    rope = CosSinRoPE.Config(dim=head_dim, **_rope(folder, c))
+    layers = qwen3._build_qwen3_layers(**options, head_dim=head_dim, rope=rope)
+    for layer in layers:
+        layer.attention.qk_norm = _norm(c, head_dim)  # pyright: ignore
+    return _spec(c, qwen3, qwen3.Qwen3Model.Config, layers)
+
+
+def _llama(folder: str, c: dict, options: dict) -> ModelSpec:
     heads = c["num_attention_heads"]
     head_dim = c.get("head_dim") or c["hidden_size"] // heads
     if head_dim * heads != c["hidden_size"]:
@@ -146,18 +143,6 @@ def _llama(folder: str, c: dict, layer_options: dict) -> ModelSpec:
             f"{folder}/config.json: head_dim {head_dim} x {heads} heads is not hidden_size "
             f"{c['hidden_size']}; the torchtitan engine needs it; use --engine transformers"
         )
-    length = c["max_position_embeddings"]
-    layers = llama3._build_llama3_layers(
-        n_layers=c["num_hidden_layers"],
-        dim=c["hidden_size"],
-        n_heads=heads,
-        n_kv_heads=c["num_key_value_heads"],
-        hidden_dim=c["intermediate_size"],
-        **layer_options,
-        rope=ComplexRoPE.Config(dim=head_dim, max_seq_len=length, **_rope(folder, c)),
-    )
-    for layer in layers:
-        layer.attention_norm = layer.ffn_norm = _norm(c, c["hidden_size"])
-    spec = llama3.model_registry("debugmodel")
-    spec.model = llama3.Llama3Model.Config(**_decoder(c, llama3, layers))
-    return spec
+    rope = ComplexRoPE.Config(dim=head_dim, **_rope(folder, c))
+    layers = llama3._build_llama3_layers(**options, rope=rope)
+    return _spec(c, llama3, llama3.Llama3Model.Config, layers)

@@ -8,7 +8,6 @@ import math
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,11 @@ def load_weights(module: torch.nn.Module, adapter: Any, folder: str) -> None:
 
 
 @torch.no_grad()
-def start_adapters(module: torch.nn.Module, seed: int = 0) -> None:
+def start_adapters(module: torch.nn.Module) -> None:
     """A ~ kaiming uniform, B = 0 (arXiv:2106.09685), the same whatever the layout."""
     for name, p in module.state_dict().items():
         if name.endswith(".lora_a.weight"):
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             whole = torch.empty(p.shape, dtype=p.dtype)
             torch.nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
             p.copy_(_like(whole, p))
@@ -89,20 +88,6 @@ def peft_weights(module: torch.nn.Module, adapter: Any) -> dict[str, Tensor]:
     return out
 
 
-def peft_config(weights: Mapping[str, Tensor], lora: LoraConfig, base: str) -> dict[str, Any]:
-    """adapter_config.json as PEFT reads it, for ``peft_weights``."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted({name.rsplit(".", 3)[1] for name in weights}),
-    }
-
-
 def _whole(w: Tensor) -> Tensor:
     return w.full_tensor() if isinstance(w, DTensor) else w
 
@@ -114,13 +99,9 @@ def _like(whole: Tensor, pattern: Tensor) -> Tensor:
     mesh, placements = pattern.device_mesh, pattern.placements
     shape, offset = compute_local_shape_and_global_offset(pattern.shape, mesh, placements)
     part = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+    part, stride = part.to(pattern.device), pattern.stride()
     return DTensor.from_local(
-        part.to(pattern.device),
-        mesh,
-        placements,
-        run_check=False,
-        shape=pattern.shape,
-        stride=pattern.stride(),
+        part, mesh, placements, run_check=False, shape=pattern.shape, stride=stride
     )
 
 
@@ -144,7 +125,17 @@ def write_hf(adapter: Any, weights: dict[str, Any], folder: Path) -> None:
         shutil.rmtree(folder / "sharded", ignore_errors=True)
 
 
-def write_peft(folder: Path, weights: dict[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write whole adapter weights and their config as PEFT reads them. One rank calls it."""
+def write_peft(folder: Path, weights: dict[str, Tensor], lora: LoraConfig, base: str) -> None:
+    """Write ``peft_weights`` and their config as PEFT reads them. One rank calls it."""
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.rsplit(".", 3)[1] for name in weights}),
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

@@ -7,11 +7,9 @@
 ``TransformersEngine`` trains one on a single device, with the trainer's checkpoints and export.
 """
 
-import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,9 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
-from ..checkpoints import Checkpoints
-from ..config import Frozen, LoraConfig, ParallelConfig
-from ..engine import ROW_MULTIPLE, EngineConfig, LMHead, Ranks
+from ..config import LoraConfig, ParallelConfig
+from ..engine import Engine, EngineConfig
 from ..errors import SdpoError
 from ..huggingface import (
     check_finite,
@@ -38,14 +35,17 @@ from ..huggingface import (
     read_config,
     replace_folder,
 )
+from ..model import CausalModel, LMHead
 from ..teacher import TeacherState
 from .liger import apply_liger
+
+Dtype = Literal["auto", "bfloat16", "float32"]
 
 # one process is what this engine is for
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
-class TransformersModel:
+class TransformersModel(CausalModel):
     """A causal LM of transformers as a `CausalModel`.
 
     Args:
@@ -80,11 +80,7 @@ class TransformersModel:
             out = self.decoder(**inputs, use_cache=False)
         return out.last_hidden_state.flatten(0, 1)[index_N].to(self.dtype)
 
-    def own_responses(self, lengths: Sequence[int]) -> None:
-        """All of them."""
-
     def lm_head(self) -> LMHead:
-        """(V, D)."""
         weight: Any = self.module.get_output_embeddings().weight  # pyright: ignore
         return LMHead(weight.to(self.dtype))
 
@@ -161,41 +157,36 @@ def disable_dropout(model: PreTrainedModel) -> None:
 
 
 def load_model(
-    folder: str,
-    *,
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
-    device: str | None = None,
-    attention: str | None = None,
-    compute_dtype: torch.dtype | None = None,
-    liger: bool = False,
+    folder: str, *, dtype: Dtype = "auto", compute_dtype: Dtype | None = None, liger: bool = False
 ) -> TransformersModel:
-    """A local Hugging Face folder as a model of the two passes.
+    """A local Hugging Face folder as a model of the two passes, on the first accelerator if any.
+
+    Attention is flash-attn's where that is installed and the passes run on a GPU in bfloat16, else
+    SDPA.
 
     Args:
         dtype: of the weights; ``auto``: bfloat16 on an accelerator, float32 on a CPU.
-        device: where to; None: the first accelerator, else the CPU.
         compute_dtype: of the passes, where it is not that of the weights.
-        attention: transformers' ``attn_implementation``; None: flash_attention_2 where flash-attn
-            is installed and the model runs on a GPU in bfloat16, else sdpa.
-        liger: Liger's RMSNorm, SwiGLU and rotary embeddings; see liger_patch.py.
+        liger: Liger's RMSNorm, SwiGLU and rotary embeddings; see liger.py.
 
     Raises:
         SdpoError: no such folder, no weights in it, or weights that are not finite.
     """
     read_config(folder)
     disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype == "auto":
-        dtype = "float32" if device == "cpu" else "bfloat16"
-    attention = attention or choose_attention(device, dtype)
+    device, auto = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+    dtype = auto if dtype == "auto" else dtype
+    compute_dtype = auto if compute_dtype == "auto" else compute_dtype or dtype
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation=attention
+        folder,
+        dtype=getattr(torch, dtype),
+        attn_implementation=choose_attention(device, compute_dtype),
     )
-    check_finite(model.named_parameters(), folder)
+    check_finite(model, folder)
     model = model.to(device).eval()  # pyright: ignore
     if liger:
         apply_liger(model)
-    return TransformersModel(model, compute_dtype)
+    return TransformersModel(model, getattr(torch, compute_dtype))
 
 
 def choose_attention(device: str, compute_dtype: str) -> str:
@@ -204,7 +195,7 @@ def choose_attention(device: str, compute_dtype: str) -> str:
     return "flash_attention_2" if can_flash and is_flash_attn_2_available() else "sdpa"
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """An `Engine` for any causal LM of transformers, on one device.
 
     Weights, gradients and optimizer state are float32; the passes run under autocast where
@@ -214,149 +205,58 @@ class TransformersEngine:
         state: saved and restored with the model (step, place in the data).
     """
 
-    ranks, row_multiple = Ranks(), ROW_MULTIPLE
-
     def __init__(self, config: EngineConfig, state: Stateful):
         _refuse_layouts(config.parallel, config.lora)
         longest = read_config(config.model).get("max_position_embeddings")
         check_length(config.model, longest, config.max_tokens)
-        teacher = config.teacher
-        if isinstance(teacher, Frozen) and teacher.folder is not None:
-            check_teacher(teacher.folder, config.model)
-        self.config = config
-        self.policy = _load(config, config.model, "float32")
-        self.module = self.policy.module.train()
-        disable_dropout(self.module)
+        if config.teacher_folder is not None:
+            check_teacher(config.teacher_folder, config.model)
+        policy = self.build_policy(config)
+        module = policy.module.train()
+        disable_dropout(module)
         if config.parallel.activation_checkpoint != "none":
-            enable = getattr(self.module, "activation_checkpointing_enable", None)
-            enable = enable or self.module.gradient_checkpointing_enable  # its name before 5.20
+            enable = getattr(module, "activation_checkpointing_enable", None)
+            enable = enable or module.gradient_checkpointing_enable  # its name before 5.20
             enable({"use_reentrant": False})
-        self.device = self.module.device
-        self.teacher_state = TeacherState(teacher, self.policy, lambda: _copy(config))
-        self.teacher = self.teacher_state.model
-        self.optimizer = torch.optim.AdamW(
-            self.module.parameters(),
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-        )
-        parts = {"model": self.module, "optimizer": _Optimizer(self.module, self.optimizer)}
-        parts |= {"teacher": self.teacher_state, "run": state}
-        self.checkpoints = Checkpoints(
-            config.run_folder, config.checkpoint, parts, distributed=False
-        )
+        self.device = module.device
+        teacher = TeacherState(config.teacher, policy, lambda: _teacher(config))
+        optimizer = torch.optim.AdamW(module.parameters(), **config.optimizer.adamw())
+        super().__init__(config, policy, teacher, optimizer, _Named(module, optimizer), state)
 
-    def context(self) -> contextlib.AbstractContextManager[None]:
-        """Passes need nothing around them here."""
-        return contextlib.nullcontext()
+    @staticmethod
+    def build_policy(config: EngineConfig) -> TransformersModel:
+        return _load(config, config.model, "float32")
 
-    def load(self) -> None:
-        """Set the teacher's first weights; the folder's are in place."""
-        self.teacher_state.start()
-
-    def resume(self) -> None:
-        """Go on from the newest undamaged checkpoint, where there is one."""
-        step = self.checkpoints.newest()
-        if step is not None:
-            self.checkpoints.load(step)
-
-    def save(self, step: int, manifest: Mapping[str, Any], *, wait: bool = False) -> None:
-        """Write a checkpoint."""
-        self.checkpoints.save(step, manifest, wait=wait)
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate the gradients of a micro-batch."""
-        loss.backward()
-
-    def clip_gradients(self) -> float:
-        """Clip the gradients' norm; returns the norm before clipping."""
-        limit = self.config.optimizer.max_grad_norm
-        return float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit))
-
-    def update(self, step: int) -> float:
-        """Update weights and teacher with the gradients of step ``step`` (from 0), and drop them;
-        returns the learning rate used."""
-        lr = self.config.optimizer.lr_at(step, self.config.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.discard()
-        self.teacher_state.update()
-        return lr
-
-    def discard(self) -> None:
-        """Drop the gradients."""
-        self.optimizer.zero_grad()
-
-    def release(self) -> None:
-        """Nothing is gathered here."""
-
-    def check_agreement(self, what: str, value: str) -> None:
-        """There is one rank."""
-
-    def sum_over_ranks(self, x: Tensor) -> Tensor:
-        """There is one rank: ``x`` itself."""
-        return x
-
-    def export(self, folder: str, *, adapters: bool = False) -> None:
-        """Write a Hugging Face folder: weights, configs, tokenizer."""
-        _export(self.policy, self.config, folder, adapters=adapters)
-
-    def close(self) -> None:
-        """Nothing runs in the background."""
+    @staticmethod
+    def export_policy(
+        policy: TransformersModel, config: EngineConfig, folder: str, *, adapters: bool = False
+    ) -> None:
+        if adapters:
+            raise SdpoError("this run trained no adapters: it has none to export")
+        partial = f"{folder}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        dtype = export_dtype(config.model, config.checkpoint.export_dtype)
+        weights = {name: w.to(dtype) for name, w in policy.module.state_dict().items()}
+        policy.module.save_pretrained(partial, state_dict=weights)
+        copy_assets(config.model, partial, dtype)
+        replace_folder(partial, folder)
 
 
-def export_checkpoint(
-    config: EngineConfig, step: int | None, out: str, *, adapters: bool = False
-) -> None:
-    """See `sdpo_parallel.build.export_checkpoint`."""
-    policy = _load(config, config.model, "float32")
-    parts = {"model": policy.module}
-    checkpoints = Checkpoints(config.run_folder, config.checkpoint, parts, distributed=False)
-    checkpoints.load(checkpoints.undamaged(step))
-    _export(policy, config, out, adapters=adapters)
-
-
-def _load(
-    config: EngineConfig, folder: str, dtype: Literal["bfloat16", "float32"]
-) -> TransformersModel:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    compute = config.parallel.resolve_dtype(device)
+def _load(config: EngineConfig, folder: str, dtype: Dtype) -> TransformersModel:
+    parallel = config.parallel
     return load_model(
-        folder,
-        dtype=dtype,
-        device=device,
-        attention=choose_attention(device, compute),
-        compute_dtype=getattr(torch, compute),
-        liger=config.parallel.liger,
+        folder, dtype=dtype, compute_dtype=parallel.compute_dtype, liger=parallel.liger
     )
 
 
-def _copy(config: EngineConfig) -> TransformersModel:
-    """The teacher's model: in float32 where it starts as the policy, else as the passes compute."""
-    folder = config.teacher.folder if isinstance(config.teacher, Frozen) else None
-    if folder is None:
+def _teacher(config: EngineConfig) -> TransformersModel:
+    """In float32 where it starts as the policy, else as the passes compute."""
+    if config.teacher_folder is None:
         return _load(config, config.model, "float32")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return _load(config, folder, config.parallel.resolve_dtype(device))
+    return _load(config, config.teacher_folder, config.parallel.compute_dtype)
 
 
-def _export(
-    policy: TransformersModel, config: EngineConfig, folder: str, *, adapters: bool
-) -> None:
-    if adapters:
-        raise SdpoError("this run trained no adapters: it has none to export")
-    partial = f"{folder}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    dtype = export_dtype(config.model, config.checkpoint.export_dtype)
-    weights = {name: w.to(dtype) for name, w in policy.module.state_dict().items()}
-    policy.module.save_pretrained(partial, state_dict=weights)
-    copy_assets(config.model, partial, dtype)
-    replace_folder(partial, folder)
-
-
-class _Optimizer:
+class _Named:
     """An optimizer's state by parameter names, as checkpoints hold it."""
 
     def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer):
@@ -369,7 +269,7 @@ class _Optimizer:
         set_optimizer_state_dict(self.module, self.optimizer, state_dict)
 
 
-def _refuse_layouts(parallel: ParallelConfig, lora: LoraConfig | None) -> None:
+def _refuse_layouts(parallel: ParallelConfig, lora: LoraConfig) -> None:
     """Refuse what only the torchtitan engine can do."""
     if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise SdpoError(
@@ -384,5 +284,5 @@ def _refuse_layouts(parallel: ParallelConfig, lora: LoraConfig | None) -> None:
             )
     if parallel.compile != "none":
         raise SdpoError("parallel.compile: the transformers engine does not compile; leave it out")
-    if lora is not None and lora.rank:
+    if lora.rank:
         raise SdpoError("lora: the transformers engine trains whole weights; use torchtitan")

@@ -1,70 +1,58 @@
 """The table of attentions, row by row; nothing here needs torchtitan or a GPU."""
 
 import re
-from typing import get_args, get_type_hints
 
 import pytest
 
-from sdpo_parallel.config import ParallelConfig
-from sdpo_parallel.torchtitan.attention import FA3, FA4, Setting, choose_attention, importable
+from sdpo_parallel.torchtitan.attention import FA3, FA4, Machine, choose_attention, importable
 
 AMPERE, ADA, HOPPER, BLACKWELL = (8, 0), (8, 9), (9, 0), (10, 0)
 TURING, RTX_BLACKWELL = (7, 5), (12, 0)
 
 
 def choose(setting="auto", device_type="cuda", capability=HOPPER, context=1, modules=(), **options):
-    return choose_attention(
-        setting,
-        device_type=device_type,
-        capability=capability,
-        context=context,
-        installed=lambda module: module in modules,
-        **options,
-    )
+    where = dict(device_type=device_type, capability=capability, context=context, **options)
+    return choose_attention(setting, Machine(installed=lambda module: module in modules, **where))
+
+
+ALL = (FA3, FA4)
+CPU, XPU = ({"device_type": name, "capability": None, "modules": ALL} for name in ("cpu", "xpu"))
 
 
 @pytest.mark.parametrize(
-    ("capability", "modules", "context", "backend", "reasons"),
+    ("options", "backend", "reasons"),
     [
-        (TURING, (FA3, FA4), 1, "flex", ["no kernels for compute capability 7.5"]),
-        (AMPERE, (), 1, "varlen", ["FlashAttention 2"]),
-        (ADA, (), 1, "varlen", ["FlashAttention 2"]),
-        (AMPERE, (), 2, "flex", ["not varlen", "context=2"]),
-        (HOPPER, (), 1, "flex", [f"not varlen, as .*{FA3}", f"not flex_flash, as .*{FA4}"]),
-        (HOPPER, (FA3,), 1, "varlen", ["FlashAttention 3"]),
-        (HOPPER, (FA3, FA4), 1, "varlen", ["FlashAttention 3"]),
-        (HOPPER, (FA4,), 1, "flex_flash", ["FlashAttention 4", f"not varlen, as .*{FA3}"]),
-        (HOPPER, (FA3, FA4), 2, "flex", ["context=2", "blocks of 256"]),
-        (BLACKWELL, (), 1, "flex", [FA4]),
-        (BLACKWELL, (FA3,), 1, "flex", [FA4]),
-        (BLACKWELL, (FA4,), 1, "varlen", ["FlashAttention 4"]),
-        (BLACKWELL, (FA4,), 4, "flex", ["context=4"]),
-        (RTX_BLACKWELL, (FA3, FA4), 1, "flex", ["no kernels for compute capability 12.0"]),
-        (None, (FA3, FA4), 1, "flex", ["NVIDIA GPUs only"]),
+        ({"capability": TURING, "modules": ALL}, "flex", ["no kernels for.* 7.5"]),
+        ({"capability": AMPERE}, "varlen", ["FlashAttention 2"]),
+        ({"capability": ADA}, "varlen", ["FlashAttention 2"]),
+        ({"capability": AMPERE, "context": 2}, "flex", ["not varlen", "context=2"]),
+        ({}, "flex", [f"not varlen, as .*{FA3}", f"not flex_flash, as .*{FA4}"]),
+        ({"modules": (FA3,)}, "varlen", ["FlashAttention 3"]),
+        ({"modules": ALL}, "varlen", ["FlashAttention 3"]),
+        ({"modules": (FA4,)}, "flex_flash", ["FlashAttention 4", f"not varlen, as .*{FA3}"]),
+        ({"modules": ALL, "context": 2}, "flex", ["context=2", "blocks of 256"]),
+        ({"modules": ALL, "compute_dtype": "float32"}, "flex", ["compute_dtype is float32"]),
+        ({"capability": BLACKWELL}, "flex", [FA4]),
+        ({"capability": BLACKWELL, "modules": (FA3,)}, "flex", [FA4]),
+        ({"capability": BLACKWELL, "modules": (FA4,)}, "varlen", ["FlashAttention 4"]),
+        ({"capability": BLACKWELL, "modules": (FA4,), "context": 4}, "flex", ["context=4"]),
+        (
+            {"capability": RTX_BLACKWELL, "modules": ALL},
+            "flex",
+            ["no kernels for.* 12.0"],
+        ),
+        ({"capability": None, "modules": ALL}, "flex", ["NVIDIA GPUs only"]),
+        (XPU, "flex", ["NVIDIA GPUs only"]),
+        (CPU, "dense", ["no CPU kernels", "no backward on a CPU"]),
+        ({**CPU, "context": 2}, "dense", ["no CPU kernels"]),
     ],
 )
-def test_auto_on_a_gpu(capability, modules, context, backend, reasons):
-    choice = choose(capability=capability, modules=modules, context=context)
+def test_auto(options, backend, reasons):
+    choice = choose(**options)
     assert choice.backend == backend
     assert "\n" not in choice.why
     for reason in reasons:
         assert re.search(reason, choice.why), choice.why
-
-
-@pytest.mark.parametrize("context", [1, 2])
-def test_auto_on_a_cpu_is_dense(context):
-    choice = choose(device_type="cpu", capability=None, context=context, modules=(FA3, FA4))
-    assert choice.backend == "dense"
-
-
-def test_auto_elsewhere_is_flex():
-    assert choose(device_type="xpu", capability=None, modules=(FA3, FA4)).backend == "flex"
-
-
-def test_auto_in_float32_uses_no_flash_kernels():
-    choice = choose(modules=(FA3, FA4), compute_dtype="float32")
-    assert choice.backend == "flex"
-    assert "compute_dtype is float32" in choice.why
 
 
 @pytest.mark.parametrize(
@@ -117,13 +105,8 @@ def test_what_is_asked_for_and_cannot_work_is_refused_with_a_way_out(setting, op
 
 def test_nothing_is_imported_to_choose_what_needs_nothing():
     for setting in ("flex", "dense"):
-        choose_attention(
-            setting, device_type="cuda", capability=HOPPER, context=1, installed=pytest.fail
-        )
-
-
-def test_the_settings_are_those_of_the_config():
-    assert get_args(Setting) == get_args(get_type_hints(ParallelConfig)["attention"])
+        here = Machine(device_type="cuda", capability=HOPPER, context=1, installed=pytest.fail)
+        choose_attention(setting, here)
 
 
 def test_a_broken_package_is_not_importable(tmp_path, monkeypatch):

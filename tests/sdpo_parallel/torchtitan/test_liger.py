@@ -22,6 +22,17 @@ from sdpo_parallel.torchtitan import cpu
 from sdpo_parallel.transformers.liger import apply_liger
 
 pytest.importorskip("liger_kernel")
+cpu.prepare()  # before torchtitan binds the device
+from torchtitan.config import OverrideConfig, ParallelismConfig, apply_overrides  # noqa: E402
+from torchtitan.distributed import ParallelDims  # noqa: E402
+from torchtitan.distributed import utils as dist_utils  # noqa: E402
+from torchtitan.distributed.activation_checkpoint import SelectiveAC  # noqa: E402
+from torchtitan.distributed.spmd_types import annotate_input_spmd_types  # noqa: E402
+
+from sdpo_parallel.torchtitan.cpu_attention import document_mask  # noqa: E402
+from sdpo_parallel.torchtitan.liger import OVERRIDES  # noqa: E402
+from sdpo_parallel.torchtitan.models import spec_from_hf  # noqa: E402
+
 TOLERANCE = 1e-5
 
 
@@ -57,19 +68,11 @@ def packed_rows(rows: int) -> tuple[Tensor, Tensor]:
 def titan_model(folder: str, liger: bool, parallelize=None) -> torch.nn.Module:
     """The torchtitan model of a Hugging Face folder with its weights, on this process alone or as
     ``parallelize`` lays it out."""
-    cpu.prepare()
-    from torchtitan.config import OverrideConfig, ParallelismConfig, apply_overrides
-
-    from sdpo_parallel.torchtitan.models import spec_from_hf
-    from sdpo_parallel.torchtitan.liger import OVERRIDES
-
     spec = spec_from_hf(folder)
     model = spec.model
     model.update_from_config(config=SimpleNamespace(parallelism=ParallelismConfig()))
-    imports = [
-        "sdpo_parallel.torchtitan.cpu_attention.flex_to_dense",
-        *(OVERRIDES if liger else ()),
-    ]
+    imports = ["sdpo_parallel.torchtitan.cpu_attention.flex_to_dense"]
+    imports += OVERRIDES if liger else []
     apply_overrides(OverrideConfig(imports=imports), model)
     module = model.build()
     adapter = spec.state_dict_adapter(model, folder)
@@ -82,8 +85,6 @@ def titan_model(folder: str, liger: bool, parallelize=None) -> torch.nn.Module:
 
 
 def titan_course(module: torch.nn.Module, tokens: Tensor, positions: Tensor) -> dict[str, Tensor]:
-    from sdpo_parallel.torchtitan.cpu_attention import document_mask
-
     masks = document_mask(positions)
     return trajectory(module, module(tokens, positions=positions, attention_masks=masks))
 
@@ -101,36 +102,25 @@ def trajectory(module: torch.nn.Module, logits_BTV: Tensor) -> dict[str, Tensor]
 def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert set(ours) == set(theirs)
     for name, t in theirs.items():
+        assert ours[name].shape == t.shape, name
         assert rel_err(ours[name], t.double()) < TOLERANCE, name
         for mutant, mutate in MUTANTS.items():
             assert rel_err(mutate(t), t.double()) > TOLERANCE, (name, mutant)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+def checkpoint(module: torch.nn.Module) -> None:
+    """Save projections and compute the rest again, which in-place rotation would spoil."""
+    SelectiveAC.Config().build(dump_folder="").apply(module)
+
+
+@pytest.mark.parametrize(("rows", "layout"), [(1, None), (3, None), (2, checkpoint)])
 @pytest.mark.parametrize("kind", ["qwen3", "llama-tied"])
-def test_torchtitans_model_computes_the_same(kind, rows, models):
+def test_torchtitans_model_computes_the_same(kind, rows, layout, models):
     data = packed_rows(rows)
-    stock, liger = (titan_model(models(kind), on) for on in (False, True))
+    stock, liger = titan_model(models(kind), False), titan_model(models(kind), True, layout)
     names = {type(m).__name__ for m in liger.modules() if type(m).__name__.startswith("Liger")}
     rope = "LigerCosSinRoPE" if kind == "qwen3" else "LigerComplexRoPE"
     assert names == {"LigerRMSNorm", "LigerFeedForward", rope}
-    assert {n: p.shape for n, p in stock.named_parameters()} == {
-        n: p.shape for n, p in liger.named_parameters()
-    }
-    assert_equal(titan_course(liger, *data), titan_course(stock, *data))
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "llama"])
-def test_selective_checkpointing_keeps_what_the_kernels_overwrite(kind, models):
-    """It saves projections and computes the rest again, which in-place rotation would spoil."""
-
-    def checkpoint(module):
-        from torchtitan.distributed.activation_checkpoint import SelectiveAC
-
-        SelectiveAC.Config().build(dump_folder="").apply(module)
-
-    data = packed_rows(2)
-    stock, liger = titan_model(models(kind), False), titan_model(models(kind), True, checkpoint)
     assert_equal(titan_course(liger, *data), titan_course(stock, *data))
 
 
@@ -143,14 +133,6 @@ def test_tensor_parallel_ranks_compute_the_same_and_the_sharding_types_hold(mode
 def tensor_parallel_rank(rank: int, folders: list[str], store: str) -> None:
     """One of two ranks: each rank's part of the logits and gradients, with sequence parallelism and
     torchtitan's type checker on."""
-    cpu.prepare()
-    from torchtitan.config import ParallelismConfig
-    from torchtitan.distributed import ParallelDims
-    from torchtitan.distributed import utils as dist_utils
-    from torchtitan.distributed.spmd_types import annotate_input_spmd_types
-
-    from sdpo_parallel.torchtitan.cpu_attention import document_mask
-
     complete_interpreter(pytest.MonkeyPatch())
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2

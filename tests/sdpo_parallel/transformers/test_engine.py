@@ -3,16 +3,12 @@
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
-    BloomForCausalLM,
     Gemma2Config,
-    Gemma2ForCausalLM,
     GPT2Config,
-    GPT2LMHeadModel,
     OPTConfig,
-    OPTForCausalLM,
     Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 from sdpo.batching import pack
@@ -20,17 +16,17 @@ from sdpo_parallel.transformers.engine import TransformersModel, disable_dropout
 
 SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 MODELS = {
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL, num_key_value_heads=2, intermediate_size=48)),
-    "opt": (OPTForCausalLM, OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)),
-    "bloom": (BloomForCausalLM, BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)),
-    "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)),
+    "qwen3": Qwen3Config(**SMALL, num_key_value_heads=2, intermediate_size=48),
+    "opt": OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32),
+    "bloom": BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4),
 }
+random_model = AutoModelForCausalLM.from_config
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_packed_document_reads_as_it_does_alone(kind):
-    cls, config = MODELS[kind]
-    model = TransformersModel(cls(config).eval())
+    model = TransformersModel(random_model(MODELS[kind]).eval())
     pairs = [
         (tuple(torch.randint(4, 64, (p,)).tolist()), tuple(torch.randint(4, 64, (r,)).tolist()))
         for p, r in ((5, 3), (2, 6), (7, 1))
@@ -50,13 +46,12 @@ def test_a_packed_document_reads_as_it_does_alone(kind):
 
 
 def test_models_that_leak_are_not_packed():
-    packs = {kind: TransformersModel(cls(config)).packs for kind, (cls, config) in MODELS.items()}
+    packs = {kind: TransformersModel(random_model(MODELS[kind])).packs for kind in MODELS}
     assert packs["qwen3"] and not packs["opt"] and not packs["bloom"]
 
 
 def test_dropout_is_off_in_both_passes_and_no_reason_to_refuse_a_model():
-    cls, config = MODELS["gpt2"]
-    model = cls(config).train()
+    model = random_model(MODELS["gpt2"]).train()
     wrapped = TransformersModel(model)
     assert model.training
     tokens = torch.randint(4, 64, (1, 9))
@@ -78,4 +73,4 @@ def test_a_softcapped_head_is_refused():
         attn_implementation="eager",
     )
     with pytest.raises(ValueError, match="softcap"):
-        TransformersModel(Gemma2ForCausalLM(config).eval())
+        TransformersModel(random_model(config).eval())

@@ -1,0 +1,50 @@
+"""A language model as the two passes read it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sdpo_kernels import VocabShard
+
+
+class LMHead(NamedTuple):
+    """``weight``: (V, D), or with a ``shard`` this rank's rows of it."""
+
+    weight: Tensor
+    shard: VocabShard | None = None
+
+
+class CausalModel(Protocol):
+    """A language model as the two passes read it."""
+
+    def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
+        """(N, D): what the lm_head reads at the flat slots ``index_N``. Documents begin wherever
+        ``positions_BT`` restarts at 0 and do not see each other."""
+        ...
+
+    def lm_head(self) -> LMHead:
+        """The weight, (V, D) or this rank's rows of it; its gradient reaches the parameter."""
+        ...
+
+    def own_responses(self, lengths: Sequence[int]) -> list[int] | None:
+        """Indices of the responses whose loss this rank computes, where several ranks read the
+        same micro-batch with responses of these lengths; None: all of them."""
+        return None
+
+
+class ModuleModel(CausalModel, Protocol):
+    """A model of the two passes that is one torch module."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """Holds all of its parameters."""
+        ...
+
+
+def local(p: Tensor) -> Tensor:
+    """This rank's part of a parameter."""
+    p = p.detach()
+    return p.to_local() if isinstance(p, DTensor) else p
