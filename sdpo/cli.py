@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from .data.cli import chosen
 from .errors import SdpoError
 
 COMMANDS = {
@@ -28,16 +29,9 @@ COMMANDS = {
 
 def main(args: Sequence[str] | None = None) -> None:
     """Dispatch to a command; what the user can mend ends in one line and exit status 2."""
-    args = sys.argv[1:] if args is None else list(args)
-    if not args or args[0] not in COMMANDS:
-        asked_for_help = bool(args) and args[0] in ("-h", "--help")
-        out = sys.stdout if asked_for_help else sys.stderr
-        print("usage: sdpo COMMAND …   (sdpo COMMAND --help tells more)\n", file=out)
-        for name, (_, says) in COMMANDS.items():
-            print(f"  {name:15} {says}", file=out)
-        raise SystemExit(0 if asked_for_help else 2)
-    module = importlib.import_module(COMMANDS[args[0]][0])
-    run(lambda: module.main(args[1:]))
+    name, args = chosen("sdpo", COMMANDS, args)
+    module = importlib.import_module(COMMANDS[name][0])
+    run(lambda: module.main(args))
 
 
 def run(command: Callable[[], object]) -> None:

@@ -10,23 +10,25 @@ with `weight`, `completion_token_ids` and `completion_logprobs` only where they 
 """
 
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import orjson
 
 from .conversations import Message
 from .errors import DataError
-from .io.fields import as_id, as_list, as_object, as_text, kind, shown
+from .io.fields import as_id, as_list, as_object, as_text, bad, is_integer, kind, shown
+from .io.files import written_whole
 from .io.rows import read_rows
 
 _ROLE_OF = {"human": "user", "gpt": "assistant", "system": "system"}
 _NAME_OF = {role: name for name, role in _ROLE_OF.items()}
-_KNOWN_ROLES = "user, assistant or system (human, gpt or system after `from`)"
+_USE_KNOWN_ROLES = (
+    "Use user, assistant or system (human, gpt or system after `from`); leave tool messages out"
+)
 
 
 class RepeatedId(DataError):
@@ -55,7 +57,9 @@ class Interaction:
 
     def __post_init__(self) -> None:
         _check_turns(self)
-        _check_weight(self.weight)
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            problem = f"the weight is {shown(self.weight)}, not a finite number >= 0"
+            raise bad("weight", problem, "Use 0 to switch a row off, or leave the field out for 1")
         if self.response_token_ids is not None:
             _check_token_ids(self.response_token_ids)
         if self.response_logprobs is not None:
@@ -63,79 +67,50 @@ class Interaction:
 
 
 def _check_turns(interaction: Interaction) -> None:
+    prompt = interaction.prompt
     if not interaction.id:
-        raise DataError("the id is empty", field="id", hint="Give every interaction its own id")
-    if not interaction.prompt:
-        raise DataError(
-            "the prompt has no messages", field="prompt", hint="Give the history, or drop the row"
-        )
-    for i, message in enumerate(interaction.prompt):
+        raise bad("id", "the id is empty", "Give every interaction its own id")
+    if not prompt:
+        raise bad("prompt", "the prompt has no messages", "Give the history, or drop the row")
+    for i, message in enumerate(prompt):
         if message.role not in _NAME_OF:
-            problem = f"unknown role {shown(message.role)}"
-            raise DataError(
-                problem, field=f"prompt[{i}]", hint=f"Use {_KNOWN_ROLES}; leave tool messages out"
-            )
-    if not any(message.role == "user" for message in interaction.prompt):
-        raise DataError(
-            "the prompt has no user message", field="prompt", hint="Give what was answered"
-        )
-    if (last := interaction.prompt[-1].role) == "system":
+            raise bad(f"prompt[{i}]", f"unknown role {shown(message.role)}", _USE_KNOWN_ROLES)
+    if not any(message.role == "user" for message in prompt):
+        raise bad("prompt", "the prompt has no user message", "Give what was answered")
+    if (last := prompt[-1].role) == "system":
         problem = f"the prompt ends with a message of role {last!r}, not a user message"
-        raise DataError(
-            problem, field="prompt", hint="Cut it after the user message that was answered"
-        )
+        raise bad("prompt", problem, "Cut it after the user message that was answered")
     if not interaction.response.strip():
         problem = "an interaction whose response is empty teaches nothing"
-        raise DataError(problem, field="completion", hint="Drop the row")
+        raise bad("completion", problem, "Drop the row")
     if not interaction.followup.strip():
         problem = "an interaction whose user response is empty has no feedback to learn from"
-        raise DataError(problem, field="user_response", hint="Drop the row")
-
-
-def _check_weight(weight: float) -> None:
-    if not (math.isfinite(weight) and weight >= 0):
-        problem = f"the weight is {_shown(weight)}, not a finite number >= 0"
-        raise DataError(
-            problem, field="weight", hint="Use 0 to switch a row off, or leave the field out for 1"
-        )
+        raise bad("user_response", problem, "Drop the row")
 
 
 def _check_token_ids(ids: tuple[int, ...]) -> None:
+    name = "completion_token_ids"
     if not ids:
         problem = "no token ids, though the completion has text"
-        raise DataError(
-            problem, field="completion_token_ids", hint="Leave the field out where they are unknown"
-        )
+        raise bad(name, problem, "Leave the field out where they are unknown")
     for i, token in enumerate(ids):
-        if not _is_integer(token) or not 0 <= token < 2**31:
+        if not is_integer(token) or not 0 <= token < 2**31:
             problem = f"{shown(token)} is not a token id, an integer from 0 to 2**31 - 1"
-            raise DataError(
-                problem, field=f"completion_token_ids[{i}]", hint="Log the ids as they were sampled"
-            )
+            raise bad(f"{name}[{i}]", problem, "Log the ids as they were sampled")
 
 
 def _check_logprobs(logprobs: tuple[float, ...], ids: tuple[int, ...] | None) -> None:
     name = "completion_logprobs"
     if ids is None:
         problem = "log-probabilities without the tokens that they belong to"
-        raise DataError(problem, field=name, hint="Add completion_token_ids, or leave both out")
+        raise bad(name, problem, "Add completion_token_ids, or leave both out")
     if len(logprobs) != len(ids):
         problem = f"{len(logprobs)} log-probabilities for {len(ids)} token ids"
-        raise DataError(problem, field=name, hint="Log one per sampled token")
+        raise bad(name, problem, "Log one per sampled token")
     for i, value in enumerate(logprobs):
         if not (math.isfinite(value) and value <= 0):
-            problem = f"{_shown(value)} is not a log-probability, finite and <= 0"
-            raise DataError(
-                problem, field=f"{name}[{i}]", hint="Log natural logarithms of probabilities"
-            )
-
-
-def _shown(value: float) -> str:
-    return "NaN" if math.isnan(value) else str(value)
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+            problem = f"{shown(value)} is not a log-probability, finite and <= 0"
+            raise bad(f"{name}[{i}]", problem, "Log natural logarithms of probabilities")
 
 
 def conversation_of(interaction: Interaction) -> str:
@@ -183,49 +158,33 @@ def iter_rows(path: str | Path) -> Iterator[tuple[str, Interaction | DataError]]
     """
     place_of: dict[str, str] = {}
     for number, place, row in read_rows(path):
-        found = row if isinstance(row, DataError) else _interaction_or_error(row, number)
-        if isinstance(found, Interaction) and found.id in place_of:
-            problem = f"{shown(found.id)} is the id of {place_of[found.id]} too"
-            found = RepeatedId(problem, field="id", hint="Give every row its own id, or none")
-        if isinstance(found, Interaction):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            found = from_row(as_object(row, "row"), default_id=str(number))
+            if found.id in place_of:
+                problem = f"{shown(found.id)} is the id of {place_of[found.id]} too"
+                raise RepeatedId(problem, field="id", hint="Give every row its own id, or none")
             place_of[found.id] = place
-            yield place, found
-        else:
-            yield place, found.at(file=str(path), row=place)
-
-
-def _interaction_or_error(row: Any, number: int) -> Interaction | DataError:
-    try:
-        return from_row(as_object(row, "row"), default_id=str(number))
-    except DataError as error:
-        return error
+        except DataError as error:
+            found = error.at(file=str(path), row=place)
+        yield place, found
 
 
 def write_interactions(path: str | Path, interactions: Iterable[Interaction]) -> int:
-    """Writes interactions as JSONL, whole or not at all, and returns how many.
+    """Writes interactions as JSONL, whole or not at all (`written_whole`), and returns how many.
 
-    The rows go to a temporary file beside `path`, which replaces `path` once it is complete; an
-    exception, from `interactions` too, leaves `path` as it was. Missing folders are created.
     Raises DataError if two interactions have the same id.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     ids: set[str] = set()
-    try:
-        with partial.open("wb") as file:
-            for interaction in interactions:
-                if interaction.id in ids:
-                    problem = f"{shown(interaction.id)} is the id of two interactions"
-                    raise DataError(problem, field="id", hint="Give each its own id")
-                ids.add(interaction.id)
-                file.write(orjson.dumps(to_row(interaction), option=orjson.OPT_APPEND_NEWLINE))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with written_whole(path) as file:
+        for interaction in interactions:
+            if interaction.id in ids:
+                problem = f"{shown(interaction.id)} is the id of two interactions"
+                raise bad("id", problem, "Give each its own id")
+            ids.add(interaction.id)
+            line = orjson.dumps(to_row(interaction), option=orjson.OPT_APPEND_NEWLINE)
+            file.write(line.decode())
     return len(ids)
 
 
@@ -253,14 +212,15 @@ def _to_turn(message: Message) -> dict[str, str]:
 def from_row(row: dict[str, Any], default_id: str) -> Interaction:
     """The interaction of a row. Raises DataError, naming the field."""
     prompt = as_list(row.get("prompt"), "prompt")
+    weight, ids = row.get("weight"), row.get("completion_token_ids")
     return Interaction(
         id=as_id(row.get("id"), default_id),
         prompt=tuple(_from_turn(turn, f"prompt[{i}]") for i, turn in enumerate(prompt)),
         response=_spoken_by("assistant", row.get("completion"), "completion"),
         followup=_spoken_by("user", row.get("user_response"), "user_response"),
         turn_id=_turn_id(row.get("turn_id")),
-        weight=_weight(row.get("weight")),
-        response_token_ids=_token_ids(row.get("completion_token_ids")),
+        weight=1.0 if weight is None else _number(weight, "weight"),
+        response_token_ids=None if ids is None else tuple(as_list(ids, "completion_token_ids")),
         response_logprobs=_logprobs(row.get("completion_logprobs")),
     )
 
@@ -272,10 +232,7 @@ def _from_turn(turn: object, name: str) -> Message:
         return Message(role, as_text(turn.get("content"), f"{name}.content"))
     sender = as_text(turn["from"], f"{name}.from")
     if sender not in _ROLE_OF:
-        problem = f"unknown sender {shown(sender)}"
-        raise DataError(
-            problem, field=f"{name}.from", hint=f"Use {_KNOWN_ROLES}; leave tool messages out"
-        )
+        raise bad(f"{name}.from", f"unknown sender {shown(sender)}", _USE_KNOWN_ROLES)
     return Message(_ROLE_OF[sender], as_text(turn.get("value"), f"{name}.value"))
 
 
@@ -284,39 +241,23 @@ def _spoken_by(role: str, turn: object, name: str) -> str:
         return as_text(turn, name)
     message = _from_turn(turn, name)
     if message.role != role:
-        raise DataError(
-            f"a message of role {message.role!r}", field=name, hint=f"It must be of role {role!r}"
-        )
+        raise bad(name, f"a message of role {message.role!r}", f"It must be of role {role!r}")
     return message.content
 
 
 def _turn_id(value: object) -> int | None:
-    if value is None or (_is_integer(value) and value.bit_length() < 64):
+    if value is None or (is_integer(value) and value.bit_length() < 64):
         return value
-    raise DataError(
-        f"found {kind(value)}, not an integer", field="turn_id", hint="Leave it out if unknown"
-    )
-
-
-def _weight(value: object) -> float:
-    return 1.0 if value is None else _number(value, "weight")
+    raise bad("turn_id", f"found {kind(value)}, not an integer", "Leave it out if unknown")
 
 
 def _number(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(
-            f"found {kind(value)} where a number is needed", field=name, hint="Write it as a number"
-        )
+        raise bad(name, f"found {kind(value)} where a number is needed", "Write it as a number")
     try:
         return float(value)
     except OverflowError:
-        raise DataError(
-            "the number is too large for a float", field=name, hint="Write a smaller one"
-        ) from None
-
-
-def _token_ids(value: object) -> tuple[int, ...] | None:
-    return None if value is None else tuple(as_list(value, "completion_token_ids"))
+        raise bad(name, "the number is too large for a float", "Write a smaller one") from None
 
 
 def _logprobs(value: object) -> tuple[float, ...] | None:

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import tyro
 
@@ -23,14 +23,26 @@ COMMANDS = {
 
 def main(args: Sequence[str] | None = None) -> None:
     """Parse and run."""
-    args = sys.argv[1:] if args is None else list(args)
-    if not args or args[0] not in COMMANDS:
-        asked_for_help = bool(args) and args[0] in ("-h", "--help")
-        out = sys.stdout if asked_for_help else sys.stderr
-        print("usage: sdpo data COMMAND …   (sdpo data COMMAND --help tells more)\n", file=out)
-        for name, (_, says) in COMMANDS.items():
-            print(f"  {name:8} {says}", file=out)
-        raise SystemExit(0 if asked_for_help else 2)
-    name = args[0]
+    name, args = chosen("sdpo data", COMMANDS, args)
     module = importlib.import_module(COMMANDS[name][0])
-    tyro.cli(getattr(module, f"{name}_command"), prog=f"sdpo data {name}", args=args[1:])
+    tyro.cli(getattr(module, f"{name}_command"), prog=f"sdpo data {name}", args=args)
+
+
+def chosen(
+    program: str, commands: Mapping[str, tuple[str, str]], args: Sequence[str] | None
+) -> tuple[str, list[str]]:
+    """The command that `args` (None: the process's) begin with, and its own; else usage and exit.
+
+    Args:
+        commands: name -> (module, what it does).
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    if args and args[0] in commands:
+        return args[0], args[1:]
+    asked_for_help = bool(args) and args[0] in ("-h", "--help")
+    out = sys.stdout if asked_for_help else sys.stderr
+    print(f"usage: {program} COMMAND …   ({program} COMMAND --help tells more)\n", file=out)
+    width = max(map(len, commands))
+    for name, (_, says) in commands.items():
+        print(f"  {name:{width}} {says}", file=out)
+    raise SystemExit(0 if asked_for_help else 2)

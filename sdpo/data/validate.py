@@ -20,7 +20,7 @@ from rich.text import Text
 from ..errors import DataError, SdpoError
 from ..hindsight import HindsightConfig, encode
 from ..interactions import Interaction, RepeatedId, iter_rows
-from ..io.files import written_whole
+from ..io.files import write_text
 from .read.formats import sniff
 
 VERY_LONG = 100_000
@@ -55,12 +55,12 @@ class Validation:
     """Everything found in a file."""
 
     file: str
+    rows: int = 0
     model: str | None
     template: str
-    rows: int = 0
-    findings: list[Finding] = field(default_factory=list)
     cut: dict[str, int] = field(default_factory=dict)
     """With a model: what the token limits shorten -> in how many interactions."""
+    findings: list[Finding] = field(default_factory=list)
 
     def counts(self, severity: str) -> dict[str, int]:
         """Number of findings of each kind, the most frequent first."""
@@ -74,13 +74,8 @@ class Validation:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, counts first."""
-        everything = asdict(self)
-        return {
-            "trainable": self.trainable,
-            **{f"{s}s": self.counts(s) for s in ("error", "warning")},
-            **{name: everything[name] for name in ("file", "rows", "model", "template", "cut")},
-            "findings": everything["findings"],
-        }
+        counts = {f"{severity}s": self.counts(severity) for severity in ("error", "warning")}
+        return {"trainable": self.trainable, **counts, **asdict(self)}
 
 
 def validate_command(
@@ -107,8 +102,7 @@ def validate_command(
         raise SdpoError(f"{json}: the file to be validated; give another name to write to")
     found = validate(file, model=model, template=template)
     if json:
-        with written_whole(json) as out:
-            json_module.dump(found.to_json(), out, indent=2, ensure_ascii=False)
+        write_text(json, json_module.dumps(found.to_json(), indent=2, ensure_ascii=False))
     print_findings(found, Console(), show)
     if not found.trainable:
         raise SystemExit(1)
@@ -259,7 +253,9 @@ def print_findings(found: Validation, console: Console, show: int) -> None:
     for name, n in found.cut.items():
         console.print(f"{name}: {n:,} cut by the token limit", highlight=False)
     for finding in sorted(found.findings, key=lambda f: f.severity == "warning")[:show]:
-        _print_finding(finding, console)
+        place = f"{finding.where}, field `{finding.field}`" if finding.field else finding.where
+        says = finding.says.translate(_SAFE)
+        console.print(Text(f"{finding.severity}: {place}: {says}"), soft_wrap=True)
     if (more := len(found.findings) - show) > 0:
         console.print(f"and {more:,} more (--show N prints N, --json FILE writes all)")
 
@@ -272,9 +268,3 @@ def _kinds(found: Validation) -> Table:
         for kind, n in found.counts(severity).items():
             table.add_row(Text(severity, style=colour), Text(kind), f"{n:,}")
     return table
-
-
-def _print_finding(finding: Finding, console: Console) -> None:
-    place = f"{finding.where}, field `{finding.field}`" if finding.field else finding.where
-    says = finding.says.translate(_SAFE)
-    console.print(Text(f"{finding.severity}: {place}: {says}"), soft_wrap=True)

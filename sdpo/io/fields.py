@@ -1,34 +1,40 @@
 """Fields of a row as the type they must have, or a DataError that names the field."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import DataError
+
+
+def bad(field: str, problem: str, hint: str) -> DataError:
+    """The error of one field, whose file and row the caller knows."""
+    return DataError(problem, field=field, hint=hint)
 
 
 def as_text(value: object, field: str) -> str:
     """`value` if it is text that UTF-8 can hold."""
     if not isinstance(value, str):
-        raise _mistyped(value, field, "text is needed", "Write it as a string")
+        raise bad(field, f"found {kind(value)} where text is needed", "Write it as a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         problem = f"half of a surrogate pair at character {error.start}, which is not valid text"
-        raise DataError(problem, field=field, hint="Repair or remove that character") from None
+        raise bad(field, problem, "Repair or remove that character") from None
     return value
 
 
 def as_list(value: object, field: str) -> list[Any]:
     """`value` if it is a list."""
     if not isinstance(value, list):
-        raise _mistyped(value, field, "a list is needed", "Write it as a list")
+        raise bad(field, f"found {kind(value)} where a list is needed", "Write it as a list")
     return value
 
 
 def as_object(value: object, field: str) -> dict[str, Any]:
     """`value` if it is a JSON object."""
     if not isinstance(value, dict):
-        raise _mistyped(value, field, "an object is needed", "Write it as a JSON object")
+        problem = f"found {kind(value)} where an object is needed"
+        raise bad(field, problem, "Write it as a JSON object")
     return value
 
 
@@ -36,16 +42,16 @@ def as_id(value: object, default: str, field: str = "id") -> str:
     """A row's id: text or an integer, or `default` if the row has none."""
     if value is None:
         return default
-    if isinstance(value, int) and not isinstance(value, bool):
+    if is_integer(value):
         return str(value)
     if not as_text(value, field):
-        hint = "Give the row an id, or leave the field out"
-        raise DataError("the id is empty", field=field, hint=hint)
+        raise bad(field, "the id is empty", "Give the row an id, or leave the field out")
     return str(value)
 
 
-def _mistyped(value: object, field: str, needed: str, hint: str) -> DataError:
-    return DataError(f"found {kind(value)} where {needed}", field=field, hint=hint)
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether it is a number without a fraction, which true and false are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def kind(value: object) -> str:

@@ -10,23 +10,24 @@ from typing import TextIO
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole file or nothing."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with written_whole(path) as file:
+        file.write(text)
 
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[TextIO]:
     """Opens a text file for writing beside ``path``, and renames it when all is written.
 
-    An error removes it, and leaves ``path`` as it was.
+    An error removes it, and leaves ``path`` as it was. Missing folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -84,15 +84,27 @@ class Batch(NamedTuple):
 def recognise(path: str | Path) -> RowFile:
     """Finds out how a file is packed. Raises DataError if it is empty or cannot be read."""
     path = Path(path)
-    with _opened(path) as file:
-        magic = file.read(4)
+    magic = _magic(path)
     if not magic:
         raise empty(path)
     if magic == b"PAR1" or (path.suffix == ".parquet" and magic[:3] not in _PACKED):
         return RowFile(path, "parquet")
     layout = "json" if _is_array(path) else "jsonl"
-    container = f"{layout}{_ENDINGS[_compression(path)]}"
+    container = f"{layout}{_ENDINGS[_compression(magic)]}"
     return RowFile(path, container)  # pyright: ignore[reportArgumentType]
+
+
+def _magic(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(4)
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+        raise DataError(problem, file=str(path), hint="Check the path") from None
+
+
+def _compression(magic: bytes) -> str | None:
+    return _PACKED.get(magic) or _PACKED.get(magic[:3])
 
 
 def _is_array(path: Path) -> bool:
@@ -105,35 +117,18 @@ def _is_array(path: Path) -> bool:
     return head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
 
 
-def _compression(path: Path) -> str | None:
-    with _opened(path) as file:
-        magic = file.read(4)
-    return _PACKED.get(magic) or _PACKED.get(magic[:3])
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    try:
-        file = path.open("rb", buffering=_BUFFER)
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-        raise DataError(problem, file=str(path), hint="Check the path") from None
-    with file:
-        yield file
-
-
 @contextmanager
 def _decompressed(path: Path) -> Iterator[BinaryIO]:
     """A file's bytes. Raises DataError where the file is cut off or corrupt."""
-    compression = _compression(path)
+    compression = _compression(_magic(path))
     try:
         if compression is None:
-            with _opened(path) as file:
-                yield file
+            file = path.open("rb", buffering=_BUFFER)
         else:  # of a broken stream, what the buffer holds last is lost: hence a small one
             stream: Any = pa.input_stream(str(path), compression=compression)
-            with io.BufferedReader(stream, 1 << 16) as file:
-                yield file
+            file = io.BufferedReader(stream, 1 << 16)
+        with file:
+            yield file
     except (OSError, pa.ArrowException) as error:
         raise _broken(path, compression or "file", error) from None
 
@@ -184,8 +179,7 @@ def _parquet_rows(file: RowFile) -> Iterator[tuple[int, Any]]:
 
 
 def _json_rows(file: RowFile) -> Iterator[tuple[int, Any]]:
-    for number, _, raw in _raw_rows(file):
-        yield number, _parsed(raw, file, number)
+    return ((number, _parsed(raw, file, number)) for number, _, raw in _raw_rows(file))
 
 
 def plain_rows(batch: Batch, file: RowFile) -> list[Any]:

@@ -5,12 +5,11 @@ import re
 import shutil
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from tokenizers import Regex, normalizers
 
 from helpers import tiny
+from helpers.logs import write_lines
 from sdpo.data.validate import VERY_LONG, validate, validate_command
 from sdpo.errors import DataError, SdpoError
 
@@ -25,12 +24,6 @@ def row(id: str | None = None, **fields) -> dict:
         **fields,
     }
     return good if id is None else {"id": id, **good}
-
-
-def write_rows(path: Path, *rows: dict | str) -> Path:
-    lines = (r if isinstance(r, str) else json.dumps(r) for r in rows)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -58,17 +51,17 @@ def test_what_training_takes_passes(tmp_path, models, capsys):
 
 def test_all_bad_rows_are_named(file, capsys):
     bad_turn = [CHAT, {"from": "human", "value": 3}]
-    write_rows(
+    write_lines(
         file,
         row("good"),
-        "{not json",
+        b"{not json",
         row("b", completion={"from": "gpt", "value": " "}),
         row("c", prompt=bad_turn),
         row("d", user_response=None),
         row("good"),
         row("e", weight=-1),
         row("f", completion_token_ids=[1, -2]),
-        "[1]",
+        [1],
         row("fine"),
     )
     found = validate(file)
@@ -83,15 +76,9 @@ def test_all_bad_rows_are_named(file, capsys):
         ("line 9", None),
     ]
     assert found.rows == 10 and not found.trainable
-    assert found.counts("error") == {
-        "unreadable row": 2,
-        "completion: not as needed": 1,
-        "prompt: not as needed": 1,
-        "user_response: not as needed": 1,
-        "id: given twice": 1,
-        "weight: not as needed": 1,
-        "completion_token_ids: not as needed": 1,
-    }
+    counts = found.counts("error")
+    assert (counts["unreadable row"], counts["id: given twice"]) == (2, 1)
+    assert counts["prompt: not as needed"] == 1 and sum(counts.values()) == 8
     with pytest.raises(SystemExit) as stop:
         validate_command(str(file), show=3)
     assert stop.value.code == 1
@@ -101,68 +88,55 @@ def test_all_bad_rows_are_named(file, capsys):
     assert re.search(r"unreadable row +│ +2 │", shown)
 
 
-def test_parquet_rows_are_counted_from_0(tmp_path):
-    rows = [row("a"), row("b", user_response={"from": "human", "value": ""}), row("c")]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
-    where = "row 1 (counted from 0)"
-    assert placed(tmp_path / "x.parquet") == [("error", where, "user_response")]
+AGAIN, GPT = {"from": "human", "value": "again\n"}, {"from": "gpt", "value": "a"}
+MARKED = {"from": "human", "value": "<start_of_turn>"}
 
 
 @pytest.mark.parametrize(
     ("fields", "field", "kind"),
     [
-        (
-            {"prompt": [CHAT, {"from": "gpt", "value": "a"}]},
-            "prompt",
-            "prompt: ends without a user message",
-        ),
+        ({"prompt": [CHAT, GPT]}, "prompt", "prompt: ends without a user message"),
         ({"completion": "y" * VERY_LONG}, None, "row: very long"),
         (
-            {"prompt": [{"from": "human", "value": "again\n"}], "user_response": " again"},
+            {"prompt": [AGAIN], "user_response": " again"},
             "user_response",
             "user_response: repeats the prompt",
         ),
         ({"completion": "a<|im_end|>"}, "completion", "completion: control token"),
         ({"completion": "</think>so"}, "completion", "completion: control token"),
         ({"user_response": "[/INST]"}, "user_response", "user_response: control token"),
-        (
-            {"prompt": [CHAT, {"from": "human", "value": "<start_of_turn>"}]},
-            "prompt[1]",
-            "prompt: control token",
-        ),
+        ({"prompt": [CHAT, MARKED]}, "prompt[1]", "prompt: control token"),
     ],
 )
 def test_warnings_do_not_stop_training(file, capsys, fields, field, kind):
-    write_rows(file, row("a"), row("b", **fields))
+    write_lines(file, row("a"), row("b", **fields))
     found = validate(file)
-    assert [(f.severity, f.where, f.field) for f in found.findings] == [
-        ("warning", "line 2", field)
-    ]
+    assert placed(file) == [("warning", "line 2", field)]
     assert found.counts("warning") == {kind: 1} and found.trainable
     validate_command(str(file))
     assert "warning: line 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["a <b> c", "x | y || z", "<s>struck</s>", "[INST", "a<|b c|>"])
-def test_ordinary_text_is_no_control_token(file, text):
-    assert validate(write_rows(file, row(completion=text))).findings == []
+LONGEST = "y" * (VERY_LONG - len("question") - len("follow-up"))
 
 
-def test_a_row_of_the_greatest_length_is_not_very_long(file):
-    texts = sum(len(text) for text in ("question", "follow-up"))
-    assert validate(write_rows(file, row(completion="y" * (VERY_LONG - texts)))).findings == []
+@pytest.mark.parametrize(
+    "text", ["a <b> c", "x | y || z", "<s>struck</s>", "[INST", "a<|b c|>", LONGEST]
+)
+def test_ordinary_text_is_let_pass(file, text):
+    assert validate(write_lines(file, row(completion=text))).findings == []
 
 
 def test_weights_all_0(file):
     weights = [("warning", "every row", "weight")]
-    assert placed(write_rows(file, row("a", weight=0), row("b", weight=0))) == weights
-    assert placed(write_rows(file, row("a", weight=0), row("b", weight=0.5))) == []
-    only_errors = [f.where for f in validate(write_rows(file, row("a", prompt=[]))).findings]
+    assert placed(write_lines(file, row("a", weight=0), row("b", weight=0))) == weights
+    assert placed(write_lines(file, row("a", weight=0), row("b", weight=0.5))) == []
+    only_errors = [f.where for f in validate(write_lines(file, row("a", prompt=[]))).findings]
     assert only_errors == ["line 1"]
 
 
 def test_errors_are_printed_before_warnings(file, capsys):
-    write_rows(file, row("a", completion="<|im_end|>"), row("b", prompt=[]))
+    write_lines(file, row("a", completion="<|im_end|>"), row("b", prompt=[]))
     with pytest.raises(SystemExit):
         validate_command(str(file), show=1)
     shown = capsys.readouterr().out
@@ -170,7 +144,7 @@ def test_errors_are_printed_before_warnings(file, capsys):
 
 
 def test_json_holds_every_finding(file, tmp_path):
-    write_rows(file, *(row(str(i), prompt=[]) for i in range(30)), row("w", weight=0))
+    write_lines(file, *(row(str(i), prompt=[]) for i in range(30)), row("w", weight=0))
     with pytest.raises(SystemExit):
         validate_command(str(file), json=str(tmp_path / "new" / "v.json"), show=2)
     told = json.loads((tmp_path / "new" / "v.json").read_text())
@@ -181,7 +155,7 @@ def test_json_holds_every_finding(file, tmp_path):
 
 
 def test_answers_without_tokens(file, models, capsys):
-    write_rows(file, row("a"), row("b\x1b[2J"))
+    write_lines(file, row("a"), row("b\x1b[2J"))
     assert placed(file, model=models("qwen3")) == []
     tokenless = tiny.make_tokenizer()
     tokenless.backend_tokenizer.normalizer = normalizers.Replace(Regex(r"[\s\S]"), "")
@@ -196,7 +170,7 @@ def test_answers_without_tokens(file, models, capsys):
 
 def test_token_ids_outside_the_vocabulary(file, models):
     ids = {"a": [1, 447], "b": [1, 448, 2]}
-    write_rows(file, *(row(id, completion_token_ids=tokens) for id, tokens in ids.items()))
+    write_lines(file, *(row(id, completion_token_ids=tokens) for id, tokens in ids.items()))
     found = placed(file, model=models("qwen3"))
     assert found == [("error", "line 2", "completion_token_ids[1]")]
     assert placed(file) == []
@@ -204,7 +178,7 @@ def test_token_ids_outside_the_vocabulary(file, models):
 
 def test_rows_that_the_token_limits_cut(file, models):
     words = "fox " * 2500
-    write_rows(
+    write_lines(
         file,
         row("a", completion=words),
         row("b", prompt=[{"from": "human", "value": words}]),
@@ -225,7 +199,7 @@ def test_roles_that_the_chat_template_refuses(file, models, tmp_path):
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
         "{% endif %}{{ m.content }}{% endfor %}"
     )
-    write_rows(file, row("a"), row("b", prompt=[{"from": "system", "value": "be nice"}, CHAT]))
+    write_lines(file, row("a"), row("b", prompt=[{"from": "system", "value": "be nice"}, CHAT]))
     found = validate(file, model=model_of(tokenizer, models, tmp_path / "model"))
     assert found.counts("error") == {"prompt: refused by the chat template": 1}
     assert (found.findings[0].where, found.findings[0].field) == ("line 2", "prompt")
@@ -233,10 +207,10 @@ def test_roles_that_the_chat_template_refuses(file, models, tmp_path):
 
 
 def test_what_cannot_be_read(file, tmp_path, models):
-    for bad in (tmp_path / "no.jsonl", write_rows(tmp_path / "empty.jsonl")):
+    for bad in (tmp_path / "no.jsonl", write_lines(tmp_path / "empty.jsonl")):
         with pytest.raises(DataError, match=re.escape(str(bad))):
             validate(bad)
-    write_rows(file, row("a"))
+    write_lines(file, row("a"))
     with pytest.raises(SdpoError, match="no such model folder"):
         validate(file, model=str(tmp_path / "none"))
     only_tokenizer = tmp_path / "t"
@@ -252,17 +226,17 @@ def test_a_model_without_an_end_of_sequence(file, models, tmp_path):
     tokenizer.eos_token = None
     folder = model_of(tokenizer, models, tmp_path / "model")
     with pytest.raises(SdpoError, match="eos_token"):
-        validate(write_rows(file, row("a")), model=folder)
+        validate(write_lines(file, row("a")), model=folder)
 
 
 def test_a_log_is_to_be_prepared_first(tmp_path):
     log = {"messages": [{"role": "user", "content": "hi"}]}
     with pytest.raises(DataError, match=r"\(messages\).*sdpo data prepare"):
-        validate(write_rows(tmp_path / "log.jsonl", log))
+        validate(write_lines(tmp_path / "log.jsonl", log))
 
 
 def test_the_file_itself_is_not_written_over(file):
-    before = write_rows(file, row("a")).read_bytes()
+    before = write_lines(file, row("a")).read_bytes()
     with pytest.raises(ValueError, match="another name"):
         validate_command(str(file), json=str(file))
     assert file.read_bytes() == before

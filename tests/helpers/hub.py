@@ -16,6 +16,7 @@ REVISIONS = {"main": COMMIT, COMMIT: COMMIT, "v1": OLDER, OLDER: OLDER}
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    kind: str
     name: str
     folders: dict[str, Path]
     requests: list[str]
@@ -23,20 +24,22 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.requests.append(self.path)
         path = urlsplit(self.path).path
+        api = f"/api/{self.kind}/{self.name}"
+        page = f"/{self.name}" if self.kind == "models" else f"/{self.kind}/{self.name}"
         for revision, commit in REVISIONS.items():
             folder = self.folders[commit]
-            files = {f.name: f for f in folder.iterdir()}
-            if path == f"/api/models/{self.name}/revision/{revision}":
+            files = {str(f.relative_to(folder)): f for f in folder.rglob("*") if f.is_file()}
+            if path == f"{api}/revision/{revision}":
                 siblings = [{"rfilename": name} for name in files]
                 return self._json({"id": self.name, "sha": commit, "siblings": siblings})
-            if path == f"/api/models/{self.name}/tree/{revision}":
-                return self._json([_entry(f) for f in files.values()])
-            place = f"/{self.name}/resolve/{revision}/"
+            if path == f"{api}/tree/{revision}":
+                return self._json([_entry(name, file) for name, file in files.items()])
+            place = f"{page}/resolve/{revision}/"
             if path.startswith(place) and (file := files.get(path.removeprefix(place))):
                 return self._send(200, file.read_bytes(), etag=_digest(file), commit=commit)
-            if path.startswith((place, f"/api/models/{self.name}/tree/{revision}/")):
+            if path.startswith((place, f"{api}/tree/{revision}/")):
                 return self._send(404, b"", commit=commit, error="EntryNotFound")
-        known = path.startswith((f"/api/models/{self.name}/", f"/{self.name}/"))
+        known = path.startswith((f"{api}/", f"{page}/"))
         return self._send(404, b"", error="RevisionNotFound" if known else "RepoNotFound")
 
     do_GET = do_HEAD
@@ -65,22 +68,24 @@ def _digest(file: Path) -> str:
     return hashlib.sha1(file.read_bytes()).hexdigest()
 
 
-def _entry(file: Path) -> dict[str, object]:
-    size = file.stat().st_size
-    return {"type": "file", "path": file.name, "size": size, "oid": _digest(file)}
+def _entry(name: str, file: Path) -> dict[str, object]:
+    return {"type": "file", "path": name, "size": file.stat().st_size, "oid": _digest(file)}
 
 
 @contextmanager
-def serve(name: str, folder: Path, older: Path | None = None) -> Iterator[tuple[str, list[str]]]:
-    """A hub with one model: its address, and the paths that were asked for so far.
+def serve(
+    name: str, folder: Path, older: Path | None = None, kind: str = "models"
+) -> Iterator[tuple[str, list[str]]]:
+    """A hub with one model or data set: its address, and the paths that were asked for so far.
 
     Args:
         folder: what ``main`` holds.
         older: what the tag ``v1`` holds; None: the same.
+        kind: "models" or "datasets".
     """
     requests: list[str] = []
     folders = {COMMIT: folder, OLDER: older or folder}
-    members = {"name": name, "folders": folders, "requests": requests}
+    members = {"kind": kind, "name": name, "folders": folders, "requests": requests}
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), members))
     Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:

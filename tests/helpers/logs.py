@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from sdpo.data.filters.guardrails import GuardrailConfig
+from sdpo.data.filters.guardrails import OFF
 from sdpo.data.prepare.prepare import PrepareConfig
 
 Row = dict[str, Any]
@@ -26,7 +26,6 @@ Turns = Sequence[Turn] | None
 CONTAINERS = ("parquet", "jsonl", "jsonl.gz", "jsonl.zst", "json")
 WRITTEN = datetime(2023, 5, 1, 12, 30, tzinfo=UTC)
 CATEGORIES = ("harassment", "harassment/threatening", "self-harm", "sexual/minors")
-SCORES = ("identity_attack", "insult", "obscene", "toxicity")
 
 
 # Rows
@@ -42,7 +41,7 @@ def wildchat(id: str | None, turns: Turns, language: str | None = "English") -> 
         "turn": len(turns or ()) // 2,
         "language": language,
         "openai_moderation": _each(turns, lambda role, content: _openai_flags()),
-        "detoxify_moderation": _each(turns, lambda role, content: dict.fromkeys(SCORES, 0.01)),
+        "detoxify_moderation": _each(turns, lambda role, content: {"toxicity": 0.01}),
         "toxic": False,
         "redacted": False,
     }
@@ -63,15 +62,9 @@ def wildchat_1m(id: str | None, turns: Turns, language: str | None = "English") 
 
 def lmsys(id: str | None, turns: Turns, language: str | None = "English") -> Row:
     """A row of lmsys/lmsys-chat-1m."""
-    return {
-        "conversation_id": id,
-        "model": "vicuna-13b",
-        "conversation": _each(turns, lambda role, content: {"content": content, "role": role}),
-        "turn": len(turns or ()) // 2,
-        "language": language,
-        "openai_moderation": _each(turns, lambda role, content: _openai_flags()),
-        "redacted": False,
-    }
+    columns = ("conversation_id", "turn", "language", "openai_moderation", "redacted")
+    row = {name: value for name, value in wildchat(id, turns, language).items() if name in columns}
+    return row | {"model": "vicuna-13b", "conversation": messages(id, turns)["messages"]}
 
 
 def wildfeedback(id: str | None, turns: Turns, language: str | None = None) -> Row:
@@ -113,15 +106,9 @@ def _wildchat_message(role: str | None, content: str | None) -> Row:
 
 
 def _wildchat_1m_message(role: str | None, content: str | None) -> Row:
-    asks = role == "user"
-    return _wildchat_message(role, content) | {
-        "country": "France" if asks else None,
-        "hashed_ip": "9c8a51ac" if asks else None,
-        "header": {"accept-language": "fr", "user-agent": "Mozilla"} if asks else None,
-        "state": "Normandy" if asks else None,
-        "timestamp": None if asks else WRITTEN,
-        "turn_identifier": 1234567,
-    }
+    place = {"country": "France", "hashed_ip": "9c8a51ac", "state": "Normandy"}
+    seen = {"header": {"accept-language": "fr", "user-agent": "Mozilla"}, "timestamp": WRITTEN}
+    return _wildchat_message(role, content) | place | seen | {"turn_identifier": 1234567}
 
 
 def _openai_flags() -> Row:
@@ -150,7 +137,7 @@ ROWS: dict[str, Callable[..., Row]] = {
 FORMAT = {shape: shape for shape in ROWS} | {"wildchat-1m": "wildchat"}
 
 
-# Parquet
+# Containers
 
 
 def _schema(shape: str) -> pa.Schema:
@@ -162,14 +149,14 @@ def _schema(shape: str) -> pa.Schema:
 SCHEMAS = {shape: _schema(shape) for shape in ROWS}
 
 
-# Containers
-
-
 def row(shape: str, id: str | None, turns: Turns, language: str | None = "English") -> Row:
     return ROWS[shape](id, turns, language)
 
 
 def json_line(row: object) -> bytes:
+    """A row as a line; bytes as they are."""
+    if isinstance(row, bytes):
+        return row + b"\n"
     return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
 
 
@@ -186,18 +173,22 @@ def parquet(shape: str, rows: Iterable[Row], *, rows_per_group: int = 2) -> byte
 
 def packed(shape: str, rows: Sequence[Row], container: str) -> bytes:
     """The bytes of a file that holds `rows`; `container` is one of CONTAINERS."""
-    match container:
-        case "parquet":
-            return parquet(shape, rows)
-        case "jsonl":
-            return json_lines(rows)
-        case "jsonl.gz":
-            return gzip.compress(json_lines(rows), mtime=0)
-        case "jsonl.zst":
-            return zstandard.compress(json_lines(rows))
-        case "json":
-            return json.dumps(rows, ensure_ascii=False, default=str, indent=1).encode()
-    raise ValueError(f"no such container: {container}")
+    if container == "parquet":
+        return parquet(shape, rows)
+    if container == "json":
+        return json.dumps(rows, ensure_ascii=False, default=str, indent=1).encode()
+    pack = {
+        "jsonl": bytes,
+        "jsonl.gz": lambda lines: gzip.compress(lines, mtime=0),
+        "jsonl.zst": zstandard.compress,
+    }
+    return pack[container](json_lines(rows))
+
+
+def write_lines(path: Path, *rows: object) -> Path:
+    """Writes rows as JSON lines."""
+    path.write_bytes(json_lines(rows))
+    return path
 
 
 def write(path: Path, shape: str, rows: Sequence[Row]) -> Path:
@@ -227,19 +218,11 @@ def interaction(id: str, turns: Sequence[tuple[str, str]]) -> Row:
 
 # Through `prepare`, with nothing filtered
 
-UNGUARDED = GuardrailConfig(
-    flagged=False, redacted=False, pii="off", duplicates="off", injections=False
-)
-
 
 def all_turns(*inputs: Path | str, out: Path, **settings: Any) -> PrepareConfig:
     """Every answer with a follow-up, and no guardrails."""
     return PrepareConfig(
-        inputs=tuple(map(str, inputs)),
-        out=str(out),
-        preset="all-turns",
-        guardrails=UNGUARDED,
-        **settings,
+        inputs=tuple(map(str, inputs)), out=str(out), preset="all-turns", guardrails=OFF, **settings
     )
 
 

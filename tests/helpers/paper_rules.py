@@ -32,68 +32,17 @@ def paper_wildchat(
         if (row["language"] or "").strip().lower() not in ("english", "en"):
             continue
         messages = cleaned(row["conversation"] or [])
-        if not fits(messages):
+        if not fits(messages, {"gpt": 4096, "human": 4096}):
             continue
         kept += 1
         name = row["conversation_id"] or place
-        for i in range(len(messages) - 1):
-            if messages[i]["role"] != "assistant" or messages[i + 1]["role"] != "user":
-                continue
-            history = alternating(messages[:i][-5:], assistant="assistant", key="role")
-            if not history or history[-1]["role"] != "user":
-                continue
-            found.append(
-                {
-                    "id": f"{name}_{i}",
-                    "turn_id": i,
-                    "prompt": [turn(message) for message in history],
-                    "completion": turn(messages[i]),
-                    "user_response": turn(messages[i + 1]),
-                }
-            )
+        for i in answers(messages):
+            history = alternating(messages[:i][-5:])
+            if history and history[-1]["from"] == "human":
+                found.append(interaction(name, i, history, messages))
         if kept >= most or (kept >= enough_after and len(found) >= enough):
             break
     return found
-
-
-def cleaned(conversation: Iterable[Row | None]) -> list[Row]:
-    messages = []
-    for logged in conversation:
-        message = logged or {}
-        role = (message.get("role") or "").strip().lower()
-        content = (message.get("content") or "").strip()
-        if content and role in NAMES:
-            messages.append({"role": role, "content": content})
-    return messages
-
-
-def fits(messages: list[Row]) -> bool:
-    if len(messages) < 3:
-        return False
-    total = 0
-    for message in messages:
-        total += len(message["content"])
-        if message["role"] == "assistant" and len(message["content"]) > 4096:
-            return False
-        if message["role"] == "user" and len(message["content"]) > 4096:
-            return False
-    return not total > 100_000
-
-
-def alternating(window: list[Row], *, assistant: str, key: str) -> list[Row]:
-    """The window without its leading assistant messages, and the first of each run of a role."""
-    history: list[Row] = []
-    for message in window:
-        if not history and message[key] == assistant:
-            continue
-        if history and history[-1][key] == message[key]:
-            continue
-        history.append(message)
-    return history
-
-
-def turn(message: Row) -> Row:
-    return {"from": NAMES[message["role"]], "value": message["content"]}
 
 
 def paper_wildfeedback(log: Iterable[Row]) -> list[Row]:
@@ -104,43 +53,70 @@ def paper_wildfeedback(log: Iterable[Row]) -> list[Row]:
     found: list[Row] = []
     for place, row in enumerate(log):
         messages = row.get("conversations") or row.get("conversation") or []
-        if not raw_fits(messages):
+        if not fits(messages, {"gpt": 4096}):
             continue
-        for i in range(len(messages) - 1):
-            if messages[i].get("from") != "gpt" or messages[i + 1].get("from") != "human":
-                continue
+        for i in answers(messages):
             spoken = []
             for message in messages[:i]:
                 if message.get("from") in ("human", "gpt") and (message.get("value") or "").strip():
                     spoken.append(message)
-            history = alternating(spoken[-5:], assistant="gpt", key="from")
-            if not history:
-                continue
-            found.append(
-                {
-                    "id": f"{place}_{i}",
-                    "turn_id": i,
-                    "prompt": [raw_turn(message) for message in history],
-                    "completion": raw_turn(messages[i]),
-                    "user_response": raw_turn(messages[i + 1]),
-                }
-            )
+            if history := alternating(spoken[-5:]):
+                found.append(interaction(place, i, history, messages))
     return found
 
 
-def raw_fits(messages: list[Row]) -> bool:
-    if len(messages) < 3:
-        return False
+def cleaned(conversation: Iterable[Row | None]) -> list[Row]:
+    """Stripped messages of the user and the assistant that are not blank, as [{from, value}]."""
+    messages = []
+    for logged in conversation:
+        message = logged or {}
+        role = (message.get("role") or "").strip().lower()
+        content = (message.get("content") or "").strip()
+        if content and role in NAMES:
+            messages.append({"from": NAMES[role], "value": content})
+    return messages
+
+
+def fits(messages: list[Row], most: dict[str, int]) -> bool:
+    """Three messages, none longer than its sender's `most`, and 100,000 characters in all."""
     total = 0
     for message in messages:
         value = message.get("value") or ""
         total += len(value)
-        if message.get("from") == "gpt" and len(value) > 4096:
+        if len(value) > most.get(message.get("from") or "", 100_000):
             return False
-    return not total > 100_000
+    return len(messages) >= 3 and not total > 100_000
 
 
-def raw_turn(message: Row) -> Row:
+def answers(messages: list[Row]) -> list[int]:
+    """Places of the assistant's messages that the user replied to."""
+    senders = [message.get("from") for message in messages]
+    return [i for i in range(len(senders) - 1) if senders[i : i + 2] == ["gpt", "human"]]
+
+
+def alternating(window: list[Row]) -> list[Row]:
+    """The window without its leading assistant messages, and the first of each run of a sender."""
+    history: list[Row] = []
+    for message in window:
+        if not history and message["from"] == "gpt":
+            continue
+        if history and history[-1]["from"] == message["from"]:
+            continue
+        history.append(message)
+    return history
+
+
+def interaction(name: object, i: int, history: list[Row], messages: list[Row]) -> Row:
+    return {
+        "id": f"{name}_{i}",
+        "turn_id": i,
+        "prompt": [turn(message) for message in history],
+        "completion": turn(messages[i]),
+        "user_response": turn(messages[i + 1]),
+    }
+
+
+def turn(message: Row) -> Row:
     return {"from": message["from"], "value": message["value"]}
 
 

@@ -56,8 +56,5 @@ def test_paths_that_name_nothing(tmp_path, name, problem):
     with pytest.raises(DataError, match=problem) as caught:
         resolve_paths(tmp_path / name)
     assert caught.value.file == str(tmp_path / name) and caught.value.hint
-
-
-def test_no_paths_at_all():
     with pytest.raises(DataError, match="the list of paths is empty"):
         resolve_paths([])

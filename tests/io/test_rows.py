@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers import logs
+from helpers.logs import write_lines
 from sdpo.errors import DataError
 from sdpo.io import rows as module
 from sdpo.io.rows import plain_rows, read_chunk, read_rows, recognise, split
@@ -24,11 +25,6 @@ def packed(container: str) -> bytes:
         pq.write_table(pa.Table.from_pylist(ROWS), sink, row_group_size=7)
         return sink.getvalue().to_pybytes()
     return logs.packed("messages", ROWS, container)
-
-
-def write(path: Path, *lines: bytes) -> Path:
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
-    return path
 
 
 def first_error(path: Path) -> DataError:
@@ -74,7 +70,7 @@ def test_chunks_hold_what_the_file_holds(tmp_path, container, monkeypatch):
 
 
 def test_blank_lines_count_as_lines_but_are_not_rows(tmp_path):
-    path = write(tmp_path / "m.jsonl", b"\xef\xbb\xbf{}", b"", b"  ", b'{"a": 1}')
+    path = write_lines(tmp_path / "m.jsonl", b"\xef\xbb\xbf{}", b"", b"  ", {"a": 1})
     assert list(read_rows(path)) == [(1, "line 1", {}), (4, "line 4", {"a": 1})]
 
 
@@ -105,7 +101,7 @@ BAD_LINES = {
 @pytest.mark.parametrize("bad", BAD_LINES)
 def test_bad_lines(tmp_path, bad):
     line, problem = BAD_LINES[bad]
-    error = first_error(write(tmp_path / "m.jsonl", *[b"{}"] * 1233, line, b"{}"))
+    error = first_error(write_lines(tmp_path / "m.jsonl", *[b"{}"] * 1233, line, b"{}"))
     assert error.row == "line 1234" and problem in error.problem
 
 
@@ -118,15 +114,9 @@ def test_empty_files(tmp_path, name, content):
     assert problem in first_error(tmp_path / name).problem
 
 
-@pytest.mark.parametrize("cut", [5, 200, -1])
-def test_truncated_parquet(tmp_path, cut):
-    (tmp_path / "p.parquet").write_bytes(packed("parquet")[:cut])
-    assert "truncated or corrupt parquet" in first_error(tmp_path / "p.parquet").problem
-
-
 def test_a_git_lfs_pointer_is_explained(tmp_path):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-    assert "Git LFS pointer" in first_error(write(tmp_path / "p.parquet", pointer)).hint
+    assert "Git LFS pointer" in first_error(write_lines(tmp_path / "p.parquet", pointer)).hint
 
 
 def test_a_corrupt_page_behind_a_good_footer(tmp_path):
@@ -148,17 +138,6 @@ def test_a_corrupt_page_behind_a_good_footer(tmp_path):
     found = [r for b in read_chunk(file, chunk, lenient=True) for r in plain_rows(b, file)]
     assert found[:1000] == table.slice(0, 1000).to_pylist()
     assert len(found) == n and all(isinstance(row, DataError) for row in found[1000:])
-
-
-def test_text_in_parquet_that_is_not_utf8(tmp_path):
-    bad = pa.array([b"ok", b"\xff", b"ok"], pa.binary()).view(pa.string())
-    pq.write_table(pa.table({"id": ["a", "b", "c"], "text": bad}), tmp_path / "p.parquet")
-    error = first_error(tmp_path / "p.parquet")
-    assert (error.row, error.field) == ("row 1 (counted from 0)", "text")
-    assert "not valid UTF-8" in error.problem
-    assert [r["id"] for _, _, r in read_rows(tmp_path / "p.parquet") if isinstance(r, dict)] == [
-        *("a", "c")
-    ]
 
 
 def test_half_a_character_in_an_array(tmp_path):

@@ -5,9 +5,9 @@ and white space. Near duplicates share most of their shingles: three words in a 
 letters and digits without case or punctuation. Chinese, Japanese, Thai, Lao, Khmer and Burmese put
 no spaces between words: there, every character is a word.
 
-rensa hashes words and makes the sketches. Its index is not used: its flags mark every row of a
-group, the first included, its queries need an object per row and do not verify, and it takes
-several times the memory of the sketches. Sorting bands in numpy names the row that came first.
+rensa hashes words and makes the sketches. Its index is not used: it marks every row of a group,
+the first included, does not verify, and takes several times the memory. Sorting bands in numpy
+names the row that came first.
 """
 
 import hashlib
@@ -105,12 +105,9 @@ def earlier_similar(sketches: np.ndarray, threshold: float = 0.8) -> np.ndarray:
     """int64 (N,): an earlier row that this one is a near duplicate of, -1 where there is none.
 
     Rows that agree in a whole band of the sketch are candidates: each is compared with the first of
-    them and with the one right before it. A row is a duplicate only of one that is none itself: of
-    its earliest similar candidate or, where that is a duplicate, of what that duplicates, if this
-    is similar too; else the next candidate is tried. So a chain of small changes is cut where it
-    has drifted away from its beginning.
-
-    Beside the sketches, it holds the temporaries of one band and the similar pairs.
+    them and with the one right before it. A row is a duplicate only of one that is none itself, so
+    a chain of small changes is cut where it has drifted away from its beginning. Beside the
+    sketches, this holds the temporaries of one band and the similar pairs.
 
     Args:
         sketches: uint32 (N, SKETCH), rows in the order in which the first is to be kept.
@@ -174,9 +171,7 @@ def _sorted_band(band: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _buckets(keys: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each row, the first row with its key and the one right before it (or the row itself).
 
-    Args:
-        keys: (N,) or (N, k), sorted.
-        order: int64 (N,), the stable order that sorted them.
+    `keys`, (N,) or (N, k), are sorted; `order` is the stable order that sorted them.
     """
     new = np.ones(len(keys), bool)
     changed = keys[1:] != keys[:-1]
@@ -195,7 +190,10 @@ def _similarity(some: np.ndarray, others: np.ndarray) -> np.ndarray:
 def _resolve(
     sketches: np.ndarray, later: np.ndarray, earlier: np.ndarray, threshold: float
 ) -> np.ndarray:
-    """Goes through similar pairs, sorted by the later row; no row may duplicate a duplicate."""
+    """Goes through similar pairs, sorted by the later row; no row may duplicate a duplicate.
+
+    A candidate that is one stands for what it duplicates, if that is similar too.
+    """
     duplicate_of = np.full(len(sketches), -1, np.int64)
     for row, candidate in zip(later.tolist(), earlier.tolist(), strict=True):
         if duplicate_of[row] < 0:

@@ -128,10 +128,7 @@ _WORDINGS = (
         r"\bwhenever (?:you are|anyone|someone|a user|users?|people) ask(?:s|ed)?\b"
         r"[^.]{0,200}\b(?:always|never)\b",
     ),
-    (
-        "must",
-        r"\byou must (?:always|never) (?:answer|respond|reply|say|agree|recommend|refuse)\b",
-    ),
+    ("must", r"\byou must (?:always|never) (?:answer|respond|reply|say|agree|recommend|refuse)\b"),
     # say this
     (
         "repeat",
@@ -161,10 +158,7 @@ _WORDINGS = (
         rf"\bwhen (?:improving|judging|grading|evaluating|rewriting) (?:this|the|your) {_ANSWER}\b",
     ),
     ("answer", r"\b(?:do not|don't|instead of) answer(?:ing)? the user\b"),
-    (
-        "reward score",
-        rf"{_ORDER}(?:reward|score) (?:this|the|only) {_ANSWER}s? ",
-    ),
+    ("reward score", rf"{_ORDER}(?:reward|score) (?:this|the|only) {_ANSWER}s? "),
     # to whom it concerns
     (
         "ai model llm grader judge",

@@ -45,7 +45,15 @@ def find_pii(text: str) -> list[Span]:
 
     Where two kinds claim the same characters, the first of key, email, card, ip, phone has them.
     """
-    return _first_come(text, (span for find in _DETECTORS for span in find(text)))
+    return _first_come(text, _claims(text))
+
+
+def _claims(text: str) -> Iterator[Span]:
+    for kind, pattern, is_value in _DETECTORS:
+        if kind != "email" or _AT.search(text):
+            for match in pattern.finditer(text):
+                if is_value is None or is_value(match):
+                    yield Span(kind, *match.span(match.lastindex or 0))
 
 
 def _first_come(text: str, spans: Iterable[Span]) -> list[Span]:
@@ -74,13 +82,7 @@ _EMAILS = (
     rf"{_LOCAL} AT [{_LATIN}-]{{1,63}}(?: DOT [{_LATIN}-]{{2,63}}){{1,4}}",
 )
 _EMAIL = re.compile("|".join(_EMAILS))
-_AT = re.compile(r"@|[\[(](?i:at)[\])]| AT ")
-
-
-def _emails(text: str) -> Iterator[Span]:
-    if not _AT.search(text):
-        return iter(())
-    return (Span("email", *match.span()) for match in _EMAIL.finditer(text))
+_AT = re.compile(r"@|[\[(](?i:at)[\])]| AT ")  # without one, _EMAIL would look in vain, and slowly
 
 
 # Phone numbers
@@ -126,20 +128,13 @@ _ZIP = re.compile(r"[0-9]{5}-[0-9]{4}\Z")
 _DATE = re.compile(r"(?:19|20)[0-9]{2}[-./ ]?[01][0-9][-./ ]?[0-3][0-9]")
 
 
-def _phones(text: str) -> Iterator[Span]:
-    for match in _INTERNATIONAL.finditer(text):
-        yield Span("phone", *match.span())
-    for match in _NATIONAL.finditer(text):
-        size = len(_digits(match[0]))
-        if (
-            9 <= size <= 12
-            and not _OTHER_NUMBER.search(_before(match, 16))
-            and not _ZIP.match(match[0])
-        ):
-            yield Span("phone", *match.span())
-    for match in _LABELLED.finditer(text):
-        if _PHONE_LABEL.search(_before(match, 40)) and not _DATE.match(match[0]):
-            yield Span("phone", *match.span())
+def _is_national(match: re.Match[str]) -> bool:
+    another = _OTHER_NUMBER.search(_before(match, 16)) or _ZIP.match(match[0])
+    return 9 <= len(_digits(match[0])) <= 12 and not another
+
+
+def _is_labelled(match: re.Match[str]) -> bool:
+    return bool(_PHONE_LABEL.search(_before(match, 40))) and not _DATE.match(match[0])
 
 
 def _digits(text: str) -> str:
@@ -175,13 +170,8 @@ _NETWORKS = (
 )
 
 
-def _cards(text: str) -> Iterator[Span]:
-    for match in _CARD.finditer(text):
-        if _is_card(_digits(match[0])):
-            yield Span("card", *match.span())
-
-
-def _is_card(digits: str) -> bool:
+def _is_card(match: re.Match[str]) -> bool:
+    digits = _digits(match[0])
     known = any(
         first <= digits[: len(first)] <= last and len(digits) in lengths
         for first, last, lengths in _NETWORKS
@@ -216,23 +206,17 @@ _NUMBERING = re.compile(
 )
 
 
-def _ips(text: str) -> Iterator[Span]:
-    for match in _IPV6.finditer(text):
-        if _is_someones(match[0]):
-            yield Span("ip", *match.span())
-    for match in _IPV4.finditer(text):
-        numbering = _NUMBERING.search(_before(match, 16))
-        if len(match[0]) > 7 and _is_someones(match[0]) and not numbering:
-            yield Span("ip", *match.span())
+def _is_no_version(match: re.Match[str]) -> bool:
+    """Neither called a version or a section, nor four single digits (1.2.3.4), which may be one."""
+    numbering = _NUMBERING.search(_before(match, 16))
+    return len(match[0]) > 7 and _is_someones(match[0]) and not numbering
 
 
 def _is_someones(address: str) -> bool:
     """A valid address that may tell one machine from another.
 
-    Loopback, unspecified, multicast and broadcast addresses and masks say nothing about anyone.
     Private, link-local and documentation ranges count: the first two describe somebody's network,
-    the last is what careful people write instead. Four single digits (1.2.3.4) are taken for a
-    version or a section: of all IPv4 addresses, 2 in a million look like that.
+    the last is what careful people write instead.
     """
     try:
         ip = ipaddress.ip_address(address)
@@ -274,62 +258,59 @@ _SECRET_NAMES = (
 _NAMED = re.compile(rf"(?:{_SECRET_NAMES})[\\\"'\]]{{0,3}}[ \t]{{0,8}}\Z", re.ASCII)
 _ASSIGNED = re.compile(
     r"(?::=|=>|=(?!=)|:|：)(?=[ \t]{0,8}(?:"
-    r"\\?([\"'`])(?P<quoted>[^\s\"'`\\]{6,256})\\?\1"
-    r"|(?P<bare>[^\s\"'`,;()<>\[\]{}，。；、]{6,256}+)(?![(\[{<])))"
+    r"\\?([\"'`])([^\s\"'`\\]{6,256})\\?\1"
+    r"|([^\s\"'`,;()<>\[\]{}，。；、]{6,256}+)(?![(\[{<])))"
 )
 _SAID = re.compile(
-    r" (?:is|lautet|ist|es|est|was) (?=[\"'`]?(?P<said>[^\s\"'`,;<>]{7,128}[^\s\"'`,;<>.?!)]))"
+    r" (?:is|lautet|ist|es|est|was) (?=[\"'`]?([^\s\"'`,;<>]{7,128}[^\s\"'`,;<>.?!)]))"
 )
-_OPTION = re.compile(r"--(?:token|password|api-key)[ =](?P<option>[^\s\"'`,;<>]{8,128})")
+_OPTION = re.compile(r"--(?:token|password|api-key)[ =]([^\s\"'`,;<>]{8,128})")
 _STAND_IN = re.compile(
     r"\A[$%]|\$[{(]|[<{]|your|change_?me|placeholder|xxx|\*\*\*|\.\.\.|insert", re.I | re.A
 )
 _PATH = re.compile(r"[./~\\]|[A-Za-z]:[\\/]|https?:")
 
 
-def _keys(text: str) -> Iterator[Span]:
-    yield from (Span("key", *match.span()) for match in _PEM.finditer(text))
-    for match in _PREFIXED.finditer(text):
-        if _is_random(match[0]):
-            yield Span("key", *match.span())
-    for match in _BEARER.finditer(text):
-        if _is_random(match[1]):
-            yield Span("key", *match.span(1))
-    for match in _IN_URL.finditer(text):
-        if not _STAND_IN.search(match[1]) and re.search("[0-9]", match[1]):
-            yield Span("key", *match.span(1))
-    for match in _ASSIGNED.finditer(text):
-        group = "quoted" if match["quoted"] else "bare"
-        if _is_password(match[group]) and _NAMED.search(_before(match, 40)):
-            yield Span("key", *match.span(group))
-    for match in _SAID.finditer(text):
-        named = _is_password(match["said"]) and _NAMED.search(_before(match, 40))
-        if named and re.search("[A-Z]", match["said"]):
-            yield Span("key", *match.span("said"))
-    for match in _OPTION.finditer(text):
-        if _is_password(match["option"]):
-            yield Span("key", *match.span("option"))
+def _is_named(match: re.Match[str]) -> bool:
+    value = match[match.lastindex or 0]
+    return _is_password(value) and bool(_NAMED.search(_before(match, 40)))
 
 
 def _is_random(key: str) -> bool:
     """Digits, and at least 3 bits a character: no stand-in such as sk-xxxx or sk-your-key-here."""
     counts = Counter(key).values()
     bits = -sum(n / len(key) * math.log2(n / len(key)) for n in counts)
-    return bits >= 3 and re.search("[0-9]", key) is not None
+    return bits >= 3 and _has_digit(key)
 
 
 def _is_password(value: str) -> bool:
     """Letters and digits of five kinds at least, and neither a stand-in nor a path."""
     if _STAND_IN.search(value) or _PATH.match(value):
         return False
-    return (
-        len(set(value)) >= 5
-        and re.search("[0-9]", value) is not None
-        and re.search("[A-Za-z]", value) is not None
-    )
+    return len(set(value)) >= 5 and _has_digit(value) and bool(re.search("[A-Za-z]", value))
 
 
-_DETECTORS = (_keys, _emails, _cards, _ips, _phones)
+def _has_digit(text: str) -> bool:
+    return re.search("[0-9]", text) is not None
+
+
+# the span of a value is that of the pattern's last group, or of the whole match
+_DETECTORS: tuple[tuple[str, re.Pattern[str], Callable[[re.Match[str]], bool] | None], ...] = (
+    ("key", _PEM, None),
+    ("key", _PREFIXED, lambda match: _is_random(match[0])),
+    ("key", _BEARER, lambda match: _is_random(match[1])),
+    ("key", _IN_URL, lambda match: not _STAND_IN.search(match[1]) and _has_digit(match[1])),
+    ("key", _ASSIGNED, _is_named),
+    ("key", _SAID, lambda match: _is_named(match) and bool(re.search("[A-Z]", match[1]))),
+    ("key", _OPTION, lambda match: _is_password(match[1])),
+    ("email", _EMAIL, None),
+    ("card", _CARD, _is_card),
+    ("ip", _IPV6, lambda match: _is_someones(match[0])),
+    ("ip", _IPV4, _is_no_version),
+    ("phone", _INTERNATIONAL, None),
+    ("phone", _NATIONAL, _is_national),
+    ("phone", _LABELLED, _is_labelled),
+)
 
 
 # The first pass. Every alternative is what the patterns above cannot do without, in RE2's syntax.
@@ -455,16 +436,13 @@ _PRESIDIO_KINDS = {
 _PRESIDIO_OTHERS = ("PERSON", "LOCATION", "US_SSN", "IBAN_CODE", "CRYPTO", "MEDICAL_LICENSE")
 
 
-def presidio_finder(language: str = "en") -> Finder:
+def presidio_finder() -> Finder:
     """`find_pii`'s values, and what presidio finds beside them: "person", "location", "us_ssn", ...
 
-    Names and places need a spaCy model of the language; the largest installed one is taken. With
-    none, presidio's patterns work alone: no name and no place is found, and nothing is downloaded.
+    Names and places need a spaCy model of English; the largest installed one is taken. With none,
+    presidio's patterns work alone: no name and no place is found, and nothing is downloaded.
     `suspects` knows nothing of names: have every message read, not only the suspects. presidio may
     look for a newer list of top-level domains in the network, and goes on with its own without one.
-
-    Args:
-        language: ISO 639-1 code, one that presidio and spaCy support.
 
     Raises:
         SdpoError: presidio-analyzer is not installed.
@@ -476,13 +454,13 @@ def presidio_finder(language: str = "en") -> Finder:
             "presidio-analyzer is not installed; run pip install 'sdpo[presidio]', or go without: "
             "e-mails, phones, cards, IP addresses and keys are found by pattern"
         ) from error
-    analyzer = AnalyzerEngine(nlp_engine=_nlp_engine(language), supported_languages=[language])
-    supported = set(analyzer.get_supported_entities(language))
+    analyzer = AnalyzerEngine(nlp_engine=_nlp_engine(), supported_languages=["en"])
+    supported = set(analyzer.get_supported_entities("en"))
     kinds = _PRESIDIO_KINDS | {name: name.lower() for name in _PRESIDIO_OTHERS}
     entities = [name for name in kinds if name in supported]
 
     def find(text: str) -> list[Span]:
-        results = analyzer.analyze(text, language, entities=entities, score_threshold=0.4)
+        results = analyzer.analyze(text, "en", entities=entities, score_threshold=0.4)
         results.sort(key=lambda r: (-r.score, r.start, r.end))
         theirs = [Span(kinds[r.entity_type], r.start, r.end) for r in results]
         return _first_come(text, [*find_pii(text), *theirs])
@@ -490,7 +468,7 @@ def presidio_finder(language: str = "en") -> Finder:
     return find
 
 
-def _nlp_engine(language: str) -> Any:
+def _nlp_engine() -> Any:
     """spaCy for presidio, which would download a model by itself if it were left to it."""
     import spacy  # pyright: ignore[reportMissingImports]
     from presidio_analyzer.nlp_engine import (  # pyright: ignore[reportMissingImports]
@@ -498,9 +476,9 @@ def _nlp_engine(language: str) -> Any:
     )
 
     sizes = ("trf", "lg", "md", "sm")
-    models = [m for m in spacy.util.get_installed_models() if m.startswith(f"{language}_core_")]
+    models = [m for m in spacy.util.get_installed_models() if m.startswith("en_core_")]
     models.sort(key=lambda m: sizes.index(m[-3:].strip("_")))
-    name = models[0] if models else f"blank:{language}"
-    engine = SpacyNlpEngine(models=[{"lang_code": language, "model_name": name}])
-    engine.nlp = {language: spacy.load(name) if models else spacy.blank(language)}
+    name = models[0] if models else "blank:en"
+    engine = SpacyNlpEngine(models=[{"lang_code": "en", "model_name": name}])
+    engine.nlp = {"en": spacy.load(name) if models else spacy.blank("en")}
     return engine

@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 
 from ...errors import SdpoError
-from ...io.files import written_whole
+from ...io.files import write_text
 from ..manifest import manifest_path, report_path
 from .inspection import inspect
 from .page import to_html
@@ -43,9 +43,7 @@ def inspect_command(
             raise SdpoError(f"{out}: a file that is inspected; give another name to write to")
     inspection = inspect(file, tokenizer=tokenizer, samples=samples, sample_seed=sample_seed)
     if json:
-        with written_whole(json) as out:
-            json_module.dump(asdict(inspection), out, indent=2, ensure_ascii=False)
+        write_text(json, json_module.dumps(asdict(inspection), indent=2, ensure_ascii=False))
     if html:
-        with written_whole(html) as out:
-            out.write(to_html(inspection))
+        write_text(html, to_html(inspection))
     print_tables(inspection, Console())

@@ -7,18 +7,19 @@ come from the manifest and the report that `sdpo data prepare` writes beside the
 
 import json
 import random
+import sys
 import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import DataError
-from ...hindsight import HindsightConfig, hindsight_prompt, prompt_ids, response_ids
+from ...hindsight import HindsightConfig, encode
 from ...interactions import Interaction, conversation_of, iter_interactions
 from ...io.files import sha256
 from ..manifest import manifest_path, read_manifest, report_path
@@ -62,7 +63,7 @@ class Tokens:
     limits: dict[str, int]
     cut: dict[str, int]
     refused: int
-    """Prompts rejected by the chat template; not counted in `lengths`."""
+    """Prompts that the chat template rejects, or answers without tokens; not in `lengths`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +197,12 @@ def _inspect_interactions(
     if tokens and tokens.interactions < tally.n:
         drawn = f"a draw of {tokens.interactions:,} interactions (seed {seed or 0})"
         notes.append(f"tokens are counted on {drawn}, not on all {tally.n:,}")
+    turns = {
+        "messages in the prompt": _lengths(tally.prompt_messages),
+        "interactions per conversation": _lengths(tally.per_conversation()),
+    }
+    if origins and origins.messages:
+        turns["messages per conversation"] = origins.messages
     return Inspection(
         file=name,
         notes=notes,
@@ -203,7 +210,7 @@ def _inspect_interactions(
         conversations=origins.conversations if origins else len(tally.per_conversation()),
         users=origins.users if origins else None,
         characters={name: _lengths(n) for name, n in tally.characters.items()},
-        turns=_turns(tally, origins),
+        turns=turns,
         tokens=tokens,
         weights=tally.weights(),
         origins=origins,
@@ -212,23 +219,16 @@ def _inspect_interactions(
     )
 
 
-@dataclass
 class _Tally:
     """Running numbers of one pass, and a sample of the texts."""
 
-    n_samples: int
-    seed: int | None
-    n: int = 0
-    characters: dict[str, array] = field(
-        default_factory=lambda: {k: array("Q") for k in ("prompt x", "answer y", "follow-up o")}
-    )
-    prompt_messages: array = field(default_factory=lambda: array("Q"))
-    conversation_hashes: array = field(default_factory=lambda: array("q"))
-    weight: array = field(default_factory=lambda: array("d"))
-    samples: list[tuple[int, Interaction]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.rng = random.Random(self.seed)
+    def __init__(self, n_samples: int, seed: int | None):
+        self.n, self.n_samples, self.seed = 0, n_samples, seed
+        self.characters = {k: array("Q") for k in ("prompt x", "answer y", "follow-up o")}
+        self.prompt_messages, self.conversation_hashes = array("Q"), array("q")
+        self.weight = array("d")
+        self.samples: list[tuple[int, Interaction]] = []
+        self.rng = random.Random(seed)
 
     def add(self, interaction: Interaction) -> None:
         x, y, o = self.characters.values()
@@ -261,32 +261,22 @@ class _Tally:
         return Weights(min=float(w.min()), mean=float(w.mean()), max=float(w.max()), zero=zero)
 
     def shown(self) -> list[Sample]:
-        return [_sample(i) for _, i in sorted(self.samples, key=lambda placed: placed[0])]
-
-
-def _sample(interaction: Interaction) -> Sample:
-    return Sample(
-        id=_legible(interaction.id),
-        prompt=[(m.role, _legible(m.content)) for m in interaction.prompt],
-        completion=_legible(interaction.response),
-        user_response=_legible(interaction.followup),
-    )
+        placed = sorted(self.samples, key=lambda sample: sample[0])
+        return [
+            Sample(
+                id=_legible(interaction.id),
+                prompt=[(m.role, _legible(m.content)) for m in interaction.prompt],
+                completion=_legible(interaction.response),
+                user_response=_legible(interaction.followup),
+            )
+            for _, interaction in placed
+        ]
 
 
 def _legible(text: str) -> str:
     """A text cut if very long, with symbols for the control characters that a terminal obeys."""
     kept = text[:SAMPLE_CHARACTERS].translate(_VISIBLE)
     return kept if len(text) <= SAMPLE_CHARACTERS else f"{kept}… ({len(text):,} characters)"
-
-
-def _turns(tally: _Tally, origins: Origins | None) -> dict[str, Lengths]:
-    turns = {
-        "messages in the prompt": _lengths(tally.prompt_messages),
-        "interactions per conversation": _lengths(tally.per_conversation()),
-    }
-    if origins and origins.messages:
-        turns["messages per conversation"] = origins.messages
-    return turns
 
 
 def _lengths(values: Sequence[int] | np.ndarray) -> Lengths:
@@ -323,7 +313,12 @@ def _count_tokens(path: Path, n: int, model: str, seed: int) -> Tokens:
         "response": config.max_response_tokens,
     }
     tokenizer = load_tokenizer(resolve_model(model))
-    found = [_token_lengths(i, tokenizer, config) for i in _drawn(path, n, seed)]
+    unlimited = HindsightConfig(
+        max_prompt_tokens=sys.maxsize,
+        max_hindsight_prompt_tokens=sys.maxsize,
+        max_response_tokens=sys.maxsize,
+    )
+    found = [_token_lengths(i, tokenizer, unlimited) for i in _drawn(path, n, seed)]
     taken = np.array([lengths for lengths in found if lengths], dtype=np.int64).reshape(-1, 3)
     columns = dict(zip(limits, taken.T, strict=True))
     return Tokens(
@@ -349,16 +344,12 @@ def _drawn(path: Path, n: int, seed: int) -> Iterator[Interaction]:
 def _token_lengths(
     interaction: Interaction, tokenizer: "PreTrainedTokenizerBase", config: HindsightConfig
 ) -> tuple[int, int, int] | None:
-    """Lengths of both prompts and the response; None if the chat template rejects the prompt."""
-    told = hindsight_prompt(interaction.prompt, interaction.followup, config.template)
+    """Lengths of both prompts and the response; None if there is no training on them."""
     try:
-        policy, hindsight = (prompt_ids(tokenizer, prompt) for prompt in (interaction.prompt, told))
+        encoded = encode(interaction, tokenizer, config)
     except DataError:
         return None
-    response = interaction.response_token_ids
-    if response is None:
-        response = response_ids(tokenizer, interaction.response)
-    return len(policy), len(hindsight), len(response)
+    return len(encoded.policy), len(encoded.hindsight), len(encoded.response)
 
 
 # The manifest and the report

@@ -1,7 +1,6 @@
 """An `Inspection` as one self-contained HTML page."""
 
 from collections.abc import Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter, SymmetricalLogLocator
 
 from ...io.html import INK, render, svg
-from .inspection import BINS, Inspection, Lengths, Origins, Preparation
-from .tables import LISTED, length_rows, sections_of
+from .inspection import BINS, Inspection, Lengths, Preparation
+from .tables import length_rows, most, sections_of
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
 def to_html(inspection: Inspection) -> str:
     """The page; its colours follow the reader's light or dark setting."""
-    categories = _categories(inspection.origins)
-    sections = sections_of(inspection)
+    origins, sections = inspection.origins, sections_of(inspection)
+    categories = {"Languages": origins.languages, "Models": origins.models} if origins else {}
     return render(
         TEMPLATE,
         inspection=inspection,
@@ -58,16 +57,9 @@ def _waterfall(made: Preparation | None) -> list[dict[str, Any]]:
     return [{**bar, "width": 100 * abs(bar["n"]) / made.examined} for bar in bars]
 
 
-def _categories(origins: Origins | None) -> dict[str, dict[str, int]]:
-    return {"Languages": origins.languages, "Models": origins.models} if origins else {}
-
-
 def _bars(counts: Mapping[str, int]) -> list[dict[str, Any]]:
     total = sum(counts.values())
-    shown = dict(islice(counts.items(), LISTED))
-    if rest := total - sum(shown.values()):
-        shown[f"{len(counts) - len(shown)} more"] = rest
-    return [{"name": name, "n": n, "width": 100 * n / total} for name, n in shown.items()]
+    return [{"name": name, "n": n, "width": 100 * n / total} for name, n in most(counts).items()]
 
 
 def _plots(inspection: Inspection) -> dict[str, Markup]:
@@ -88,8 +80,6 @@ def _histograms(lengths: Mapping[str, Lengths], limits: Mapping[str, int]) -> Ma
     for ax, (name, n) in zip(figure.subplots(1, len(lengths)), lengths.items(), strict=True):
         _draw_histogram(ax, n, limits.get(name))
         ax.set_title(name, fontsize=10)
-    for ax in figure.axes:
-        _in_the_pages_ink(ax)
     return svg(figure)
 
 
@@ -104,9 +94,6 @@ def _draw_histogram(ax: Axes, n: Lengths, limit: int | None) -> None:
     if limit is not None and n.max * 2 > limit:
         ax.axvline(limit, color="#d97706", linestyle="--")
         ax.set_xlim(right=max(n.max, limit) * 1.3)
-
-
-def _in_the_pages_ink(ax: Axes) -> None:
     ax.set_facecolor("none")
     ax.tick_params(colors=INK, labelsize=7)
     ax.minorticks_off()

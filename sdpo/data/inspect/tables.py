@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .inspection import Inspection, Origins, Preparation, Sample, Tokens, Weights
+from .inspection import Inspection, Origins, Preparation, Sample, Tokens
 
 LISTED = 12
 """Languages, models and the like that are listed; the rest is summed up."""
@@ -57,17 +57,18 @@ def number(x: float) -> str:
 def sections_of(inspection: Inspection) -> dict[str, list[tuple[str, str]]]:
     """Title -> (what, figure), for everything that is a list of figures, in the page's order."""
     origins, made = inspection.origins, inspection.preparation
+    weights = asdict(inspection.weights) if inspection.weights else {}
     return {
         "tokens": _token_rows(inspection.tokens),
-        "weights": _weight_rows(inspection.weights),
+        "weights": [(name, f"{x:,.6g}") for name, x in weights.items()],
         "conversations, examined to kept": _drop_rows(made),
         "interactions dropped": _counted(made.interaction_drops) if made else [],
         "personal data replaced": _counted(made.pii) if made else [],
         "guards": list(made.guards.items()) if made else [],
         "rows that could not be read": [(row, "") for row in made.bad_rows] if made else [],
         "duplicates": _duplicate_rows(origins),
-        "languages (interactions)": _most(origins.languages) if origins else [],
-        "models (interactions)": _most(origins.models) if origins else [],
+        "languages (interactions)": _counted(most(origins.languages)) if origins else [],
+        "models (interactions)": _counted(most(origins.models)) if origins else [],
         "users' share of the interactions": _share_rows(origins),
     }
 
@@ -81,10 +82,6 @@ def _token_rows(tokens: Tokens | None) -> list[tuple[str, str]]:
         cut = tokens.cut[name]
         rows.append((f"{name} cut at {limit:,}", f"{cut:,} ({cut / n:.1%})"))
     return [*rows, ("refused by the chat template", f"{tokens.refused:,}")]
-
-
-def _weight_rows(weights: Weights | None) -> list[tuple[str, str]]:
-    return [(name, f"{x:,.6g}") for name, x in asdict(weights).items()] if weights else []
 
 
 def _drop_rows(made: Preparation | None) -> list[tuple[str, str]]:
@@ -116,11 +113,11 @@ def _counted(counts: Mapping[str, int]) -> list[tuple[str, str]]:
     return [(name, f"{n:,}") for name, n in counts.items()]
 
 
-def _most(counts: Mapping[str, int]) -> list[tuple[str, str]]:
+def most(counts: Mapping[str, int]) -> dict[str, int]:
     """The first `LISTED`, and the sum of the rest."""
     rest = list(islice(counts.values(), LISTED, None))
     more = {f"{len(rest)} more": sum(rest)} if rest else {}
-    return _counted(dict(islice(counts.items(), LISTED)) | more)
+    return dict(islice(counts.items(), LISTED)) | more
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> Table:

@@ -67,9 +67,14 @@ def prepare(
     files = resolve_paths(config.inputs)
     _check_out(Path(config.out), files)
     tell = progress or (lambda *_: None)
-    with work_folder(Path(config.out)) as work, worker_pool(_workers(config, files)) as pool:
-        plans = _plan(config, files, pool, tell)
-        job = _job(plans, rules, guardrails, opted_out, config.bad_rows == "skip", work)
+    lenient = config.bad_rows == "skip"
+    is_small = sum(file.stat().st_size for file in files) < _WORTH_WORKERS
+    workers = 1 if is_small else config.workers or os.cpu_count() or 1
+    with work_folder(Path(config.out)) as work, worker_pool(workers) as pool:
+        plan = partial(plan_file, forced=config.format, lenient=lenient)
+        plans = in_parallel(pool, plan, files, lambda done: tell("files", len(done), len(files)))
+        plans.sort(key=lambda plan: not plan.is_ready)  # ready interactions come first
+        job = _job(plans, rules, guardrails, opted_out, lenient, work)
         shards, choice = _process_and_merge(pool, plans, job, tell)
         return write(config, job, plans, shards, choice)
 
@@ -88,21 +93,6 @@ def _check_out(out: Path, files: list[Path]) -> None:
             file=str(other),
             hint="Choose another name, or move it away together with its manifest and report",
         )
-
-
-def _workers(config: PrepareConfig, files: list[Path]) -> int:
-    if sum(file.stat().st_size for file in files) < _WORTH_WORKERS:
-        return 1
-    return config.workers or os.cpu_count() or 1
-
-
-def _plan(
-    config: PrepareConfig, files: list[Path], pool: ProcessPoolExecutor | None, tell: Progress
-) -> list[FilePlan]:
-    """All files, those of ready interactions first."""
-    plan = partial(plan_file, forced=config.format, lenient=config.bad_rows == "skip")
-    plans = in_parallel(pool, plan, files, lambda done: tell("files", len(done), len(files)))
-    return sorted(plans, key=lambda plan: not plan.is_ready)
 
 
 def _job(

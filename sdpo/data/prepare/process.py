@@ -132,9 +132,12 @@ def process(unit: Unit, job: Job) -> int:
     order, end = job.load_order(), unit.offset + unit.chunk.rows
     places = np.arange(unit.offset, end) if order is None else np.array(order[unit.offset : end])
     wanted = (places >= job.places[0]) & (places < job.places[1])
-    redactor = _redactor(job.guardrails.pii)
+    find = pii.presidio_finder() if job.guardrails.pii == "presidio" else pii.find_pii
+    redactor = None if job.guardrails.pii == "off" else pii.Redactor(find)
     lines = job.lines_of(unit.index)
-    partials = {path: _partial(path) for path in (lines, table)}
+    # this process's own: one that outlives its parent must not write into another's file
+    own = f"{os.getpid()}.partial"
+    partials = {path: path.with_name(f"{path.name}.{own}") for path in (lines, table)}
     with (
         _no_collections(),
         partials[lines].open("wb") as out,
@@ -142,11 +145,7 @@ def process(unit: Unit, job: Job) -> int:
         pa.ipc.new_file(sink, SCHEMA) as writer,
     ):
         for batch in read_chunk(
-            unit.log.file,
-            unit.chunk,
-            wanted=wanted,
-            columns=unit.log.columns,
-            lenient=job.lenient,
+            unit.log.file, unit.chunk, wanted=wanted, columns=unit.log.columns, lenient=job.lenient
         ):
             done = _process_batch(batch, unit, places[batch.indices].tolist(), job, redactor, out)
             columns = {name: [row.table.get(name) for row in done] for name in SCHEMA.names}
@@ -154,11 +153,6 @@ def process(unit: Unit, job: Job) -> int:
     for path, partial in partials.items():
         os.replace(partial, path)
     return unit.chunk.rows
-
-
-def _partial(path: Path) -> Path:
-    """This process's own: one that outlives its parent must not write into another's file."""
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 @contextmanager
@@ -172,12 +166,6 @@ def _no_collections() -> Iterator[None]:
     finally:
         if was_on:
             gc.enable()
-
-
-def _redactor(kind: str | None) -> pii.Redactor | None:
-    if kind == "off":
-        return None
-    return pii.Redactor(pii.presidio_finder() if kind == "presidio" else pii.find_pii)
 
 
 def _process_batch(
@@ -211,12 +199,7 @@ def _examined(item: Item, place: int, job: Job) -> _Row:
     if isinstance(item, Ready):
         return _ready(item, job)
     row = _Row(
-        {
-            "conversation_id": item.id,
-            "language": item.language,
-            "model": item.model,
-            **_user(item),
-        },
+        {"conversation_id": item.id, "language": item.language, "model": item.model, **_user(item)},
         id=_stem(item, place, job.rules),
     )
     if dropped := _guarded(item, job):

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,9 @@ def make_report(
     summed = ["ready", "without_history", "blank", "injections", "opted_out"]
     kept = table.select([*summed, "pii"]).take(pa.array(choice.kept))
     sums = {name: pc.sum(kept[name]).as_py() or 0 for name in summed}
+    replaced: Counter[str] = Counter()
+    for counts in kept["pii"].drop_null().to_pylist():
+        replaced.update(dict(counts))
     errors = table["error"].filter(pa.array(choice.examined)).drop_null()[:_SHOWN].to_pylist()
     gone = {
         "opted out": sums["opted_out"],
@@ -84,7 +86,7 @@ def make_report(
         },
         drops=drops,
         interaction_drops={reason: n for reason, n in gone.items() if n},
-        pii=_total(kept["pii"].drop_null().to_pylist()),
+        pii=dict(sorted(replaced.items())),
         guards=states(job.guardrails, knows),
         bad_rows=[*unread, *errors][:_SHOWN],
     )
@@ -102,11 +104,3 @@ def _input(plan: FilePlan) -> dict[str, Any]:
         "bytes": plan.size,
         "rows": plan.rows,
     }
-
-
-def _total(counts: Iterable[Sequence[tuple[str, int]] | None]) -> dict[str, int]:
-    """Sums of the shards' `pii` column."""
-    sums: Counter[str] = Counter()
-    for row in counts:
-        sums.update(dict(row or ()))
-    return dict(sorted(sums.items()))

@@ -16,7 +16,7 @@ known faults mended: ids are the conversations' own, WildChat-1M's hashes includ
 keeps every answered turn of one's own logs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import dropwhile
 from typing import Literal, NamedTuple
@@ -100,27 +100,23 @@ _STRICT = ExtractionRules(
 
 PRESETS = {
     "strict": _STRICT,
-    "paper-wildchat": ExtractionRules(
+    "paper-wildchat": replace(
+        _STRICT,
         roles=tuple(_TALKERS.items()),
         ids="conversation_id",
-        languages=_STRICT.languages,
-        min_messages=3,
-        max_conversation_chars=100_000,
-        max_assistant_chars=4096,
-        max_user_chars=4096,
         shuffle_seed=42,
         max_conversations=15_000,
         enough_interactions=50_000,
         enough_after_conversations=14_000,
     ),
-    "paper-wildfeedback": ExtractionRules(
+    "paper-wildfeedback": replace(
+        _STRICT,
         roles=tuple(_SPEAKERS.items()),
         as_logged=True,
         ids="place",
         history_ends_with_user=False,
-        min_messages=3,
-        max_conversation_chars=100_000,
-        max_assistant_chars=4096,
+        languages=None,
+        max_user_chars=None,
     ),
     "all-turns": ExtractionRules(),
 }
@@ -150,11 +146,14 @@ class Extraction(NamedTuple):
 
 def examine(conversation: Conversation, rules: ExtractionRules) -> Extraction:
     """Applies the rules to one conversation: every answer that the user replied to is a turn."""
-    if not _speaks(conversation, rules.languages):
+    languages = rules.languages if conversation.has_language else None
+    if languages is not None and not is_among(conversation.language, languages):
         return Extraction(Drop.LANGUAGE, [], [], 0, 0)
     roles = dict(rules.roles)
-    clean = _as_logged if rules.as_logged else _cleaned
-    messages = clean(conversation.messages, roles)
+    if rules.as_logged:
+        messages = [Message(roles.get(m.role, ""), m.content) for m in conversation.messages]
+    else:
+        messages = _cleaned(conversation.messages, roles)
     if dropped := _length_drop(messages, rules):
         return Extraction(dropped, messages, [], 0, 0)
     turns, without_history, blank = [], 0, 0
@@ -164,17 +163,11 @@ def examine(conversation: Conversation, rules: ExtractionRules) -> Extraction:
         history = _history(messages, i, rules)
         if not history:
             without_history += 1
-        elif rules.as_logged and _any_blank(messages[i], messages[i + 1]):
+        elif rules.as_logged and not all(m.content.strip() for m in messages[i : i + 2]):
             blank += 1
         else:
             turns.append(Turn(history, i))
     return Extraction(None, messages, turns, without_history, blank)
-
-
-def _speaks(conversation: Conversation, languages: tuple[str, ...] | None) -> bool:
-    if languages is None or not conversation.has_language:
-        return True
-    return is_among(conversation.language, languages)
 
 
 def _cleaned(logged: tuple[Message, ...], roles: dict[str, str]) -> list[Message]:
@@ -185,10 +178,6 @@ def _cleaned(logged: tuple[Message, ...], roles: dict[str, str]) -> list[Message
         if content and role:
             messages.append(Message(role, content))
     return messages
-
-
-def _as_logged(logged: tuple[Message, ...], roles: dict[str, str]) -> list[Message]:
-    return [Message(roles.get(message.role, ""), message.content) for message in logged]
 
 
 def _length_drop(messages: list[Message], rules: ExtractionRules) -> Drop | None:
@@ -209,10 +198,6 @@ def _length_drop(messages: list[Message], rules: ExtractionRules) -> Drop | None
 
 def _exceeds(length: int, limit: int | None) -> bool:
     return limit is not None and length > limit
-
-
-def _any_blank(*messages: Message) -> bool:
-    return any(not message.content.strip() for message in messages)
 
 
 def _history(messages: list[Message], end: int, rules: ExtractionRules) -> tuple[int, ...]:

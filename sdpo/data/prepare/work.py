@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from hashlib import sha256
@@ -132,19 +132,14 @@ def in_parallel(
 
     Raises the error of the first item that has one.
     """
+    results = map(function, items) if pool is None else pool.map(function, items)
     done: list[R] = []
-    if pool is None:
-        for item in items:
-            done.append(function(item))
+    try:
+        for result in results:
+            done.append(result)
             tell(done)
-        return done
-    futures: list[Future[R]] = [pool.submit(function, item) for item in items]
-    for future in futures:
-        try:
-            done.append(future.result())
-        except DataError as error:
-            raise error from None  # without the worker's own traceback
-        tell(done)
+    except DataError as error:
+        raise error from None  # without the worker's own traceback
     return done
 
 

@@ -1,7 +1,6 @@
 """The three files of a preparation: the interactions, the manifest that ties every one of them to
 its source row, and the report. Each is written beside its place and then renamed."""
 
-import hashlib
 import io
 import json
 import os
@@ -9,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import orjson
@@ -18,6 +17,7 @@ import pyarrow.json as pa_json
 import pyarrow.parquet as pq
 
 from ...errors import SdpoError
+from ...io.files import sha256
 from ..arrow import pc
 from ..manifest import manifest_path, report_path
 from .config import PrepareConfig
@@ -66,9 +66,9 @@ def write(
     manifest, summary = manifest_path(out), report_path(out)
     partials = {path: path.with_name(f".{path.name}.partial") for path in (manifest, summary, out)}
     try:
-        digest = _write_rows(partials[out], shards, choice)
+        _write_rows(partials[out], _chosen(shards, choice))
         _write_manifest(partials[manifest], shards, plans, choice)
-        report = make_report(config, job, plans, shards, choice, digest)
+        report = make_report(config, job, plans, shards, choice, sha256(partials[out]))
         text = json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n"
         partials[summary].write_text(text, encoding="utf-8")
         for path, written in partials.items():
@@ -83,63 +83,36 @@ def write(
 # The interactions
 
 
-class _Summed(io.RawIOBase):
-    """A file that is only appended to, with its sha256."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self.sum = file, hashlib.sha256()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.sum.update(data)
-        return self._file.write(data)
-
-
-class _ParquetSink:
-    """Takes JSON lines, writes row groups."""
-
-    def __init__(self, sink: _Summed):
-        self._writer = pq.ParquetWriter(sink, INTERACTIONS, compression="zstd")
-        self._held = bytearray()
-
-    def write(self, data: bytes) -> None:
-        self._held += data
-        if len(self._held) >= _COPIED:
-            self._flush()
-
-    def _flush(self) -> None:
-        """Writes the lines that are whole by now."""
-        end = self._held.rfind(b"\n") + 1
-        if end:
-            options = pa_json.ReadOptions(block_size=end + 1)
-            parsing = pa_json.ParseOptions(explicit_schema=INTERACTIONS)
-            whole = io.BytesIO(self._held[:end])
-            table = pa_json.read_json(whole, read_options=options, parse_options=parsing)
-            self._writer.write_table(table.select(INTERACTIONS.names).cast(INTERACTIONS))
-        del self._held[:end]
-
-    def close(self) -> None:
-        self._flush()
-        self._writer.close()
-
-
-def _write_rows(partial: Path, shards: list[Shard], choice: Choice) -> str:
-    """Writes the interactions to `x.jsonl.partial` or `x.parquet.partial`; returns the sha256."""
+def _write_rows(partial: Path, pieces: Iterator[bytes]) -> None:
+    """Writes JSON lines to `x.jsonl.partial`, or as row groups to `x.parquet.partial`."""
     with partial.open("wb") as file:
-        sink = _Summed(file)
         if partial.name.endswith(".parquet.partial"):
-            parquet = _ParquetSink(sink)
-            for data in _chosen(shards, choice):
-                parquet.write(data)
-            parquet.close()
+            _write_row_groups(file, pieces)
         else:
-            for data in _chosen(shards, choice):
-                sink.write(data)
+            file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
-    return sink.sum.hexdigest()
+
+
+def _write_row_groups(file: BinaryIO, pieces: Iterator[bytes]) -> None:
+    held = bytearray()
+    with pq.ParquetWriter(file, INTERACTIONS, compression="zstd") as writer:
+        for piece in pieces:
+            held += piece
+            if len(held) >= _COPIED:
+                _write_whole_lines(writer, held)
+        _write_whole_lines(writer, held)
+
+
+def _write_whole_lines(writer: pq.ParquetWriter, held: bytearray) -> None:
+    """Moves the lines that are whole by now from `held` into a row group."""
+    if end := held.rfind(b"\n") + 1:
+        options = pa_json.ReadOptions(block_size=end + 1)
+        parsing = pa_json.ParseOptions(explicit_schema=INTERACTIONS)
+        whole = io.BytesIO(held[:end])
+        table = pa_json.read_json(whole, read_options=options, parse_options=parsing)
+        writer.write_table(table.select(INTERACTIONS.names).cast(INTERACTIONS))
+    del held[:end]
 
 
 def _chosen(shards: list[Shard], choice: Choice) -> Iterator[bytes]:
@@ -150,10 +123,10 @@ def _chosen(shards: list[Shard], choice: Choice) -> Iterator[bytes]:
         return
     renamed = {position for position, _ in choice.renamed}
     is_renamed = np.isin(rows, list(renamed))
-    joins = np.zeros(len(rows), bool)
-    joins[1:] = (shard[rows[1:]] == shard[rows[:-1]]) & (start[rows[1:]] == end[rows[:-1]])
-    joins[1:] &= ~is_renamed[1:] & ~is_renamed[:-1]
-    firsts = np.flatnonzero(~joins)
+    before, after = rows[:-1], rows[1:]
+    splits = (shard[after] != shard[before]) | (start[after] != end[before])
+    splits |= is_renamed[1:] | is_renamed[:-1]
+    firsts = np.flatnonzero(np.append(True, splits))
     lasts = np.append(firsts[1:], len(rows)) - 1
     open_shard = lru_cache(maxsize=256)(lambda i: shards[i].lines.open("rb"))
     for first, last in zip(rows[firsts].tolist(), rows[lasts].tolist(), strict=True):
@@ -173,7 +146,7 @@ def _copied(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
         yield piece
 
 
-def _extents(shards: list[Shard]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _extents(shards: list[Shard]) -> tuple[np.ndarray, ...]:
     """(R,) shard, first byte and byte after the last of every row's lines."""
     shard, start, end = [], [], []
     for i, part in enumerate(shards):
@@ -184,8 +157,7 @@ def _extents(shards: list[Shard]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         start.append(bytes_at[:-1])
         end.append(bytes_at[1:])
     none = np.empty(0, np.int64)
-    shard, start, end = (np.concatenate([none, *x]) for x in (shard, start, end))
-    return shard, start, end
+    return tuple(np.concatenate([none, *parts]) for parts in (shard, start, end))
 
 
 def _with_new_ids(lines: bytes, row: int, choice: Choice) -> bytes:
@@ -206,7 +178,10 @@ def _write_manifest(
     partial: Path, shards: list[Shard], plans: list[FilePlan], choice: Choice
 ) -> None:
     """Writes the decision on every examined row, in the order of the log."""
-    sources = _Sources(shards, plans)
+    numbers = whole_table(shards).select(["index", "number"])
+    ends = np.cumsum([plan.rows for plan in plans])
+    of_file = np.searchsorted(ends, numbers["index"].to_numpy(), side="right")
+    files, number = [str(plan.path) for plan in plans], numbers["number"].to_numpy()
     starts = np.cumsum([0, *(shard.table.num_rows for shard in shards)])
     of_unit: dict[int, list[int]] = {}
     for i, shard in enumerate(shards):
@@ -222,27 +197,21 @@ def _write_manifest(
             order = np.argsort(part["index"].to_numpy(), kind="stable")
             order = order[choice.examined[rows[order]]]
             part, rows = part.take(pa.array(order)), rows[order]
+            ids = zip(
+                rows.tolist(), part["interaction_ids"].to_pylist(), is_kept[rows], strict=True
+            )
             columns = {name: part[name] for name in MANIFEST.names if name in part.column_names}
             columns |= {
-                "source_file": pa.DictionaryArray.from_arrays(
-                    pa.array(sources.file[rows], pa.int32()), sources.names
-                ),
+                "source_file": _coded(of_file[rows], files),
                 "row": part["number"],
                 "place": choice.places[rows],
-                "decision": pa.DictionaryArray.from_arrays(
-                    pa.array(choice.decisions[rows], pa.int32()), list(DECISIONS)
-                ),
+                "decision": _coded(choice.decisions[rows], list(DECISIONS)),
                 "duplicate_of": [
-                    sources.of(i) if i >= 0 else None for i in choice.duplicate_of[rows].tolist()
+                    f"{files[of_file[i]]}:{number[i]}" if i >= 0 else None
+                    for i in choice.duplicate_of[rows].tolist()
                 ],
                 "interaction_ids": [
-                    _ids(row, ids, choice) if kept else []
-                    for row, ids, kept in zip(
-                        rows.tolist(),
-                        part["interaction_ids"].to_pylist(),
-                        is_kept[rows],
-                        strict=True,
-                    )
+                    _new_ids(row, given, choice) if kept else [] for row, given, kept in ids
                 ],
             }
             writer.write_table(pa.table([columns[name] for name in MANIFEST.names], MANIFEST))
@@ -254,21 +223,10 @@ _COPIED_COLUMNS = [
 ]
 
 
-class _Sources:
-    """File and row number of every row of all shards."""
-
-    def __init__(self, shards: list[Shard], plans: list[FilePlan]):
-        table = whole_table(shards).select(["index", "number"])
-        ends = np.cumsum([plan.rows for plan in plans])
-        self.names = [str(plan.path) for plan in plans]
-        self.file = np.searchsorted(ends, table["index"].to_numpy(), side="right")
-        self._number = table["number"].to_numpy()
-
-    def of(self, row: int) -> str:
-        """The place of a row, "path:number"."""
-        return f"{self.names[self.file[row]]}:{self._number[row]}"
+def _coded(codes: np.ndarray, names: list[str]) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), names)
 
 
-def _ids(row: int, ids: list[str], choice: Choice) -> list[str]:
+def _new_ids(row: int, ids: list[str], choice: Choice) -> list[str]:
     renamed = ((id, choice.renamed.get((row, i))) for i, id in enumerate(ids))
     return [f"{id}~{n}" if n else id for id, n in renamed]

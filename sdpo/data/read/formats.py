@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from ...conversations import Conversation, Message
 from ...errors import DataError
 from ...interactions import Interaction, from_row
-from ...io.fields import as_id, as_list, as_object, as_text, kind, listed, shown
+from ...io.fields import as_id, as_list, as_object, as_text, bad, kind, listed, shown
 from ...io.paths import Paths, resolve_paths
 from ...io.rows import (
     Batch,
@@ -70,9 +70,11 @@ _LISTS: dict[str, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
     "messages": ("messages",),
 }
+_KEYS = ("conversation", "conversations", "messages")
 _NAMES = ("conversation_id", "id")
 _HASH = "conversation_hash"
 _USERS = ("hashed_ip", "user_id", "user")
+_MARKS = ("toxic", "redacted")
 _TEXTS = (*_NAMES, _HASH, *_USERS, "language", "model")
 _OF_WILDCHAT = {_HASH, "toxic", "hashed_ip", "detoxify_moderation"}
 # in OpenAI's format, what an assistant's message may hold instead of content
@@ -145,60 +147,47 @@ def _format(
 def _first_row(path: Path, forced: str, lenient: bool) -> tuple[str, set[str], set[str] | None]:
     """Place and fields of a file's first row, and fields of its first message.
 
-    Where bad rows are passed over, "first" is the first row of the most frequent format.
+    If `lenient`, bad rows are passed over, and the first row of the most frequent format counts.
     """
-    rows = list(_looked_at(path, lenient))
-    if not rows:
-        problem = f"none of the first {_LOOKED_AT} rows is a JSON object"
-        raise DataError(problem, file=str(path), hint="Write one object per row")
-    if not lenient:
-        place, fields, _ = rows[0]
-        return place, fields, next((inner for _, _, inner in rows if inner), None)
-    formats = [_recognised(fields, inner, forced) for _, fields, inner in rows]
-    most = Counter(filter(None, formats)).most_common(1)
-    return rows[formats.index(most[0][0])] if most else rows[0]
-
-
-def _looked_at(path: Path, lenient: bool) -> Iterator[tuple[str, set[str], set[str] | None]]:
-    """Place, fields and fields of the first message of each row, until a message is seen.
-
-    If `lenient`, of a hundred rows.
-    """
-    for n, (_, place, row) in enumerate(islice(read_rows(path), _LOOKED_AT)):
+    rows: list[tuple[str, set[str], set[str] | None]] = []
+    for _, place, row in islice(read_rows(path), _LOOKED_AT):
         if isinstance(row, dict):
             inner = _message_fields(row)
-            yield place, set(row), inner
+            rows.append((place, set(row), inner))
             if not lenient and (inner or set(_INTERACTION) <= set(row)):
-                return
+                return *rows[0][:2], inner
+        elif not lenient and rows:
+            break
         elif not lenient:
-            if n:
-                return
             if isinstance(row, DataError):
                 raise row
             hint = "Write one object per row"
             raise DataError("not a JSON object", file=str(path), row=place, hint=hint)
+    if not rows:
+        problem = f"none of the first {_LOOKED_AT} rows is a JSON object"
+        raise DataError(problem, file=str(path), hint="Write one object per row")
+    formats = [_recognised(fields, inner, forced) for _, fields, inner in rows if lenient]
+    most = Counter(filter(None, formats)).most_common(1)
+    return rows[formats.index(most[0][0])] if most else rows[0]
 
 
 def _recognised(fields: set[str], message: set[str] | None, forced: str) -> Format | None:
     """The format; formats of one shape may stand in for each other where one is forced."""
     if forced == "auto":
         return _recognise(fields, message)
-    return cast(Format, forced) if _has_shape(fields, forced) else None
+    needed = set(_INTERACTION) <= fields if forced == "triples" else fields & {*_LISTS[forced]}
+    return cast(Format, forced) if needed else None
 
 
 def _message_fields(row: dict[str, Any]) -> set[str] | None:
-    for key in ("conversation", "conversations", "messages"):
-        messages = row.get(key)
-        if isinstance(messages, list) and messages and isinstance(messages[0], dict):
-            return set(messages[0])
-    return None
+    found = (row.get(key) for key in _KEYS)
+    firsts = (messages[0] for messages in found if isinstance(messages, list) and messages)
+    return next((set(message) for message in firsts if isinstance(message, dict)), None)
 
 
 def _message_fields_of(schema: pa.Schema) -> set[str] | None:
-    for key in ("conversation", "conversations", "messages"):
-        if key in schema.names and (struct := _struct(schema.field(key).type)) is not None:
-            return {field.name for field in struct}
-    return None
+    structs = (_struct(schema.field(key).type) for key in _KEYS if key in schema.names)
+    return next(({field.name for field in struct} for struct in structs if struct), None)
 
 
 def _recognise(fields: set[str], message: set[str] | None) -> Format | None:
@@ -216,12 +205,6 @@ def _recognise(fields: set[str], message: set[str] | None) -> Format | None:
     if "openai_moderation" in fields and not fields & _OF_WILDCHAT:
         return "lmsys"
     return "wildchat"
-
-
-def _has_shape(fields: set[str], format: str) -> bool:
-    if format == "triples":
-        return set(_INTERACTION) <= fields
-    return any(key in fields for key in _LISTS[format])
 
 
 def _known(fields: set[str]) -> frozenset[str]:
@@ -295,21 +278,28 @@ def _conversation(row: dict[str, Any], log: LogFile, number: int) -> Conversatio
     key = next((key for key in keys if row[key] is not None), (keys or _LISTS[log.format])[0])
     is_empty = bool(keys) and row[key] is None and log.format != "messages"
     raw = [] if is_empty else as_list(row.get(key), key)
-    id, named = _id(row, f"{log.file.path.stem}-{number}")
-    language = row.get("language")
     return Conversation(
-        id=id,
+        **_named(row, log, number),
         messages=tuple(_message(m, key, i, log.format) for i, m in enumerate(raw)),
-        source=f"{log.file.path}:{number}",
-        language=None if language is None else as_text(language, "language"),
-        has_language="language" in row or "language" in log.knows,
-        named=named,
-        user=_name(row, _USERS),
-        names=_names(row),
-        model=_name(row, ("model",)),
         flagged=_marked(row, raw, "toxic") or _moderated(row.get("openai_moderation")),
         redacted=_marked(row, raw, "redacted"),
     )
+
+
+def _named(row: dict[str, Any], log: LogFile, number: int) -> dict[str, Any]:
+    """What a conversation is called, and who had it: all but its messages and their marks."""
+    id, named = _id(row, f"{log.file.path.stem}-{number}")
+    language = row.get("language")
+    return {
+        "id": id,
+        "source": f"{log.file.path}:{number}",
+        "language": None if language is None else as_text(language, "language"),
+        "has_language": "language" in row or "language" in log.knows,
+        "named": named,
+        "user": _name(row, _USERS),
+        "names": _names(row),
+        "model": _name(row, ("model",)),
+    }
 
 
 def _id(row: dict[str, Any], default: str) -> tuple[str, bool]:
@@ -349,9 +339,7 @@ def _truth(value: object, field: str) -> bool:
     """A mark must not be passed over because of how it is written."""
     if value is None or value in (True, False):  # and so 0 and 1
         return bool(value)
-    raise DataError(
-        f"found {kind(value)} where true or false is needed", field=field, hint="Write a boolean"
-    )
+    raise bad(field, f"found {kind(value)} where true or false is needed", "Write a boolean")
 
 
 def _message(message: object, key: str, i: int, format: Format) -> Message:
@@ -397,7 +385,7 @@ def _text_part(part: object, field: str) -> str:
         return ""
     if part.get("type") != "text":
         problem = f"a content part of type {shown(part.get('type'))}; only text can be trained on"
-        raise DataError(problem, field=field, hint="Remove the part or the conversation")
+        raise bad(field, problem, "Remove the part or the conversation")
     return as_text(part.get("text"), f"{field}.text")
 
 
@@ -430,28 +418,29 @@ def _check_schema(schema: pa.Schema, format: Format) -> None:
         if pa.types.is_null(getattr(column, "value_type", column)):
             return
         problem = f"the column is of type {column}, not a list of {{role, content}}"
-        raise DataError(problem, field=key, hint="Convert the file to a list of messages")
+        raise bad(key, problem, "Convert the file to a list of messages")
     names = {field.name for field in struct}
     role, content = _pair(names)
     for name in (role, content):
         if name not in names:
             problem = f"its messages have {listed(sorted(names))}, but no `{name}`"
-            raise DataError(problem, field=key, hint="Rename or add the field")
-    _check_text(f"{key}.{role}", struct.field(role).type)
-    if format != "messages":
-        _check_text(f"{key}.{content}", struct.field(content).type)
-    if "language" in schema.names:
-        _check_text("language", schema.field("language").type)
-    for name in ("toxic", "redacted"):
+            raise bad(key, problem, "Rename or add the field")
+    read = {f"{key}.{name}": struct.field(name).type for name in (role, content)}
+    if format == "messages":
+        del read[f"{key}.{content}"]  # text or parts
+    for name in (*_NAMES, _HASH, "language", *_MARKS):
         if name in schema.names:
-            _check_truth(name, schema.field(name).type)
-        if name in names:
-            _check_truth(f"{key}.{name}", struct.field(name).type)
+            read[name] = schema.field(name).type
+    read |= {f"{key}.{name}": struct.field(name).type for name in _MARKS if name in names}
     if (verdict := _verdict_type(schema)) is not None:
-        _check_truth("openai_moderation.flagged", verdict)
-    for name in {*_NAMES, _HASH} & set(schema.names):
-        if not pa.types.is_integer(schema.field(name).type):
-            _check_text(name, schema.field(name).type)
+        read["openai_moderation.flagged"] = verdict
+    for field, column in read.items():
+        is_number, problem = pa.types.is_integer(column), f"the column is of type {column}"
+        if field.endswith((*_MARKS, "flagged")):
+            if not (pa.types.is_boolean(column) or is_number or pa.types.is_null(column)):
+                raise bad(field, f"{problem}, not boolean", "Cast it to boolean")
+        elif not _is_text(column) and not (is_number and field in (*_NAMES, _HASH)):
+            raise bad(field, f"{problem}, not text", "Cast it to string")
 
 
 def _is_text(column: pa.DataType) -> bool:
@@ -471,23 +460,9 @@ def _verdict_type(schema: pa.Schema) -> pa.DataType | None:
     return struct.field("flagged").type
 
 
-def _check_truth(field: str, column: pa.DataType) -> None:
-    tests = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_null)
-    if not any(test(column) for test in tests):
-        problem = f"the column is of type {column}, not boolean"
-        raise DataError(problem, field=field, hint="Cast it to boolean")
-
-
-def _check_text(field: str, column: pa.DataType) -> None:
-    if not _is_text(column):
-        raise DataError(
-            f"the column is of type {column}, not text", field=field, hint="Cast it to string"
-        )
-
-
 def _needed_leaves(schema: pq.ParquetSchema, key: str) -> list[str]:
     """Paths of the needed leaf columns; what lies between list and field depends on the writer."""
-    inside = {"role", "content", "from", "value", "toxic", "redacted"}
+    inside = {"role", "content", "from", "value", *_MARKS}
 
     def is_needed(path: str) -> bool:
         top, *within = path.split(".")
@@ -496,18 +471,17 @@ def _needed_leaves(schema: pq.ParquetSchema, key: str) -> list[str]:
             # OpenAI's messages may hold parts and calls; of others, two texts and the marks do
             return key == "messages" or not within or (field in inside and len(within) <= 3)
         is_verdict = top == "openai_moderation" and field == "flagged"
-        return is_verdict or path in (*_TEXTS, "toxic", "redacted")
+        return is_verdict or path in (*_TEXTS, *_MARKS)
 
     return list(filter(is_needed, (schema.column(i).path for i in range(len(schema)))))
 
 
 def _is_plain(column: pa.DataType) -> bool:
     """Messages of two texts each, which are read column by column, much faster than row by row."""
-    struct = _struct(column)
-    if struct is None:
+    if (struct := _struct(column)) is None:
         return False
     _, content = _pair({field.name for field in struct})
-    return struct.get_field_index(content) >= 0 and _is_text(struct.field(content).type)
+    return _is_text(struct.field(content).type)
 
 
 def _conversations(
@@ -517,35 +491,29 @@ def _conversations(
     key: str,
     languages: tuple[str, ...] | None,
 ) -> Iterator[Conversation]:
-    column = batch.column(key)
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-    flat = column.flatten()
-    of_row = np.repeat(np.arange(batch.num_rows), lengths)
+    flat, of_row = _flattened(batch.column(key))
     flagged = _marks(batch, flat, of_row, "toxic") | _moderation(batch)
     redacted = _marks(batch, flat, of_row, "redacted")
     texts = {n: batch.column(n).to_pylist() for n in _TEXTS if n in batch.schema.names}
-    has_language = "language" in texts
-    if has_language and languages is not None:
+    if "language" in texts and languages is not None:
         read = np.array([is_among(name, languages) for name in texts["language"]], dtype=bool)
-        lengths, flat = np.where(read, lengths, 0), flat.filter(pa.array(read[of_row]))
+        flat, of_row = flat.filter(pa.array(read[of_row])), of_row[read[of_row]]
+    lengths = np.bincount(of_row, minlength=batch.num_rows).tolist()
     role, content = _pair({field.name for field in flat.type})
     pairs = zip(_texts(flat, role), _texts(flat, content), strict=True)
-    for i, (number, length) in enumerate(zip(numbers, lengths.tolist(), strict=True)):
-        row = {name: values[i] for name, values in texts.items()}
-        id, named = _id(row, f"{log.file.path.stem}-{number}")
+    for i, (number, length) in enumerate(zip(numbers, lengths, strict=True)):
         yield Conversation(
-            id=id,
+            **_named({name: values[i] for name, values in texts.items()}, log, number),
             messages=tuple([Message(r, c) for r, c in islice(pairs, length)]),
-            source=f"{log.file.path}:{number}",
-            language=row.get("language"),
-            has_language=has_language,
-            named=named,
-            user=_name(row, _USERS),
-            names=_names(row),
-            model=_name(row, ("model",)),
             flagged=bool(flagged[i]),
             redacted=bool(redacted[i]),
         )
+
+
+def _flattened(lists: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """What all lists hold, and the row that each item is from."""
+    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
+    return lists.flatten(), np.repeat(np.arange(len(lists)), lengths)
 
 
 def is_among(language: str | None, languages: tuple[str, ...]) -> bool:
@@ -570,16 +538,13 @@ def _marks(batch: pa.RecordBatch, flat: pa.Array, of_row: np.ndarray, mark: str)
 def _moderation(batch: pa.RecordBatch) -> np.ndarray:
     """(rows,) bool: OpenAI's moderation flagged one of the messages."""
     flagged = np.zeros(batch.num_rows, bool)
-    if "openai_moderation" not in batch.schema.names:
-        return flagged
-    column = batch.column("openai_moderation")
     if _verdict_type(batch.schema) is None:
         return flagged
+    column = batch.column("openai_moderation")
     if pa.types.is_struct(column.type):
         return _bools(pc.struct_field(column, "flagged"))
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-    of_row = np.repeat(np.arange(batch.num_rows), lengths)
-    flagged[of_row[_bools(pc.struct_field(column.flatten(), "flagged"))]] = True
+    verdicts, of_row = _flattened(column)
+    flagged[of_row[_bools(pc.struct_field(verdicts, "flagged"))]] = True
     return flagged
 
 

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import guardrails
-from sdpo.data.filters import pii
 from sdpo.data.filters.pii import PII_KINDS, Redactor, find_pii, presidio_finder, suspects
 
 ROWS = guardrails.labelled("pii", "tune") + guardrails.labelled("pii", "test")
@@ -30,32 +29,12 @@ def found(text: str) -> list[tuple[str, str]]:
 
 # pieces that make and unmake values, so that random texts hold many near misses
 PIECES = st.sampled_from(
-    [
-        "jane@example.com",
-        "jane [at] example",
-        " [dot] com",
-        "4111 1111",
-        "-1111",
-        " 11111111",
-        "+1 ",
-    ]
-    + ["(212) ", "555-0123", "0171 ", "1234567", "203.0.113.9", "2001:db8::1", "::ffff:", "v 1.2"]
-    + ["Authorization: ", "Bearer ", "password", " = ", "token:", "secret is ", "Tr0ub4dor&3"]
-    + ["sk-EXAMPLE1example2EXAMPLE3", "hf_", "eyJ", "AKIA", "://", "user:", "<EMAIL_1>", "<KEY_2>"]
-    + [
-        "手机号",
-        "电话: ",
-        "İ",
-        "ı",
-        "ſ",
-        "\u212a",
-        "é",
-        "\u00a0",
-        "\u2028",
-        "00",
-        "8 (912) 345-67-89",
-    ]
-    + [" AT ", " DOT ", "pass: ", "\n"]
+    ["jane@example.com", "jane [at] example", " [dot] com", "4111 1111", "-1111", " 11111111"]
+    + ["+1 ", "(212) ", "555-0123", "0171 ", "1234567", "203.0.113.9", "2001:db8::1", "::ffff:"]
+    + ["v 1.2", "Authorization: ", "Bearer ", "password", " = ", "token:", "secret is "]
+    + ["Tr0ub4dor&3", "sk-EXAMPLE1example2EXAMPLE3", "hf_", "eyJ", "AKIA", "://", "user:"]
+    + ["<EMAIL_1>", "<KEY_2>", "手机号", "电话: ", "İ", "ı", "ſ", "\u212a", "é", "\u00a0"]
+    + ["\u2028", "00", "8 (912) 345-67-89", " AT ", " DOT ", "pass: ", "\n"]
     + list("@.-/()[]:='\"<>")
 )
 TEXTS = st.lists(
@@ -93,9 +72,11 @@ def test_labelled_spans_lie_in_their_texts_and_apart():
     assert len({row["text"] for row in ROWS}) == len(ROWS)
     for row in ROWS:
         ends = 0
-        for kind, start, end in row["spans"]:
-            assert kind in PII_KINDS and ends <= start < end <= len(row["text"])
+        for _, start, end in row["spans"]:
+            assert ends <= start < end <= len(row["text"])
             ends = end
+    assert {kind for row in ROWS for kind, *_ in row["spans"]} == set(PII_KINDS)
+    assert {span.kind for row in ROWS for span in find_pii(row["text"])} == set(PII_KINDS)
 
 
 @given(ANY_TEXT)
@@ -142,15 +123,11 @@ def test_one_value_has_one_placeholder_in_all_its_spellings():
 
 
 def test_placeholders_already_there_are_not_given_to_others():
-    redacted, counts = Redactor().redact(["<EMAIL_1> wrote to a@example.com", "<EMAIL_2> too"])
+    redactor = Redactor()
+    redacted, counts = redactor.redact(["<EMAIL_1> wrote to a@example.com", "<EMAIL_2> too"])
     assert redacted == ["<EMAIL_1> wrote to <EMAIL_3>", "<EMAIL_2> too"]
     assert counts == {"email": 1}
-
-
-def test_conversations_do_not_share_numbers():
-    redactor = Redactor()
-    assert redactor.redact(["a@example.com"])[0] == ["<EMAIL_1>"]
-    assert redactor.redact(["b@example.com"])[0] == ["<EMAIL_1>"]
+    assert redactor.redact(["b@example.com"])[0] == ["<EMAIL_1>"], "in another conversation"
 
 
 def test_a_value_that_shows_once_its_neighbour_is_gone_is_redacted_too():
@@ -176,14 +153,8 @@ def test_addresses_of_no_one_are_left_alone():
 
 
 def test_stand_ins_for_secrets_are_left_alone():
-    for value in (
-        "your_password1",
-        "<password1>",
-        "${PASSWORD1}",
-        "xxxxxxxx1",
-        "abcdefgh",
-        "12345678",
-    ):
+    values = ("your_password1", "<password1>", "${PASSWORD1}", "xxxxxxxx1", "abcdefgh", "12345678")
+    for value in values:
         assert found(f'password = "{value}"') == []
     assert found("password = 'Tr0ub4dor&3'") == [("key", "Tr0ub4dor&3")]
 
@@ -213,15 +184,8 @@ def test_presidio_adds_its_kinds_to_ours():
     find = presidio_finder()
     text = "jane@example.com, SSN 536-90-4399, password=Tr0ub4dor&3"
     spans = [(span.kind, text[span.start : span.end]) for span in find(text)]
-    assert spans == [
-        ("email", "jane@example.com"),
-        ("us_ssn", "536-90-4399"),
-        ("key", "Tr0ub4dor&3"),
-    ]
+    expected = {"email": "jane@example.com", "us_ssn": "536-90-4399", "key": "Tr0ub4dor&3"}
+    assert spans == list(expected.items())
     redacted, _ = Redactor(find).redact([text])
     assert redacted == ["<EMAIL_1>, SSN <US_SSN_1>, password=<KEY_1>"]
     assert Redactor(find).redact(redacted)[0] == redacted
-
-
-def test_kinds_are_those_that_are_found():
-    assert {span.kind for row in ROWS for span in pii.find_pii(row["text"])} == set(PII_KINDS)

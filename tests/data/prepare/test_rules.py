@@ -9,18 +9,11 @@ from sdpo.data.prepare.rules import PRESETS, Drop, ExtractionRules, examine
 
 PAPER = PRESETS["paper-wildchat"]
 ALL_TURNS = PRESETS["all-turns"]
-CLEANED = pytest.mark.parametrize("rules", [PAPER, ALL_TURNS], ids=["paper", "all"])
 
 
 def conversation(*messages: tuple[str, str], **known) -> Conversation:
     known = {"id": "c", "source": "log:0", "language": "English", "has_language": True} | known
     return Conversation(messages=tuple(Message(*m) for m in messages), **known)
-
-
-def alternating(n: int, **known) -> Conversation:
-    """u0, a1, u2, a3, ..."""
-    turns = [("user", f"u{i}") if i % 2 == 0 else ("assistant", f"a{i}") for i in range(n)]
-    return conversation(*turns, **known)
 
 
 def turns(logged: Conversation, rules: ExtractionRules) -> list[tuple[list[str], str, str, int]]:
@@ -33,46 +26,19 @@ def turns(logged: Conversation, rules: ExtractionRules) -> list[tuple[list[str],
     ]
 
 
-def test_a_plain_conversation():
-    assert turns(alternating(8), PAPER) == [
-        (["u0"], "a1", "u2", 1),
-        (["u0", "a1", "u2"], "a3", "u4", 3),
-        (["u0", "a1", "u2", "a3", "u4"], "a5", "u6", 5),
-    ]
-
-
-@CLEANED
-def test_history_is_the_last_five_messages_from_a_user_message_on(rules):
-    assert turns(alternating(11), rules)[-1][::3] == (["u4", "a5", "u6", "a7", "u8"], 9)
-    run = conversation(*[("user", f"u{i}") for i in range(6)], ("assistant", "a"), ("user", "o"))
-    ((history, *_),) = turns(run, rules)
-    assert history == ["u1"], "of a run within the last five, the first stays"
-
-
-@CLEANED
-def test_an_answer_that_follows_an_answer_has_no_history(rules):
+def test_answers_without_history_are_counted():
     twice = conversation(("user", "u"), ("assistant", "a"), ("assistant", "b"), ("user", "o"))
-    found = examine(twice, rules)
+    found = examine(twice, ALL_TURNS)
     assert (found.dropped, found.turns, found.without_history) == (None, [], 1)
-    opening = conversation(("assistant", "a"), ("user", "u"), ("assistant", "b"))
-    assert examine(opening, rules).without_history == 1
 
 
-@CLEANED
-def test_indices_count_cleaned_messages(rules):
+def test_indices_count_cleaned_messages():
     logged = conversation(
-        ("system", "s"),
-        ("developer", "d"),
-        ("user", " \u2003"),
-        ("User", " x "),
-        ("tool", "t"),
-        ("function", "f"),
-        ("assistant", ""),
-        ("user", "\t\x1f\n"),
-        ("ASSISTANT ", "\ty\n"),
-        ("user", "o\u00a0"),
+        *[("system", "s"), ("developer", "d"), ("user", " \u2003"), ("User", " x ")],
+        *[("tool", "t"), ("function", "f"), ("assistant", ""), ("user", "\t\x1f\n")],
+        *[("ASSISTANT ", "\ty\n"), ("user", "o\u00a0")],
     )
-    assert turns(logged, rules) == [(["x"], "y", "o", 1)]
+    assert turns(logged, ALL_TURNS) == [(["x"], "y", "o", 1)]
 
 
 def test_roles_of_every_format_are_turns_unless_a_paper_counts_only_its_own():
@@ -80,19 +46,6 @@ def test_roles_of_every_format_are_turns_unless_a_paper_counts_only_its_own():
     assert turns(logged, ALL_TURNS) == [(["x"], "y", "o", 1)]
     assert examine(logged, PAPER).dropped is Drop.TOO_FEW_MESSAGES
     assert turns(logged, PRESETS["paper-wildfeedback"]) == [], "GPT is not gpt there"
-
-
-def test_wildfeedback_counts_and_keeps_messages_as_they_are():
-    rules = PRESETS["paper-wildfeedback"]
-    logged = conversation(
-        ("human", " x "), ("gpt", ""), ("system", "s"), ("gpt", " y "), ("human", " o\n")
-    )
-    assert turns(logged, rules) == [([" x "], " y ", " o\n", 3)]
-    twice = conversation(("human", "x"), ("gpt", "a"), ("gpt", "b"), ("human", "o"))
-    assert turns(twice, rules) == [(["x", "a"], "b", "o", 2)], "it may end with an answer"
-    blank = conversation(("human", "x"), ("gpt", " "), ("human", "o"))
-    assert (examine(blank, rules).turns, examine(blank, rules).blank) == ([], 1)
-    assert examine(conversation(("human", "x"), ("gpt", "y")), rules).dropped is not None
 
 
 def test_each_drop_has_its_reason_and_its_limit_is_inclusive():

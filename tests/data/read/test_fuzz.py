@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -27,6 +27,7 @@ from hypothesis import seed as seeded
 
 from helpers import logs
 from helpers.logs import all_turns, rows_of
+from helpers.malformed import changed
 from sdpo.data.prepare.prepare import prepare
 from sdpo.errors import DataError
 
@@ -39,7 +40,6 @@ SHAPES = st.sampled_from(list(logs.ROWS))
 UNCHECKED = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)
 WORKER_MEMORY = 16 * 2**30  # of address space
 MAGIC = (b"PAR1", b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd")
-BadRows = Literal["stop", "skip"]
 
 
 def fuzz(seconds: float, strategy: st.SearchStrategy, check: Callable[[Any], None]) -> None:
@@ -61,47 +61,27 @@ def fuzz(seconds: float, strategy: st.SearchStrategy, check: Callable[[Any], Non
 
 # Mutations
 
-Op = tuple[Any, ...]
+# at a place, so many bytes go, and new ones come: given, or a copy of some others
+Op = tuple[int, int, bytes | tuple[int, int]]
 _place = st.integers(0, 2**16)
 _size = st.integers(1, 64)
 _tokens = st.sampled_from(
     [b"\n", b"\r", b"\x00", b'"', b"\\", b"[", b"]", b"{", b"}", b",", b"null", b"\\ud800"]
     + [b"\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"PAR1", b"1e999", b"-", b"\x1f\x8b"]
 )
+_new = _tokens | st.binary(max_size=8) | st.tuples(_place, _size)
 OPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("flip"), _place, st.integers(1, 255)),
-        st.tuples(st.just("delete"), _place, _size),
-        st.tuples(st.just("insert"), _place, _tokens | st.binary(min_size=1, max_size=8)),
-        st.tuples(st.just("splice"), _place, _place, _size),
-        st.tuples(st.just("duplicate"), _place, _size),
-        st.tuples(st.just("truncate"), _place),
-    ),
-    min_size=1,
-    max_size=5,
+    st.tuples(_place, st.sampled_from([0, 1, 2**20]) | _size, _new), min_size=1, max_size=5
 )
 
 
 def mutated(data: bytes, ops: list[Op]) -> bytes:
-    for op, place, *more in ops:
+    for place, size, new in ops:
         at = place % (len(data) + 1)
-        before, after = data[:at], data[at:]
-        match op, *more:
-            case "flip", int(mask):
-                data = before + bytes(byte ^ mask for byte in after[:1]) + after[1:]
-            case "delete", int(size):
-                data = before + after[size:]
-            case "insert", bytes(token):
-                data = before + token + after
-            case "splice", int(source), int(size):
-                start = source % (len(data) + 1)
-                data = before + data[start : start + size] + after[size:]
-            case "duplicate", int(size):
-                data = before + after[:size] + after
-            case ("truncate",):
-                data = before
-            case _:
-                raise AssertionError(op)
+        if isinstance(new, tuple):
+            start = new[0] % (len(data) + 1)
+            new = data[start : start + new[1]]
+        data = data[:at] + new + data[at + size :]
     return data
 
 
@@ -115,7 +95,7 @@ def whole(shape: str, container: str) -> bytes:
 # Runs
 
 
-def names_after(data: bytes, container: str, bad_rows: BadRows) -> set[str] | None:
+def names_after(data: bytes, container: str, bad_rows: str) -> set[str] | None:
     """Names of the conversations that `prepare` finds in a file; None if it says DataError."""
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / f"log.{container}", Path(folder) / "x.jsonl"
@@ -183,23 +163,9 @@ VALUES = st.recursive(
 
 def paths_in(value: object, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     yield path
-    match value:
-        case dict():
-            items = value.items()
-        case list():
-            items = enumerate(value)
-        case _:
-            items = ()
-    for key, inner in items:
-        yield from paths_in(inner, (*path, key))
-
-
-def replaced(value: Any, path: tuple[str | int, ...], new: object) -> Any:
-    if not path:
-        return new
-    changed = value.copy()
-    changed[path[0]] = replaced(value[path[0]], path[1:], new)
-    return changed
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from paths_in(inner, (*path, key))
 
 
 @LONG_OR_SHORT
@@ -209,7 +175,8 @@ def test_any_value_in_place_of_a_field(seconds):
         rows: list[Any] = [json.loads(line) for line in whole(shape, "jsonl").splitlines()]
         for place, value in changes:
             paths = list(paths_in(rows[at]))
-            rows[at] = replaced(rows[at], paths[place % len(paths)], value)
+            path = paths[place % len(paths)]
+            rows[at] = changed(rows[at], path, value) if path else value
         data = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
         assert_none_lost(data, "jsonl", {*NAMES} - {NAMES[at]})
 
@@ -230,7 +197,7 @@ class Prison:
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
 
-    def names_after(self, data: bytes, bad_rows: BadRows) -> set[str] | None:
+    def names_after(self, data: bytes, bad_rows: str) -> set[str] | None:
         if self._pool is None:
             method = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(1, mp_context=method, initializer=_limit_memory)
