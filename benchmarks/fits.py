@@ -94,7 +94,7 @@ def measure_objective(seconds: float) -> list[tuple[tuple[int, int, int], float]
     def both(x: Problem, weights: torch.Tensor):
         def call(_) -> None:
             x.forget()
-            out = linear_reverse_kl(x.hidden, x.weight, x.hindsight, token_weights=weights)
+            out = linear_reverse_kl(x.hidden, x.weight, x.teacher, token_weights=weights)
             assert out.loss is not None
             out.loss.backward()
 

@@ -73,7 +73,7 @@ def _ours(kind: Kind, impl: str = "auto", known: bool = True) -> Loss:
         if kind == "logprob":
             out = linear_logprob(x.hidden, x.weight, x.targets, **options)
             return -(out.logp.mean() if out.loss is None else out.loss)
-        out = OUR_FUNCTIONS[kind](x.hidden, x.weight, x.hindsight, **options)
+        out = OUR_FUNCTIONS[kind](x.hidden, x.weight, x.teacher, **options)
         return out.value.mean() if out.loss is None else out.loss
 
     return loss
@@ -91,7 +91,7 @@ def _plain(kind: Kind, *, upcast: bool) -> Loss:
         if kind == "logprob":
             return F.nll_loss(logp, x.targets)
         with torch.no_grad():
-            logq = log_softmax(x.hindsight, x.weight)
+            logq = log_softmax(x.teacher, x.weight)
         if kind == "jsd":
             return DEFINITIONS[kind](logp, logq, x.targets).mean()
         p, q = (logp, logq) if kind == "reverse_kl" else (logq, logp)
@@ -108,7 +108,7 @@ def _liger_fused(kind: Kind) -> Loss:
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     module = LigerFusedLinearJSD(jsd_beta=BETA[kind])
-    return lambda x: module(x.hidden, x.weight, x.hindsight, x.weight.detach(), None)
+    return lambda x: module(x.hidden, x.weight, x.teacher, x.weight.detach(), None)
 
 
 def _liger_chunked(kind: Kind) -> Loss:
@@ -121,7 +121,7 @@ def _liger_chunked(kind: Kind) -> Loss:
         beta=BETA[kind],
         compiled=torch.cuda.is_available(),
     )
-    return lambda x: module(x.hidden, x.weight, x.hindsight, x.weight.detach(), x.targets)
+    return lambda x: module(x.hidden, x.weight, x.teacher, x.weight.detach(), x.targets)
 
 
 def _liger_cross_entropy(_: Kind) -> Loss:
@@ -133,14 +133,14 @@ def _liger_cross_entropy(_: Kind) -> Loss:
 
 def _fla(_: Kind) -> Loss:
     function = importlib.import_module("fla.modules.fused_kl_div").fused_kl_div_loss
-    return lambda x: function(x.hidden, x.hindsight, x.weight, x.weight.detach())
+    return lambda x: function(x.hidden, x.teacher, x.weight, x.weight.detach())
 
 
 def _trl(kind: Kind) -> Loss:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     def loss(x: Problem) -> Tensor:
-        heads = x.hidden, x.weight, None, x.hindsight, x.weight.detach(), None
+        heads = x.hidden, x.weight, None, x.teacher, x.weight.detach(), None
         value, _ = ChunkedDivergenceFunction.apply(*heads, BETA[kind])
         return value.mean()
 
@@ -213,7 +213,7 @@ def chosen(only: tuple[str, ...], kind: Kind) -> list[Contender]:
 def floor(kind: Kind, x: Problem) -> Callable[[], None]:
     """The bare products in the inputs' dtype: both logits (log p(y): one), dH and dW; their outputs
     are there before."""
-    h, w, g = x.hidden.detach(), x.weight.detach(), x.hindsight
+    h, w, g = x.hidden.detach(), x.weight.detach(), x.teacher
     z_NV = h.new_empty((h.shape[0], w.shape[0]))
     dh_ND, dw_VD = torch.empty_like(h), torch.empty_like(w)
 

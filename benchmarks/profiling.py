@@ -50,7 +50,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
 
     def reverse_kl() -> None:
         x.forget()
-        out = linear_reverse_kl(x.hidden, x.weight, x.hindsight, token_weights=weights)
+        out = linear_reverse_kl(x.hidden, x.weight, x.teacher, token_weights=weights)
         assert out.loss is not None
         out.loss.backward()
 

@@ -208,7 +208,7 @@ def _chunk_variants(settings: Settings, v: int, d: int, device: torch.device) ->
 
     def call() -> Tensor:
         x.forget()
-        out = linear_reverse_kl(x.hidden, x.weight, x.hindsight, token_weights=weights)
+        out = linear_reverse_kl(x.hidden, x.weight, x.teacher, token_weights=weights)
         assert out.loss is not None
         out.loss.backward()
         return out.value
