@@ -11,14 +11,13 @@ verdict whenever it is another one. Exits 1 where anything of ours got worse.
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.peers import OURS
-from benchmarks.report import Row, read
+from benchmarks.report import Row, grid, read
 
 KEY = ("benchmark", "kind", "objective", "model", "head", "tokens", "vocabulary", "hidden")
 KEY += ("dtype", "weights", "checkpointing", "distance", "sweep", "contender")
@@ -46,7 +45,7 @@ def compare(old: Iterable[Row], new: Iterable[Row]) -> list[Moved]:
         if a["verdict"] != b["verdict"]:
             worse = a["verdict"] == "right"
             moved.append(Moved(name, "verdict", a["verdict"], b["verdict"], None, worse))
-        moved += _times(name, a, b, _floor(before, key), _floor(after, key))
+        moved += _times(name, a, b, [_floor(before, key), _floor(after, key)])
         sizes = a.get("extra_bytes"), b.get("extra_bytes")
         if all(sizes) and abs(sizes[1] / sizes[0] - 1) > MEMORY_NOISE:
             x, y = sizes
@@ -64,27 +63,21 @@ def _floor(rows: dict[tuple, Row], key: tuple) -> dict[str, float] | None:
     return row["seconds"]["both"] if row is not None and "seconds" in row else None
 
 
-def _times(
-    name: str, a: Row, b: Row, floor_a: dict | None, floor_b: dict | None
-) -> Iterable[Moved]:
-    relative = floor_a is not None and floor_b is not None and a["contender"] != "floor"
-    if not relative and a["machine"]["device"] != b["machine"]["device"]:
-        return []
+def _times(name: str, a: Row, b: Row, floors: list[dict[str, float] | None]) -> Iterable[Moved]:
+    unit = "x floor"
+    if not all(floors) or a["contender"] == "floor":
+        if a["machine"]["device"] != b["machine"]["device"]:
+            return
+        unit, floors = "s", [dict(median=1.0, low=1.0, high=1.0)] * 2
     for part in a.get("seconds", {}).keys() & b.get("seconds", {}).keys():
-        x, y = (
-            _range(row["seconds"][part], base if relative else None)
-            for row, base in ((a, floor_a), (b, floor_b))
-        )
+        x, y = (_over(row["seconds"][part], f) for row, f in zip((a, b), floors, strict=True))
         if x["high"] < y["low"] or y["high"] < x["low"]:
-            unit = "x floor" if relative else "s"
             texts = (f"{t['median']:.4g} {unit}" for t in (x, y))
             change = y["median"] / x["median"]
             yield Moved(name, part, *texts, change, change > 1)
 
 
-def _range(seconds: dict[str, float], floor: dict[str, float] | None) -> dict[str, Any]:
-    if floor is None:
-        return seconds
+def _over(seconds: dict[str, float], floor: dict[str, float]) -> dict[str, float]:
     return {
         "median": seconds["median"] / floor["median"],
         "low": seconds["low"] / floor["high"],
@@ -110,15 +103,11 @@ def main(
     both = len(_by_key(before).keys() & _by_key(after).keys())
     console.print(f"{both} results in both; {len(moved)} moved beyond noise")
     if moved:
-        grid = Table()
-        for column in ("", "what", "old", "new", "change"):
-            grid.add_column(
-                column, justify="right" if column in ("old", "new", "change") else "left"
-            )
+        table = grid("", "", "what", "old", "new", "change", left=2)
         for m in moved:
             change = "" if m.change is None else f"{100 * (m.change - 1):+.1f}%"
-            grid.add_row(m.key, m.what, m.old, m.new, change, style="red" if m.worse else "green")
-        console.print(grid)
+            table.add_row(m.key, m.what, m.old, m.new, change, style="red" if m.worse else "green")
+        console.print(table)
     sys.exit(any(m.worse and m.key.rpartition(", ")[2].startswith(OURS) for m in moved))
 
 

@@ -6,13 +6,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from benchmarks.measure import ROOT
 from benchmarks.models import TINY
 from benchmarks.traffic import Sent, Work, shape_of, traffic
 from sdpo_parallel.config import ParallelConfig
+
+STEP = dict(interactions=2, prompt=192, hindsight=448, response=64)
+STEP |= dict(micro_batches=2, chunk_bytes=2**18)
+"""Interactions of a micro-batch, and their tokens before and in the response."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,23 +26,14 @@ class Job:
     ranks: int = 2
     parallel: dict[str, Any] = field(default_factory=dict)
     """Fields of ParallelConfig."""
-    sizes: dict[str, Any] = field(default_factory=lambda: TINY["count"])
-    """Fields of the model's config.json."""
-    interactions: int = 2
-    """Interactions per micro-batch."""
-    prompt: int = 192
-    hindsight: int = 448
-    response: int = 64
-    micro_batches: int = 2
-    chunk_bytes: int = 2**18
 
     def predicted(self) -> list[Sent]:
         """Bytes that one rank sends, by the traffic model."""
-        n = self.interactions
-        policy, hindsight = (n * (t + self.response) for t in (self.prompt, self.hindsight))
-        work = Work(self.micro_batches, policy, hindsight, n * self.response, self.chunk_bytes)
+        n, response = STEP["interactions"], STEP["response"]
+        slots = (n * (STEP[name] + response) for name in ("prompt", "hindsight"))
+        work = Work(STEP["micro_batches"], *slots, n * response, STEP["chunk_bytes"])
         parallel = ParallelConfig(**self.parallel)
-        return traffic(shape_of(self.sizes), work, parallel, self.ranks, "cpu")
+        return traffic(shape_of(TINY["count"]), work, parallel, self.ranks, "cpu")
 
 
 JOBS = {
@@ -67,9 +62,10 @@ def count(job: Job) -> Counted:
     """
     paths = map(str, (ROOT, ROOT / "kernels", ROOT / "parallel"))
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    env |= {"CUDA_VISIBLE_DEVICES": ""}
+    env["CUDA_VISIBLE_DEVICES"] = ""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job.ranks}"]
-    argv = [sys.executable, *launch, "-m", "benchmarks.counting_worker", json.dumps(asdict(job))]
+    given = json.dumps(dict(parallel=job.parallel, sizes=TINY["count"], **STEP))
+    argv = [sys.executable, *launch, "-m", "benchmarks.counting_worker", given]
     result = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"the ranks that count failed: {result.stderr[-4000:]}")
@@ -79,7 +75,7 @@ def count(job: Job) -> Counted:
 
 
 class Compared(NamedTuple):
-    """Bytes and collectives of one axis and operator."""
+    """Bytes of one axis and operator, and collectives, both predicted and counted."""
 
     axis: str
     operator: str

@@ -1,6 +1,7 @@
 """Run under torchrun on gloo: bytes of every collective of a tiny Qwen3's step; timed all-gathers.
 
-argv: JSON of ``counting.Job``'s fields. The last line of rank 0's stdout is JSON: ``sent``, one
+argv: JSON of ``counting.STEP``, ``parallel`` (fields of ParallelConfig) and ``sizes`` (fields of
+config.json). The last line of rank 0's stdout is JSON: ``sent``, one
 [axis, operator, bytes that a rank sends, collectives] for each axis and operator, and ``gathers``,
 [bytes that a rank sends, seconds] for each size.
 """
@@ -50,12 +51,11 @@ def engine_of(job: dict[str, Any], folder: Path) -> TorchtitanEngine:
 
 def batch_of(job: dict[str, Any], row_multiple: int) -> Batch:
     """A micro-batch of equal interactions, of token ids that mean nothing."""
-    parts = {name: tuple(range(job[name])) for name in ("prompt", "hindsight", "response")}
     item = Encoded(
         id="x",
-        policy=parts["prompt"],
-        hindsight=parts["hindsight"],
-        response=parts["response"],
+        policy=tuple(range(job["prompt"])),
+        hindsight=tuple(range(job["hindsight"])),
+        response=tuple(range(job["response"])),
         old_logprobs=None,
         ends=True,
         truncated=(False, False, False),

@@ -21,10 +21,6 @@ class DivergenceSettings(Settings):
     kinds: tuple[Kind, ...] = ("reverse_kl", "forward_kl", "jsd")
 
 
-def main(settings: DivergenceSettings) -> None:
-    """Run it."""
-    run("divergence", settings.kinds, settings)
-
-
 if __name__ == "__main__":
-    main(tyro.cli(DivergenceSettings, description=__doc__))
+    settings = tyro.cli(DivergenceSettings, description=__doc__)
+    run("divergence", settings.kinds, settings)

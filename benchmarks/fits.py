@@ -6,6 +6,7 @@ N response tokens, V vocabulary, D hidden size.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -13,8 +14,8 @@ import numpy as np
 import torch
 
 from benchmarks.measure import Spread, interleaved
+from benchmarks.peers import ours
 from benchmarks.problems import Problem, problem
-from sdpo_kernels import linear_reverse_kl
 
 TERMS = ("N V D", "N V", "V D", "1")
 
@@ -63,6 +64,11 @@ def fit(points: Sequence[tuple[Sequence[float], float]], source: str = "") -> Fi
     return Fit(tuple(map(float, found)), tuple(map(float, errors)), source)
 
 
+def fit_objective(points: Sequence[tuple[Sequence[int], float]], source: str) -> Fit:
+    """The objective's ((N, V, D), seconds) over ``TERMS``."""
+    return fit([(objective_terms(*shape), seconds) for shape, seconds in points], source)
+
+
 def measured_points(rows: Sequence[Mapping[str, Any]], gpu: bool) -> dict[str, list]:
     """Device and dtype -> ((N, V, D), seconds) of the reverse KL in rows of ``divergence``."""
     found = defaultdict(list)
@@ -91,19 +97,13 @@ def measure_objective(seconds: float) -> list[tuple[tuple[int, int, int], float]
     """((N, V, D), seconds) of forward and backward on this CPU in float32."""
     device = torch.device("cpu")
 
-    def both(x: Problem, weights: torch.Tensor):
-        def call(_) -> None:
-            x.forget()
-            out = linear_reverse_kl(x.hidden, x.weight, x.hindsight, token_weights=weights)
-            assert out.loss is not None
-            out.loss.backward()
+    def both(x: Problem, _: Any) -> None:
+        x.forget()
+        loss(x).backward()
 
-        return call
-
-    tasks = {}
-    for n, v, d in SHAPES:
-        x = problem(n, v, d, 0.1, torch.float32, device)
-        tasks[str((n, v, d))] = both(x, torch.full((n,), 1 / n))
+    loss = ours("reverse_kl")
+    problems = {str(shape): problem(*shape, 0.1, torch.float32, device) for shape in SHAPES}
+    tasks = {name: partial(both, x) for name, x in problems.items()}
     times = interleaved(tasks, device, seconds / len(tasks), least=5)
-    medians = [Spread.of([sum(x) for x in rounds]).median for rounds in times.values()]
+    medians = [Spread.of(map(sum, rounds)).median for rounds in times.values()]
     return list(zip(SHAPES, medians, strict=True))

@@ -11,12 +11,14 @@ and JSON lines per benchmark, written as results come in.
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +27,38 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 10.0
 """A part is not started with less than this left."""
+IMPORTS = (
+    sys.executable,
+    "-c",
+    """
+import importlib
+names = "tyro rich binpacking orjson rensa datasets liger_kernel.transformers fla.modules"
+names += " cut_cross_entropy quack trl.kernels.chunked_divergence trl.experimental.sdpo.loss_utils"
+for name in names.split():
+    try:
+        importlib.import_module(name)
+        print(name, "ok")
+    except Exception as error:
+        print(name, "is not there:", type(error).__name__, str(error)[:200])
+""",
+)
+"""Prints which contenders can be imported."""
+TESTS = (sys.executable, *["-m", "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"])
+METRICS = (
+    "gpu__time_duration.sum",
+    "dram__bytes.sum.per_second",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread",
+)
+NCU = (
+    *["ncu", "--clock-control", "none", "--csv", "--launch-count", "20", "--metrics"],
+    ",".join(METRICS),
+    *("--kernel-name", "regex:stats_kernel|divergence_kernel|softmax_grad_kernel"),
+    *(sys.executable, "-m", "benchmarks.profiling", "--once"),
+)
+"""Counters of our own kernels, where Nsight Compute is there; clocks stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -51,138 +85,81 @@ class Outcome:
 
 def parts(out: Path) -> list[Part]:
     """The parts, most valuable first. What compiles for every shape has a part of its own."""
-    bf16, no_sweep = ("--dtype", "bfloat16"), ("--distances",)
-    reverse, shape = ("--kinds", "reverse_kl"), ("--heads", "qwen3-8b", "--tokens", "8192")
-    quick = ("--only", "sdpo", "Liger fused", "TRL", "fla")
-    step = ("--no-liger", "--only", "sdpo", "full logits")
+    benchmark = partial(_benchmark, out)
+    divergence = "divergence --dtype bfloat16 --distances --seconds"
+    reverse, quick = "--kinds reverse_kl", "--only sdpo 'Liger fused' TRL fla"
+    qwen, llama = "--heads qwen3-8b --tokens 8192", "--heads llama-3.2-1b --tokens"
+    logprob = f"logprob --seconds 0.4 --dtype bfloat16 {qwen} --only sdpo"
+    step, few = "step --seconds 1 --models", "--no-liger --only sdpo 'full logits'"
+    compiled = "--only sdpo torch.compile 'Liger chunked'"
     return [
-        Part("imports", 40, (sys.executable, "-c", IMPORTS)),
-        _part("reverse KL, Qwen3-8B", 90, out, "divergence", "0.5")(
-            *bf16, *reverse, *no_sweep, *quick, *shape, "4096", "1024"
+        Part("imports", 40, IMPORTS),
+        benchmark(
+            "reverse KL, Qwen3-8B", 90, f"{divergence} 0.5 {reverse} {quick} {qwen} 4096 1024"
         ),
-        Part("gpu tests", 150, _tests("--maxfail=25", "--durations=10", "-q")),
-        _part("reverse KL, Llama-3.2-1B", 40, out, "divergence", "0.5")(
-            *bf16, *reverse, *no_sweep, *quick, *("--heads", "llama-3.2-1b", "--tokens", "8192")
+        Part("gpu tests", 150, (*TESTS, "--maxfail=25", "--durations=10", "-q")),
+        benchmark(
+            "reverse KL, Llama-3.2-1B", 40, f"{divergence} 0.5 {reverse} {quick} {llama} 8192"
         ),
-        _part("step, 0.6B", 70, out, "step", "1")("--models", "qwen3-0.6b", *step),
-        _part("the other divergences", 60, out, "divergence", "0.4")(
-            *bf16, *("--kinds", "forward_kl", "jsd"), *shape, *no_sweep, *quick
+        benchmark("step, 0.6B", 70, f"{step} qwen3-0.6b {few}"),
+        benchmark(
+            "the other divergences", 60, f"{divergence} 0.4 --kinds forward_kl jsd {qwen} {quick}"
         ),
-        _part("logprob", 45, out, "logprob", "0.4")(
-            *bf16, *shape, *("--only", "sdpo", "sdpo fused", "Liger", "TRL")
-        ),
-        _part("tuning", 100, out, "tuning", "0.2")(),
-        _part("profile", 40, out, "profiling")(),
-        Part("ncu", 60, _ncu()),
-        _part("step, 4B", 80, out, "step", "1")(
-            *("--models", "qwen3-4b", "--checkpointing", "--interactions", "8"), *step
-        ),
-        _part("compiled divergences", 90, out, "divergence", "0.4")(
-            *bf16,
-            *reverse,
-            *shape,
-            *no_sweep,
-            *("--only", "sdpo", "torch.compile", "Liger chunked"),
-        ),
-        _part("compiled log-probabilities", 90, out, "logprob", "0.4")(
-            *bf16, *shape, *("--only", "sdpo", "torch.compile", "Apple CCE", "QuACK")
-        ),
-        _part("step, 0.6B, everyone", 90, out, "step", "1")("--models", "qwen3-0.6b"),
-        _part("float32, and errors over the distance", 60, out, "divergence", "0.3")(
-            *("--dtype", "float32"), *reverse, *("--heads", "llama-3.2-1b", "--tokens", "4096")
+        benchmark("logprob", 45, f"{logprob} 'sdpo fused' Liger TRL"),
+        benchmark("tuning", 100, "tuning --seconds 0.2"),
+        benchmark("profile", 40, "profiling"),
+        Part("ncu", 60, NCU),
+        benchmark("step, 4B", 80, f"{step} qwen3-4b --checkpointing --interactions 8 {few}"),
+        benchmark("compiled divergences", 90, f"{divergence} 0.4 {reverse} {qwen} {compiled}"),
+        benchmark("compiled log-probabilities", 90, f"{logprob} torch.compile 'Apple CCE' QuACK"),
+        benchmark("step, 0.6B, everyone", 90, f"{step} qwen3-0.6b"),
+        benchmark(
+            "float32, and errors over the distance",
+            60,
+            f"divergence --seconds 0.3 --dtype float32 {reverse} {llama} 4096",
         ),
     ]
-
-
-IMPORTS = """
-import importlib
-names = "tyro rich binpacking orjson rensa datasets liger_kernel.transformers fla.modules"
-names += " cut_cross_entropy quack trl.kernels.chunked_divergence trl.experimental.sdpo.loss_utils"
-for name in names.split():
-    try:
-        importlib.import_module(name)
-        print(name, "ok")
-    except Exception as error:
-        print(name, "is not there:", type(error).__name__, str(error)[:200])
-"""
-"""Prints which contenders can be imported."""
 
 
 def rehearsal(out: Path) -> list[Part]:
-    """The same commands with tiny sizes, for a CPU."""
-    tiny = ("--heads", "1000x64", "--tokens", "32", "--dtype", "bfloat16", "--distances", "0.1")
-    small = ("--head", "300x32", "--tokens", "32")
-    step = ("--models", "check", "--interactions", "4", "--prompt", "16")
-    tuning = _part("tuning", 300, out, "tuning", "0.01")(*small, "--chunk", "8")
+    """The same commands with tiny sizes, for a CPU. What compiles is rehearsed once."""
+    benchmark = partial(_benchmark, out)
+    tiny = "--seconds 0.01 --heads 1000x64 --tokens 32 --dtype bfloat16 --distances 0.1"
+    small = "--head 300x32 --tokens 32"
+    step = "step --seconds 0.01 --models check --interactions 4 --prompt 16"
+    tuning = benchmark("tuning", 300, f"tuning --seconds 0.01 {small} --chunk 8")
     return [
-        Part("imports", 60, (sys.executable, "-c", IMPORTS)),
-        _part("divergence", 300, out, "divergence", "0.01")(*tiny, "--kinds", "reverse_kl"),
-        Part("gpu tests", 120, _tests("--collect-only")),
-        _part("step", 120, out, "step", "0.01")(*step),
-        _part("logprob", 300, out, "logprob", "0.01")(*tiny),
+        Part("imports", 60, IMPORTS),
+        benchmark("divergence", 300, f"divergence {tiny} --kinds reverse_kl"),
+        Part("gpu tests", 120, (*TESTS, "--collect-only")),
+        benchmark("step", 120, step),
+        benchmark("logprob", 300, f"logprob {tiny} --only sdpo TRL linear"),
         replace(tuning, interpret=True),
-        _part("profile", 120, out, "profiling")(*small),
-        Part("ncu", 60, _ncu()),
+        benchmark("profile", 120, f"profiling {small}"),
+        Part("ncu", 60, NCU),
     ]
 
 
-def _part(name: str, limit: float, out: Path, module: str, seconds: str | None = None):
-    """A benchmark that writes ``module.jsonl``, given its options."""
-    timing = () if seconds is None else ("--seconds", seconds)
-    command = (sys.executable, "-m", f"benchmarks.{module}", "--out", str(out / f"{module}.jsonl"))
-
-    def with_options(*options: str) -> Part:
-        return Part(name, limit, (*command, *timing, *options))
-
-    return with_options
-
-
-def _tests(*options: str) -> tuple[str, ...]:
-    return (
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "tests/gpu",
-        "-p",
-        "no:cacheprovider",
-        *options,
-    )
-
-
-def _ncu() -> tuple[str, ...]:
-    """Counters of our own kernels, where Nsight Compute is there; clocks stay as they are."""
-    metrics = (
-        "gpu__time_duration.sum",
-        "dram__bytes.sum.per_second",
-        "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-        "sm__throughput.avg.pct_of_peak_sustained_elapsed",
-        "sm__warps_active.avg.pct_of_peak_sustained_active",
-        "launch__registers_per_thread",
-    )
-    kernels = "regex:stats_kernel|divergence_kernel|softmax_grad_kernel"
-    return (
-        *("ncu", "--clock-control", "none", "--csv", "--kernel-name", kernels),
-        *("--launch-count", "20", "--metrics", ",".join(metrics)),
-        *(sys.executable, "-m", "benchmarks.profiling", "--once"),
-    )
+def _benchmark(out: Path, name: str, seconds: float, line: str) -> Part:
+    """A part that writes a file named after its module; ``line``: module and options."""
+    module, *options = shlex.split(line)
+    file = ("--out", str(out / f"{module}.jsonl"))
+    return Part(name, seconds, (sys.executable, "-m", f"benchmarks.{module}", *file, *options))
 
 
 def run(part: Part, seconds: float, log: Path, dry: bool) -> Outcome:
     """Run one part, and survive whatever it does."""
     if shutil.which(part.command[0]) is None:
         return Outcome(part.name, "skipped", 0.0, f"{part.command[0]} is not there")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(
-            [str(ROOT / p) for p in (".", "kernels", "parallel", "tests")]
-            + [p for p in (os.environ.get("PYTHONPATH"),) if p]
+    paths = [str(ROOT / p) for p in (".", "kernels", "parallel", "tests")]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]).rstrip(
+            os.pathsep
         ),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "" if dry else os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
     }
-    environment["CUDA_VISIBLE_DEVICES"] = "" if dry else os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     environment.pop("TRITON_INTERPRET", None)
     if part.interpret:
         environment["TRITON_INTERPRET"] = "1"
@@ -234,9 +211,8 @@ def main(
         else:
             outcome = run(part, left, log, dry_run)
         outcomes.append(outcome)
-        print(
-            f"{outcome.name}: {outcome.status}, {outcome.seconds:.0f} s {outcome.why}", flush=True
-        )
+        status = f"{outcome.status}, {outcome.seconds:.0f} s {outcome.why}"
+        print(f"{outcome.name}: {status}", flush=True)
         text = json.dumps({"dry_run": dry_run, "parts": [asdict(o) for o in outcomes]}, indent=1)
         summary.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
         summary.with_suffix(".tmp").replace(summary)

@@ -1,6 +1,6 @@
 """How much the guardrails catch, and how much they catch wrongly.
 
-    python -m benchmarks.guardrails [--json rates.json]
+    python -m benchmarks.guardrails
 
 Personal data and injections are measured on the labelled texts under tests/data/filters/labelled:
 on their "test" half, which the patterns were not tuned on. All of it is invented, and by the
@@ -11,19 +11,20 @@ is the exact Jaccard index of the shingles.
 
 import json
 import random
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from time import thread_time
+from timeit import repeat
+from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.report import grid
 from sdpo.data.filters import duplicates, injections, pii
 
 LABELLED = Path(__file__).parents[1] / "tests" / "data" / "filters" / "labelled"
@@ -37,12 +38,8 @@ class Settings:
 
     pairs: int = 3000
     """Generated pairs of conversations, a quarter of them no duplicates."""
-    rows: int = 100_000
-    """Random sketches for the speed of the search."""
     seed: int = 0
     """Seed of the generated conversations."""
-    json: Path | None = None
-    """JSON file to write the numbers to."""
 
 
 def labelled(name: str, split: str) -> list[dict[str, Any]]:
@@ -54,22 +51,22 @@ def labelled(name: str, split: str) -> list[dict[str, Any]]:
 # Personal data
 
 
-def pii_rates(split: str = "test", find: pii.Finder = pii.find_pii) -> dict[str, dict[str, int]]:
+def pii_rates(split: str = "test") -> dict[str, dict[str, int]]:
     """By kind: labelled `values`, how many were `found`, `claims` made, and how many were `right`.
 
     A value is found where claims of its kind cover at least half of it; a claim is right where
     labelled values of its kind cover at least half of it.
     """
-    rates = {kind: Counter(values=0, found=0, claims=0, right=0) for kind in pii.PII_KINDS}
+    rates = {kind: dict(values=0, found=0, claims=0, right=0) for kind in pii.PII_KINDS}
     for row in labelled("pii", split):
         for kind, rate in rates.items():
             truth = [(start, end) for k, start, end in row["spans"] if k == kind]
-            claims = [(s.start, s.end) for s in find(row["text"]) if s.kind == kind]
+            claims = [(s.start, s.end) for s in pii.find_pii(row["text"]) if s.kind == kind]
             rate["values"] += len(truth)
             rate["found"] += sum(_half_covered(value, claims) for value in truth)
             rate["claims"] += len(claims)
             rate["right"] += sum(_half_covered(claim, truth) for claim in claims)
-    return {kind: dict(rate) for kind, rate in rates.items()}
+    return rates
 
 
 def _half_covered(span: tuple[int, int], others: Iterable[tuple[int, int]]) -> bool:
@@ -89,12 +86,12 @@ def flagged_negatives(split: str = "test") -> tuple[int, int]:
 
 def injection_rates(split: str = "test") -> dict[str, dict[str, int]]:
     """For injections and for ordinary follow-ups: how many there are, how many were caught."""
-    rates = {"injections": Counter(), "ordinary": Counter()}
+    rates = {name: dict(followups=0, caught=0) for name in ("injections", "ordinary")}
     for row in labelled("injections", split):
         rate = rates["injections" if row["injection"] else "ordinary"]
         rate["followups"] += 1
         rate["caught"] += injections.injection(row["followup"]) is not None
-    return {name: {"followups": r["followups"], "caught": r["caught"]} for name, r in rates.items()}
+    return rates
 
 
 # Near duplicates
@@ -130,20 +127,11 @@ class _Writer:
         headings = [" ".join(self.some_words(6)) for _ in range(self.random.randint(2, 8))]
 
         def fill() -> str:
-            parts = (
+            return ".\n".join(
                 f"{h}: {' '.join(self.some_words(self.random.randint(3, 12)))}" for h in headings
             )
-            return ".\n".join(parts)
 
         return fill(), fill()
-
-
-def _case_and_space(text: str, writer: _Writer) -> str:
-    return text.upper().replace(" ", "  ")
-
-
-def _punctuation(text: str, writer: _Writer) -> str:
-    return text.replace(".", "!").replace("\n", " -\n") + " ..."
 
 
 def _words_replaced(text: str, writer: _Writer) -> str:
@@ -155,25 +143,16 @@ def _words_replaced(text: str, writer: _Writer) -> str:
     return (" " if spaced else "").join(changed)
 
 
-def _sentence_added(text: str, writer: _Writer) -> str:
-    return f"{text}\n{writer.sentence()}"
-
-
-def _end_cut(text: str, writer: _Writer) -> str:
-    return text[: int(len(text) * writer.random.uniform(0.6, 0.98))]
-
-
 EDITS: dict[str, Callable[[str, _Writer], str]] = {
-    "case and white space": _case_and_space,
-    "punctuation": _punctuation,
+    "case and white space": lambda text, _: text.upper().replace(" ", "  "),
+    "punctuation": lambda text, _: text.replace(".", "!").replace("\n", " -\n") + " ...",
     "one word in 10 to 160 replaced": _words_replaced,
-    "sentence added": _sentence_added,
-    "end cut": _end_cut,
+    "sentence added": lambda text, writer: f"{text}\n{writer.sentence()}",
+    "end cut": lambda text, writer: text[: int(len(text) * writer.random.uniform(0.6, 0.98))],
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(NamedTuple):
     """Two conversations, what was done to the second ("" if nothing), and their similarity."""
 
     texts: tuple[str, str]
@@ -223,109 +202,58 @@ def duplicate_rates(generated: Sequence[Pair]) -> tuple[dict[str, Counter], dict
 # Speed
 
 
-def speeds(settings: Settings) -> dict[str, float]:
-    """Speed of one thread, best of three: MB/s and microseconds."""
-    writer = _Writer(random.Random(settings.seed))
+def speeds(seed: int) -> dict[str, float]:
+    """MB/s of one thread, best of three: the scan of all messages, and the precise patterns."""
+    writer = _Writer(random.Random(seed))
     prose = [" ".join(writer.sentence() for _ in range(30)) for _ in range(1000)]
     array, megabytes = pa.array(prose), sum(map(len, prose)) / 1e6
-    numbers = np.random.default_rng(settings.seed)
-    random_sketches = numbers.integers(
-        0, 2**32, (settings.rows, duplicates.SKETCH), dtype=np.uint32
-    )
-    per_text = 1e6 / len(prose)
+
+    def speed(work: Callable[[], Any]) -> float:
+        return megabytes / min(repeat(work, timer=thread_time, repeat=3, number=1))
+
     return {
-        "suspects, MB/s": megabytes / _seconds(lambda: pii.suspects(array)),
-        "find_pii, MB/s": megabytes / _seconds(lambda: [pii.find_pii(t) for t in prose]),
-        "characters of a conversation": 1e6 * megabytes / len(prose),
-        "sketches, µs a conversation": per_text * _seconds(lambda: duplicates.sketches(prose)),
-        "fingerprints, µs a conversation": per_text
-        * _seconds(lambda: duplicates.fingerprints(prose)),
-        "injection, µs a follow-up": per_text
-        * _seconds(lambda: [injections.injection(t[:200]) for t in prose]),
-        "earlier_similar, µs a row": 1e6
-        / settings.rows
-        * _seconds(lambda: duplicates.earlier_similar(random_sketches)),
+        "suspects": speed(lambda: pii.suspects(array)),
+        "find_pii": speed(lambda: [pii.find_pii(text) for text in prose]),
     }
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    def once() -> float:
-        start = time.thread_time()
-        work()
-        return time.thread_time() - start
-
-    return min(once() for _ in range(3))
-
-
 # Tables
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    grid = Table(title=title, title_justify="left")
-    for i, name in enumerate(columns):
-        grid.add_column(name, justify="right" if i else "left")
-    for row in rows:
-        grid.add_row(*row)
-    return grid
 
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
 
-def _caught(title: str, first: str, rates: dict[str, Any], of: str) -> Table:
-    rows = (
-        (name, f"{rate[of]:,}", f"{rate['caught']:,}", _share(rate["caught"], rate[of]))
-        for name, rate in rates.items()
-    )
-    return _table(title, (first, of, "caught", "share"), rows)
+def _caught(title: str, rates: dict[str, Any], of: str) -> Table:
+    table = grid(title, "", of, "caught", "share")
+    for name, rate in rates.items():
+        whole, caught = rate[of], rate["caught"]
+        table.add_row(name, f"{whole:,}", f"{caught:,}", _share(caught, whole))
+    return table
 
 
 def _pii_table(rates: dict[str, dict[str, int]]) -> Table:
-    rows = (
-        (
-            kind,
-            str(r["values"]),
-            _share(r["found"], r["values"]),
-            str(r["claims"]),
-            _share(r["right"], r["claims"]),
-        )
-        for kind, r in rates.items()
-    )
-    columns = ("", "values", "recall", "claims", "precision")
-    return _table("Personal data (half of a span has to overlap)", columns, rows)
+    title = "Personal data (half of a span has to overlap)"
+    table = grid(title, "", "values", "recall", "claims", "precision")
+    for kind, r in rates.items():
+        recall, precision = _share(r["found"], r["values"]), _share(r["right"], r["claims"])
+        table.add_row(kind, str(r["values"]), recall, str(r["claims"]), precision)
+    return table
 
 
 def main(settings: Settings) -> None:
-    """Measure, print, and write."""
-    generated = pairs(settings.pairs, settings.seed)
-    by_similarity, by_edit = duplicate_rates(generated)
+    """Measure and print."""
+    by_similarity, by_edit = duplicate_rates(pairs(settings.pairs, settings.seed))
     negatives, flagged = flagged_negatives()
-    result = {
-        "pii": pii_rates(),
-        "pii_negatives": {"texts": negatives, "flagged": flagged},
-        "duplicates_by_similarity": by_similarity,
-        "duplicates_by_edit": by_edit,
-        "injections": injection_rates(),
-        "speed": speeds(settings),
-    }
     console = Console()
-    console.print(_pii_table(result["pii"]))
+    console.print(_pii_table(pii_rates()))
     console.print(f"Found in {flagged} of {negatives} texts that hold none.\n")
     title = "Near duplicates, by true similarity from (threshold 0.80)"
-    console.print(_caught(title, "", by_similarity, "pairs"))
-    console.print(_caught("Near duplicates, by edit", "", by_edit, "pairs"))
-    console.print(_caught("Prompt injections", "", result["injections"], "followups"))
-    speed = ((name, f"{value:,.1f}") for name, value in result["speed"].items())
-    console.print(_table("Speed, one thread", ("", ""), speed))
-    if settings.json:
-        _write(settings.json, result)
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    console.print(_caught(title, by_similarity, "pairs"))
+    console.print(_caught("Near duplicates, by edit", by_edit, "pairs"))
+    console.print(_caught("Prompt injections", injection_rates(), "followups"))
+    for name, speed in speeds(settings.seed).items():
+        console.print(f"{name}: {speed:,.1f} MB/s of one thread")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,5 @@ import tyro
 
 from benchmarks.microbenchmark import Settings, run
 
-
-def main(settings: Settings) -> None:
-    """Run it."""
-    run("logprob", ("logprob",), settings)
-
-
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    run("logprob", ("logprob",), tyro.cli(Settings, description=__doc__))

@@ -15,11 +15,11 @@ pieces, each an index into a pool of phrases; `pyarrow.take` copies them, and Py
 
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -78,6 +78,7 @@ INJECTIONS = (
 
 Bits = NDArray[np.uint64]
 Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 
 # Chance without state: every number is a hash of a key and of a name.
@@ -85,16 +86,14 @@ Ints = NDArray[np.int64]
 
 def mix(x: Bits) -> Bits:
     """splitmix64's finalizer: 64 bits of which each depends on all of x's."""
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def bits(keys: Bits, name: str) -> Bits:
     """64 random bits for each key, others for another name."""
-    with np.errstate(over="ignore"):
-        return mix(keys + np.uint64(zlib.crc32(name.encode())) * np.uint64(0x9E3779B97F4A7C15))
+    return mix(keys + np.uint64(zlib.crc32(name.encode()) * 0x9E3779B97F4A7C15 % 2**64))
 
 
 def uniform(keys: Bits, name: str) -> NDArray[np.float64]:
@@ -113,7 +112,8 @@ def normal(keys: Bits, name: str) -> NDArray[np.float64]:
     return radius * np.cos(2 * np.pi * uniform(keys, name + ", angle"))
 
 
-# The pool of phrases
+# The pool of phrases: pieces of text. A message is some phrases, each with its space after it, and
+# one ending.
 
 
 BODY, TAILS = 64, 500  # characters of a phrase, about; endings of every length up to it
@@ -121,51 +121,29 @@ PHRASES = {"latin": 100_000, "cyrillic": 40_000, "han": 40_000}
 WORDS = 6000
 PERSONAL_PHRASES = 5000
 
-
-@dataclass(frozen=True)
-class Pool:
-    """Pieces of text; a message is some phrases, each with its space after it, and one ending."""
-
-    pieces: pa.StringArray
-    phrases: Ints
-    """For each script, the index of the first of `n_phrases`."""
-    n_phrases: Ints
-    endings: Ints
-    """For each script, the first of TAILS endings of 1 character; those of 2, 3, ... follow."""
-    personal: int
-    injections: int
-    empty: int
-    blank: int
+N_PHRASES = np.array(list(PHRASES.values()))
+# For each script, where in the pool its phrases begin; then its endings of 1, 2, ... characters.
+FIRST_PHRASE = np.cumsum([0, *(N_PHRASES + BODY * TAILS)])[:-1]
+FIRST_ENDING = FIRST_PHRASE + N_PHRASES
+FIRST_PERSONAL = int(FIRST_ENDING[-1]) + BODY * TAILS
+FIRST_INJECTION = FIRST_PERSONAL + PERSONAL_PHRASES
+EMPTY_PIECE = FIRST_INJECTION + len(INJECTIONS)
+BLANK_PIECE = EMPTY_PIECE + 1
 
 
 @cache
-def make_pool(seed: int) -> Pool:
+def make_pool(seed: int) -> pa.StringArray:
     """The same pool for the same seed, in about a second."""
     rng = np.random.default_rng([seed, zlib.crc32(b"pool")])
     pieces: list[str] = []
-    starts: dict[str, list[int]] = {"phrases": [], "endings": []}
     for script, n in PHRASES.items():
-        phrases, endings = _phrases(script, n, rng)
-        starts["phrases"].append(len(pieces))
-        starts["endings"].append(len(pieces) + len(phrases))
-        pieces += phrases + endings
-    personal = len(pieces)
+        pieces += _phrases(script, n, rng)
     pieces += [_personal(i, rng) for i in range(PERSONAL_PHRASES)]
-    injections = len(pieces)
-    pieces += INJECTIONS
-    return Pool(
-        pieces=pa.array([*pieces, "", " \n "], pa.string()),
-        phrases=np.array(starts["phrases"]),
-        n_phrases=np.array(list(PHRASES.values())),
-        endings=np.array(starts["endings"]),
-        personal=personal,
-        injections=injections,
-        empty=len(pieces),
-        blank=len(pieces) + 1,
-    )
+    return pa.array([*pieces, *INJECTIONS, "", " \n "], pa.string())
 
 
-def _phrases(script: str, n: int, rng: np.random.Generator) -> tuple[list[str], list[str]]:
+def _phrases(script: str, n: int, rng: np.random.Generator) -> list[str]:
+    """n phrases, and the endings."""
     words = np.array(_words(script, rng))
     frequency = 1 / (np.arange(WORDS) + 2.7)
     frequency /= frequency.sum()
@@ -181,7 +159,7 @@ def _phrases(script: str, n: int, rng: np.random.Generator) -> tuple[list[str], 
         for length, row in enumerate(begins, start=1)
         for begin in row
     ]
-    return [phrase.capitalize().replace(" ", glue) + stop for phrase in found], endings
+    return [phrase.capitalize().replace(" ", glue) + stop for phrase in found] + endings
 
 
 def _words(script: str, rng: np.random.Generator) -> list[str]:
@@ -224,30 +202,19 @@ def _luhn(digits: str) -> int:
 # Conversations
 
 
-@dataclass(frozen=True)
-class Block:
-    """Some conversations, before they become columns; C conversations with M messages in all."""
+class Block(NamedTuple):
+    """C conversations with M messages in all, before they become columns."""
 
-    number: Ints
-    """(C,) which conversation of the log."""
-    key: Bits
-    """(C,) what its text depends on: another's if it repeats that one."""
-    near: NDArray[np.bool_]
-    """(C,) whether it repeats with an edit."""
-    own: Bits
-    """(C,) what only its user, time and model depend on."""
-    id_key: Bits
-    """(C,) what its id depends on."""
-    turns: Ints
-    """(C,)"""
-    language: Ints
-    """(C,) index into LANGUAGES."""
-    owner: Ints
-    """(M,) which of the C."""
-    place: Ints
-    """(M,) from 0 in the conversation."""
-    message: Bits
-    """(M,) key of a message."""
+    number: Ints  # (C,) which conversation of the log
+    key: Bits  # (C,) what its text depends on: another's if it repeats that one
+    near: Flags  # (C,) whether it repeats with an edit
+    own: Bits  # (C,) what only its user, time and model depend on
+    id_key: Bits  # (C,) what its id depends on
+    turns: Ints  # (C,)
+    language: Ints  # (C,) index into LANGUAGES
+    owner: Ints  # (M,) which of the C
+    place: Ints  # (M,) from 0 in the conversation
+    message: Bits  # (M,) key of a message
 
 
 def make_block(numbers: Ints, seed: int) -> Block:
@@ -262,8 +229,7 @@ def make_block(numbers: Ints, seed: int) -> Block:
     language = np.searchsorted(edges[:-1], uniform(key, "language"))
     owner = np.repeat(np.arange(len(numbers)), 2 * turns)
     place = np.arange(len(owner)) - np.repeat(np.cumsum(2 * turns) - 2 * turns, 2 * turns)
-    with np.errstate(over="ignore"):
-        message = mix(key[owner] + place.astype(np.uint64))
+    message = mix(key[owner] + place.astype(np.uint64))
     id_key = np.where(same_id, key, own)
     return Block(numbers, key, near, own, id_key, turns, language, owner, place, message)
 
@@ -272,7 +238,7 @@ def _keys(numbers: Ints, seed: int) -> Bits:
     return bits(numbers.astype(np.uint64), f"conversation, seed {seed}")
 
 
-def _sources(numbers: Ints, seed: int) -> tuple[Ints, NDArray[np.bool_]]:
+def _sources(numbers: Ints, seed: int) -> tuple[Ints, Flags]:
     """(C,) the first conversation with this text; (C,) whether this one is an edit of it."""
 
     def repeats(numbers: Ints) -> tuple[NDArray[np.float64], Ints]:
@@ -289,7 +255,7 @@ def _sources(numbers: Ints, seed: int) -> tuple[Ints, NDArray[np.bool_]]:
     return source, near
 
 
-def make_text(block: Block, pool: Pool) -> pa.StringArray:
+def make_text(block: Block, pool: pa.StringArray) -> pa.StringArray:
     """(M,) the messages' contents."""
     length = _lengths(block)
     chance = uniform(block.message, "blank")
@@ -298,71 +264,57 @@ def make_text(block: Block, pool: Pool) -> pa.StringArray:
     personal &= (block.place == 0) & ~blank
     counts = np.where(blank, 0, length // BODY) + personal + 1
     ends = np.cumsum(counts)
+    names = list(PHRASES)
+    scripts = np.array([names.index(script) for _, script in LANGUAGES.values()])
+    script = scripts[block.language][block.owner]
 
-    script = _scripts(block)
-    pieces = _phrase_pieces(block, pool, script, counts)
-    pieces[ends[personal] - 2] = pool.personal + below(
-        block.message[personal], "phrase", PERSONAL_PHRASES
-    )
-    pieces[ends - 1] = _ending_pieces(block, pool, script, length % BODY)
-    pieces[ends[blank] - 1] = pool.blank
-    pieces[ends[chance < EMPTY] - 1] = pool.empty
-    return _joined(pool.pieces, pieces, ends)
+    pieces = _phrase_pieces(block, script, counts)
+    phrase = below(block.message[personal], "phrase", PERSONAL_PHRASES)
+    pieces[ends[personal] - 2] = FIRST_PERSONAL + phrase
+    pieces[ends - 1] = _ending_pieces(block, script, length % BODY)
+    pieces[ends[blank] - 1] = BLANK_PIECE
+    pieces[ends[chance < EMPTY] - 1] = EMPTY_PIECE
+    _, offsets, data = pool.take(pa.array(pieces)).buffers()
+    offsets = np.frombuffer(offsets, np.int32)[np.concatenate([[0], ends])]
+    return pa.StringArray.from_buffers(len(ends), pa.py_buffer(offsets), data)
 
 
 def _lengths(block: Block) -> Ints:
     """(M,) characters of each message, less one."""
-    user = block.place % 2 == 0
-    median = np.where(user, USER_LENGTH[0], ASSISTANT_LENGTH[0])
-    deviation = np.where(user, USER_LENGTH[1], ASSISTANT_LENGTH[1])
+    median, deviation = np.array([USER_LENGTH, ASSISTANT_LENGTH])[block.place % 2].T
     length = median * np.exp(deviation * normal(block.message, "length"))
     return np.clip(length, 1, LONGEST).astype(np.int64) - 1
 
 
-def _scripts(block: Block) -> Ints:
-    """(M,) index into PHRASES."""
-    names = list(PHRASES)
-    of_language = np.array([names.index(script) for _, script in LANGUAGES.values()])
-    return of_language[block.language][block.owner]
-
-
-def _phrase_pieces(block: Block, pool: Pool, script: Ints, counts: Ints) -> Ints:
+def _phrase_pieces(block: Block, script: Ints, counts: Ints) -> Ints:
     """(sum of counts,) a phrase at every place of every message."""
     place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    with np.errstate(over="ignore"):
-        key = np.repeat(block.message, counts) + place.astype(np.uint64)
+    key = np.repeat(block.message, counts) + place.astype(np.uint64)
     script = np.repeat(script, counts)
-    return pool.phrases[script] + below(key, "phrase", pool.n_phrases[script])
+    return FIRST_PHRASE[script] + below(key, "phrase", N_PHRASES[script])
 
 
-def _ending_pieces(block: Block, pool: Pool, script: Ints, length: Ints) -> Ints:
+def _ending_pieces(block: Block, script: Ints, length: Ints) -> Ints:
     """(M,) how each message ends: an edited repeat's last one, and an injection, in another way."""
     last = np.diff(block.owner, append=-1) != 0
     edited = last & block.near[block.owner]
     key = np.where(edited, bits(block.message, "edit") ^ block.own[block.owner], block.message)
-    ending = pool.endings[script] + TAILS * length + below(key, "ending", TAILS)
+    ending = FIRST_ENDING[script] + TAILS * length + below(key, "ending", TAILS)
     injected = (block.place % 2 == 0) & (block.place > 0)
     injected &= uniform(block.message, "injected") < INJECTED
-    injection = pool.injections + below(block.message, "injection", len(INJECTIONS))
+    injection = FIRST_INJECTION + below(block.message, "injection", len(INJECTIONS))
     return np.where(injected, injection, ending)
-
-
-def _joined(pool: pa.StringArray, pieces: Ints, ends: Ints) -> pa.StringArray:
-    """Texts of consecutive pieces; `ends` says where each one's stop."""
-    taken = pool.take(pa.array(pieces))
-    _, offsets, data = taken.buffers()
-    offsets = np.frombuffer(offsets, np.int32)[np.concatenate([[0], ends])]
-    return pa.StringArray.from_buffers(len(ends), pa.py_buffer(offsets), data)
 
 
 # Columns
 
 
-def make_table(numbers: Ints, seed: int, pool: Pool) -> pa.Table:
+def make_table(numbers: Ints, seed: int, pool: pa.StringArray) -> pa.Table:
     """Conversations `numbers` of the log with this seed."""
     block = make_block(numbers, seed)
-    user = _users(block.own)
-    where = bits(user.astype(np.uint64), "place")
+    spread = uniform(block.own, "user") * np.log1p(USERS / COMMON_USERS)
+    user = (COMMON_USERS * np.expm1(spread)).astype(np.uint64)  # its rank
+    where = bits(user, "place")
     toxic = uniform(block.message, "toxic") < TOXIC_MESSAGE
     toxic &= (uniform(block.key, "toxic") < TOXIC)[block.owner]
     redacted = (uniform(block.key, "redacted") < REDACTED)[block.owner] & (block.place == 0)
@@ -402,12 +354,6 @@ def make_table(numbers: Ints, seed: int, pool: Pool) -> pa.Table:
     return pa.table(columns)
 
 
-def _users(keys: Bits) -> Ints:
-    """The rank of each key's user."""
-    spread = np.log1p(USERS / COMMON_USERS)
-    return (COMMON_USERS * np.expm1(uniform(keys, "user") * spread)).astype(np.int64)
-
-
 def _roles(block: Block) -> pa.StringArray:
     chance = uniform(block.message, "role")
     role = block.place % 2
@@ -425,7 +371,7 @@ def _by_side(block: Block, shared: dict[str, pa.Array], time: Ints) -> dict[str,
     return columns | {"timestamp": _timestamps(later, user)}
 
 
-def _openai_moderation(block: Block, toxic: NDArray[np.bool_]) -> pa.StructArray:
+def _openai_moderation(block: Block, toxic: Flags) -> pa.StructArray:
     worst = below(block.message, "category", len(OPENAI))
     categories = {name: pa.array(toxic & (worst == i)) for i, name in enumerate(OPENAI)}
     scores = structs(_scores(block, OPENAI))
@@ -441,12 +387,12 @@ def _scores(block: Block, names: Sequence[str]) -> dict[str, pa.Array]:
     return {name: pa.array(values[which]) for name, which in zip(names, five, strict=True)}
 
 
-def _any(block: Block, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _any(block: Block, flags: Flags) -> Flags:
     """(C,) whether one of the messages has the flag."""
     return np.bincount(block.owner[flags], minlength=len(block.number)) > 0
 
 
-def _timestamps(microseconds: Ints, missing: NDArray[np.bool_] | None = None) -> pa.Array:
+def _timestamps(microseconds: Ints, missing: Flags | None = None) -> pa.Array:
     return pa.array(microseconds, mask=missing).cast(pa.timestamp("us", tz="UTC"))
 
 
@@ -482,12 +428,9 @@ class LogConfig:
     """Conversations in each, as the published log has."""
 
     def __post_init__(self) -> None:
-        for name in ("conversations", "files", "row_group"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; use at least 1")
-        if self.files > self.conversations:
+        if min(self.files, self.row_group) < 1 or self.files > self.conversations:
             raise ValueError(
-                f"{self.files} files for {self.conversations} conversations; use fewer"
+                f"{self}: use at least 1 of each, and no more files than conversations"
             )
 
 
@@ -495,30 +438,20 @@ def write_log(folder: Path, config: LogConfig) -> list[Path]:
     """The log's files, in order; each appears once it is whole. What is there is written over."""
     folder.mkdir(parents=True, exist_ok=True)
     pool = make_pool(config.seed)
+    schema = make_table(np.arange(1), config.seed, pool).schema
     edges = [config.conversations * i // config.files for i in range(config.files + 1)]
     paths = [folder / f"train-{i:05}-of-{config.files:05}.parquet" for i in range(config.files)]
     with Progress() as progress:
         task = progress.add_task("writing the log", total=config.conversations)
-        for path, *span in zip(paths, edges, edges[1:], strict=False):
-            numbers = _blocks(range(*span), config.row_group)
-            tables = (make_table(block, config.seed, pool) for block in numbers)
-            write_file(path, tables, lambda rows: progress.advance(task, rows))
+        for path, begin, end in zip(paths, edges, edges[1:], strict=False):
+            part = path.with_suffix(".part")
+            with pq.ParquetWriter(part, schema, compression="snappy") as writer:
+                for first in range(begin, end, config.row_group):
+                    numbers = np.arange(first, min(first + config.row_group, end))
+                    writer.write_table(make_table(numbers, config.seed, pool))
+                    progress.advance(task, len(numbers))
+            part.rename(path)
     return paths
-
-
-def _blocks(span: range, size: int) -> list[Ints]:
-    return [np.arange(i, min(i + size, span.stop)) for i in range(span.start, span.stop, size)]
-
-
-def write_file(path: Path, tables: Iterator[pa.Table], advance: Callable[[int], None]) -> None:
-    """One row group a table; calls `advance` with the rows of each."""
-    part = path.with_suffix(".part")
-    first = next(tables)
-    with pq.ParquetWriter(part, first.schema, compression="snappy") as writer:
-        for table in chain([first], tables):
-            writer.write_table(table)
-            advance(len(table))
-    part.rename(path)
 
 
 def main(folder: tyro.conf.Positional[Path], config: tyro.conf.OmitArgPrefixes[LogConfig]) -> None:

@@ -8,10 +8,11 @@ measured under the same conditions. Median and quartiles of the rounds are what 
 import ctypes
 import os
 import platform
+import re
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.report import Output
+
 ROOT = Path(__file__).resolve().parents[1]
 COLD_BYTES = {"cuda": 256 * 2**20, "cpu": 64 * 2**20}
 """Overwritten before each timed call: more than the last-level caches of both hold."""
 VERSIONED = ("triton", "transformers", "liger-kernel", "trl", "fla-core", "cut-cross-entropy")
 VERSIONED += ("quack-kernels", "flash-attn")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDevice(Output):
+    """Where a benchmark runs."""
+
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,8 @@ class Spread:
     rounds: int
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> "Spread":
+    def of(cls, rounds: Iterable[float]) -> "Spread":
+        seconds = list(rounds)
         low, median, high = np.percentile(seconds, (25, 50, 75))
         return cls(float(median), float(low), float(high), len(seconds))
 
@@ -83,7 +94,7 @@ def interleaved(
     """
     cold = torch.empty(COLD_BYTES[device.type], dtype=torch.uint8, device=device)
     names = list(functions)
-    found: dict[str, list[list[float]]] = {name: [] for name in names}
+    found = {name: [] for name in names}
 
     def once(name: str) -> list[float]:
         cold.fill_(1)
@@ -132,8 +143,7 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def _resident(field: str) -> int:
-    line = next(x for x in STATUS.read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
+    return 1024 * int(re.findall(rf"{field}:\s+(\d+) kB", STATUS.read_text())[0])
 
 
 def relative_error(x: Tensor, oracle: Tensor) -> float:
@@ -148,7 +158,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     found = interleaved({"mm": lambda _: a @ b}, device, seconds=0.5)["mm"]
-    return 2 * n**3 / Spread.of([x[0] for x in found]).median
+    return 2 * n**3 / Spread.of(map(sum, found)).median
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -156,16 +166,14 @@ def machine(device: torch.device) -> dict[str, Any]:
 
     A tree without git tells its commit by the environment's SDPO_COMMIT; else it is empty.
     """
-    name = _processor()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+    gpu = device.type == "cuda"
     return {
         "commit": os.environ.get("SDPO_COMMIT") or _git("rev-parse", "--short=12", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if gpu else _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if gpu else None,
         "versions": {"torch": str(torch.__version__)}
         | {name: v for name in VERSIONED if (v := _version(name))},
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -189,8 +197,6 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    text = info.read_text() if info.exists() else ""
+    found = re.search(r"^model name\s*:(.+)", text, re.M)
+    return found[1].strip() if found else platform.processor() or platform.machine()

@@ -4,10 +4,10 @@ A contender that cannot run here says why, by name; see ``Contender.missing``. T
 contender: it is the matrix products that none can do without.
 """
 
-import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -15,12 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.problems import DEFINITIONS, Kind, Problem
-from sdpo_kernels import (
-    linear_forward_kl,
-    linear_jsd,
-    linear_logprob,
-    linear_reverse_kl,
-)
+from sdpo_kernels import linear_forward_kl, linear_jsd, linear_logprob, linear_reverse_kl
 
 Loss = Callable[[Problem], Tensor]
 DIVERGENCES: tuple[Kind, ...] = ("reverse_kl", "forward_kl", "jsd")
@@ -28,6 +23,20 @@ BETA = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
 """As Liger, TRL and verl number the divergences; jsd is GKD's at beta = 0.5."""
 OURS = "sdpo"
 """How the names of our own paths begin."""
+OUR_FUNCTIONS = {
+    "reverse_kl": linear_reverse_kl,
+    "forward_kl": linear_forward_kl,
+    "jsd": linear_jsd,
+}
+PACKAGES = {"fla": "flash-linear-attention", "quack": "quack-kernels"}
+"""Packages whose module has another name."""
+
+
+def lacking(module: str | None) -> str | None:
+    """Name for pip of the package that a module is missing from; None: it is there."""
+    if module is None or find_spec(module) is not None:
+        return None
+    return PACKAGES.get(module, module.replace("_", "-"))
 
 
 @dataclass(frozen=True)
@@ -40,8 +49,6 @@ class Contender:
     """The adapter: given a kind, a function of a problem. It imports what it needs."""
     package: str | None = None
     """Module that must be importable."""
-    install: str = ""
-    """Name of its package for pip."""
     gpu: bool = False
     """The contender has no CPU path."""
 
@@ -51,29 +58,20 @@ class Contender:
             return f"has no {kind}"
         if self.gpu and device.type != "cuda":
             return "needs a GPU"
-        if self.package is not None and find_spec(self.package.partition(".")[0]) is None:
-            return f"is not installed: pip install {self.install}"
-        return None
+        absent = lacking(self.package)
+        return absent and f"is not installed: pip install {absent}"
 
 
-OUR_FUNCTIONS = {
-    "reverse_kl": linear_reverse_kl,
-    "forward_kl": linear_forward_kl,
-    "jsd": linear_jsd,
-}
-
-
-def _ours(kind: Kind, impl: str = "auto", known: bool = True) -> Loss:
-    """``known``: token weights are given up front, as in training; if not, an upstream gradient."""
+def ours(kind: Kind, impl: str = "auto", known: bool = True) -> Loss:
+    """The mean by our kernels. ``known``: token weights are given up front, as in training; if not,
+    an upstream gradient."""
 
     def loss(x: Problem) -> Tensor:
-        n = x.hidden.shape[0]
-        weights = torch.full((n,), 1 / n, device=x.hidden.device) if known else None
-        options = dict(token_weights=weights, impl=impl)
+        options = dict(token_weights=x.token_weights() if known else None, impl=impl)
         if kind == "logprob":
             out = linear_logprob(x.hidden, x.weight, x.targets, **options)
             return -(out.logp.mean() if out.loss is None else out.loss)
-        out = OUR_FUNCTIONS[kind](x.hidden, x.weight, x.hindsight, **options)
+        out = OUR_FUNCTIONS[kind](x.hidden, x.weight, x.teacher, **options)
         return out.value.mean() if out.loss is None else out.loss
 
     return loss
@@ -91,7 +89,7 @@ def _plain(kind: Kind, *, upcast: bool) -> Loss:
         if kind == "logprob":
             return F.nll_loss(logp, x.targets)
         with torch.no_grad():
-            logq = log_softmax(x.hindsight, x.weight)
+            logq = log_softmax(x.teacher, x.weight)
         if kind == "jsd":
             return DEFINITIONS[kind](logp, logq, x.targets).mean()
         p, q = (logp, logq) if kind == "reverse_kl" else (logq, logp)
@@ -108,7 +106,7 @@ def _liger_fused(kind: Kind) -> Loss:
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     module = LigerFusedLinearJSD(jsd_beta=BETA[kind])
-    return lambda x: module(x.hidden, x.weight, x.hindsight, x.weight.detach(), None)
+    return lambda x: module(x.hidden, x.weight, x.teacher, x.weight.detach(), None)
 
 
 def _liger_chunked(kind: Kind) -> Loss:
@@ -121,7 +119,7 @@ def _liger_chunked(kind: Kind) -> Loss:
         beta=BETA[kind],
         compiled=torch.cuda.is_available(),
     )
-    return lambda x: module(x.hidden, x.weight, x.hindsight, x.weight.detach(), x.targets)
+    return lambda x: module(x.hidden, x.weight, x.teacher, x.weight.detach(), x.targets)
 
 
 def _liger_cross_entropy(_: Kind) -> Loss:
@@ -133,14 +131,14 @@ def _liger_cross_entropy(_: Kind) -> Loss:
 
 def _fla(_: Kind) -> Loss:
     function = importlib.import_module("fla.modules.fused_kl_div").fused_kl_div_loss
-    return lambda x: function(x.hidden, x.hindsight, x.weight, x.weight.detach())
+    return lambda x: function(x.hidden, x.teacher, x.weight, x.weight.detach())
 
 
 def _trl(kind: Kind) -> Loss:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     def loss(x: Problem) -> Tensor:
-        heads = x.hidden, x.weight, None, x.hindsight, x.weight.detach(), None
+        heads = x.hidden, x.weight, None, x.teacher, x.weight.detach(), None
         value, _ = ChunkedDivergenceFunction.apply(*heads, BETA[kind])
         return value.mean()
 
@@ -174,26 +172,23 @@ def _torch_chunked(_: Kind) -> Loss:
 
 
 ALL: tuple[Kind, ...] = (*DIVERGENCES, "logprob")
-LIGER = dict(package="liger_kernel", install="liger-kernel")
 CONTENDERS = (
-    Contender(OURS, ALL, _ours),
-    Contender("sdpo, any upstream", ALL, functools.partial(_ours, known=False)),
-    Contender("sdpo torch", ALL, functools.partial(_ours, impl="torch")),
-    Contender("sdpo triton", ALL, functools.partial(_ours, impl="triton"), "triton", gpu=True),
-    Contender(
-        "sdpo fused", ("logprob",), functools.partial(_ours, impl="fused"), "triton", gpu=True
-    ),
-    Contender("torch", ALL, functools.partial(_plain, upcast=False)),
-    Contender("torch, float32 operands", ALL, functools.partial(_plain, upcast=True)),
+    Contender(OURS, ALL, ours),
+    Contender("sdpo, any upstream", ALL, partial(ours, known=False)),
+    Contender("sdpo torch", ALL, partial(ours, impl="torch")),
+    Contender("sdpo triton", ALL, partial(ours, impl="triton"), "triton", gpu=True),
+    Contender("sdpo fused", ("logprob",), partial(ours, impl="fused"), "triton", gpu=True),
+    Contender("torch", ALL, partial(_plain, upcast=False)),
+    Contender("torch, float32 operands", ALL, partial(_plain, upcast=True)),
     Contender("torch.compile", ALL, _compiled),
-    Contender("Liger fused JSD", DIVERGENCES, _liger_fused, **LIGER, gpu=True),
-    Contender("Liger chunked JSD", DIVERGENCES, _liger_chunked, **LIGER),
-    Contender("Liger cross-entropy", ("logprob",), _liger_cross_entropy, **LIGER, gpu=True),
-    Contender("fla fused KL", ("forward_kl",), _fla, "fla", "flash-linear-attention", gpu=True),
-    Contender("TRL chunked divergence", DIVERGENCES, _trl, "trl", "trl"),
-    Contender("TRL chunked logprob", ("logprob",), _trl_logprob, "trl", "trl"),
-    Contender("Apple CCE", ("logprob",), _cce, "cut_cross_entropy", "cut-cross-entropy", gpu=True),
-    Contender("QuACK", ("logprob",), _quack, "quack", "quack-kernels", gpu=True),
+    Contender("Liger fused JSD", DIVERGENCES, _liger_fused, "liger_kernel", gpu=True),
+    Contender("Liger chunked JSD", DIVERGENCES, _liger_chunked, "liger_kernel"),
+    Contender("Liger cross-entropy", ("logprob",), _liger_cross_entropy, "liger_kernel", gpu=True),
+    Contender("fla fused KL", ("forward_kl",), _fla, "fla", gpu=True),
+    Contender("TRL chunked divergence", DIVERGENCES, _trl, "trl"),
+    Contender("TRL chunked logprob", ("logprob",), _trl_logprob, "trl"),
+    Contender("Apple CCE", ("logprob",), _cce, "cut_cross_entropy", gpu=True),
+    Contender("QuACK", ("logprob",), _quack, "quack", gpu=True),
     Contender("torch linear_cross_entropy", ("logprob",), _torch_chunked),
 )
 
@@ -213,7 +208,7 @@ def chosen(only: tuple[str, ...], kind: Kind) -> list[Contender]:
 def floor(kind: Kind, x: Problem) -> Callable[[], None]:
     """The bare products in the inputs' dtype: both logits (log p(y): one), dH and dW; their outputs
     are there before."""
-    h, w, g = x.hidden.detach(), x.weight.detach(), x.hindsight
+    h, w, g = x.hidden.detach(), x.weight.detach(), x.teacher
     z_NV = h.new_empty((h.shape[0], w.shape[0]))
     dh_ND, dw_VD = torch.empty_like(h), torch.empty_like(w)
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal, NamedTuple
 
 from benchmarks.fits import Fit, objective_terms
@@ -88,24 +89,18 @@ def route(axis: Axis, parallel: ParallelConfig, ranks: int, node: int) -> Route:
     return Route(size - nodes, nodes - 1, 1 / inside if nodes > 1 else 0.0)
 
 
-class Cost(NamedTuple):
-    """Collectives of one axis."""
-
-    seconds: float
-    nvlink: float
-    """Bytes that a rank sends over it."""
-    infiniband: float
-
-
-def cost(sent: Sent, parallel: ParallelConfig, ranks: int, links: Links) -> Cost:
-    """Latency of each collective's ring, and bytes over the slower of its links."""
+def cost(
+    sent: Sent, parallel: ParallelConfig, ranks: int, links: Links
+) -> tuple[float, float, float]:
+    """Seconds, by the latency of each collective's ring and the bytes over the slower of its links;
+    bytes that a rank sends over NVLink, and over InfiniBand."""
     way = route(sent.axis, parallel, ranks, links.node)
     far = sent.bytes * way.infiniband_share
     near = sent.bytes - far
     hops = way.nvlink_steps * links.nvlink_hop + way.infiniband_steps * links.infiniband_hop
     latency = links.launch + hops * (2 if sent.operator == "all-reduce" else 1)
     moving = max(near / links.nvlink, far / links.infiniband) / links.achieved
-    return Cost(sent.collectives * latency + moving, near, far)
+    return sent.collectives * latency + moving, near, far
 
 
 @dataclass(frozen=True)
@@ -135,12 +130,8 @@ class Prediction:
     def layout(self) -> str:
         """For people."""
         p = self.parallel
-        sizes = {
-            "replicate": p.replicate,
-            "shard": p.shards(self.ranks),
-            "context": p.context,
-            "tensor": p.tensor,
-        }
+        sizes = dict(replicate=p.replicate, shard=p.shards(self.ranks))
+        sizes |= dict(context=p.context, tensor=p.tensor)
         return " x ".join(f"{name} {n}" for name, n in sizes.items() if n > 1)
 
 
@@ -173,12 +164,12 @@ def predict(
     compute = compute_seconds(shape, each, work, parallel, gpu)
     hidden = exposed = nvlink = infiniband = 0.0
     for sent in traffic(shape, work, parallel, ranks):
-        c = cost(sent, parallel, ranks, links)
-        nvlink, infiniband = nvlink + c.nvlink, infiniband + c.infiniband
+        spent, near, far = cost(sent, parallel, ranks, links)
+        nvlink, infiniband = nvlink + near, infiniband + far
         if sent.axis in OVERLAPPED:
-            hidden += c.seconds
+            hidden += spent
         else:
-            exposed += c.seconds
+            exposed += spent
     seconds = max(compute, hidden) + exposed
     rate = each.of_step(ranks) * sum(each.lengths) / ranks / seconds
     return Prediction(
@@ -191,8 +182,9 @@ def compute_seconds(
 ) -> float:
     """Seconds of one rank's layers and lm_head in a step."""
     n = work.micro_batches * work.responses / each.response
+    flops = model_flops(shape, *each.lengths, each.response)
     split, rate = parallel.tensor * parallel.context, gpu.peak * gpu.efficiency
-    layers, head = (n * flops / split / rate for flops in model_flops(shape, each))
+    layers, head = (n * f / split / rate for f in flops)
     if gpu.head is not None:
         sizes = work.responses / parallel.context, shape.vocabulary / parallel.tensor, shape.hidden
         head = work.micro_batches * gpu.head.at(objective_terms(*sizes))
@@ -201,11 +193,11 @@ def compute_seconds(
 
 def layouts(ranks: int, checkpoint: Literal["none", "selective", "full"]) -> list[ParallelConfig]:
     """Tensor and context ranks within a node of 8; one copy of the model on all GPUs, 8 or 64."""
-    found = []
-    for copy in (ranks, *(c for c in COPIES if c < ranks and ranks % c == 0)):
-        for t in DEGREES:
-            for c in DEGREES:
-                if t * c <= DEGREES[-1] and copy % (t * c) == 0:
-                    at = dict(replicate=ranks // copy, tensor=t, context=c)
-                    found.append(ParallelConfig(**at, activation_checkpoint=checkpoint))
-    return found
+    copies = (ranks, *(c for c in COPIES if c < ranks and ranks % c == 0))
+    return [
+        ParallelConfig(
+            replicate=ranks // copy, tensor=t, context=c, activation_checkpoint=checkpoint
+        )
+        for copy, t, c in product(copies, DEGREES, DEGREES)
+        if t * c <= DEGREES[-1] and copy % (t * c) == 0
+    ]

@@ -22,13 +22,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import orjson
 import psutil
@@ -40,19 +41,20 @@ from rich.table import Table
 
 from benchmarks.logs import LogConfig, write_log
 from benchmarks.measure import ROOT, machine
-from benchmarks.report import append
+from benchmarks.report import Output, grid
 from sdpo.data.manifest import manifest_path, report_path
 
 Level = Literal["rules", "with guardrails"]
 FIELDS = ("id", "turn_id", "prompt", "completion", "user_response")
-NO_GUARDRAILS = ("flagged False", "redacted False", "pii off", "duplicates off")
-NO_GUARDRAILS += ("injections False", "max-per-user 0")
+NO_GUARDRAILS = ("flagged=False", "redacted=False", "pii=off", "duplicates=off")
+NO_GUARDRAILS += ("injections=False", "max-per-user=0")
 SAMPLES_PER_SECOND = 2  # each walks all pages of all processes, which is not for nothing
+LIBRARIES = ("pyarrow", "datasets", "numpy", "orjson")
 MB = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Output):
     """Log, sides and files of the measurement."""
 
     conversations: int = 1_000_000
@@ -71,8 +73,6 @@ class Settings:
     """Seed of the log and of the moments to kill at."""
     scratch: Path = ROOT / "runs" / "prepare"
     """Folder for logs and outputs; 1,000,000 conversations take some 20 GB."""
-    out: Path | None = None
-    """JSON lines are appended to this file."""
 
     def __post_init__(self) -> None:
         if self.workers < 1 or self.rounds < 1 or self.kill < 0:
@@ -81,8 +81,7 @@ class Settings:
             raise ValueError(f"levels is empty; name some of {', '.join(get_args(Level))}")
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """Time and memory of a process and its children."""
 
     seconds: float
@@ -91,51 +90,23 @@ class Run:
     peak_bytes: int
 
 
-@dataclass(frozen=True)
-class Killed:
-    """A run that was killed, and the one that finished it."""
-
-    seconds: tuple[float, ...]
-    """Seconds from each start to its kill."""
-    last_seconds: float
-    """Seconds of the run that was left alone."""
-    units: int
-    """Units that the run which was left alone found done."""
-
-
 # The sides
 
 
-def ours(log: Sequence[Path], out: Path, level: Level, workers: int) -> list[str]:
-    """The command, as anyone would type it."""
-    command = [sys.executable, "-m", "sdpo", "data", "prepare", *map(str, log)]
-    command += ["--out", str(out), "--preset", "strict", "--workers", str(workers)]
-    if level == "rules":
-        for option in NO_GUARDRAILS:
-            name, value = option.split()
-            command += [f"--guardrails.{name}", value]
-    return command
-
-
-def rows_mapped(log: Sequence[Path], out: Path, level: Level, workers: int) -> list[str]:
-    """The script with `datasets.map` over rows."""
-    command = [sys.executable, "-m", "benchmarks.prepare_rival", *map(str, log)]
-    command += ["--out", str(out), "--workers", str(workers)]
-    return command + ["--guardrails"] * (level == "with guardrails")
-
-
-def batches_mapped(log: Sequence[Path], out: Path, level: Level, workers: int) -> list[str]:
-    """The same over batches, as fast as `map` allows."""
-    return [*rows_mapped(log, out, level, workers), "--batched"]
-
-
-Side = Callable[[Sequence[Path], Path, Level, int], list[str]]
 OURS = "sdpo"
-SIDES: dict[str, Side] = {
-    OURS: ours,
-    "datasets.map": rows_mapped,
-    "datasets.map, batched": batches_mapped,
-}
+SIDES = (OURS, "datasets.map", "datasets.map, batched")
+
+
+def command_of(side: str, log: Sequence[Path], out: Path, level: Level, workers: int) -> list[str]:
+    """`sdpo data prepare` as anyone would type it, or the script with `datasets.map` over rows or
+    over batches, which is as fast as `map` allows."""
+    files = [*map(str, log), "--out", str(out), "--workers", str(workers)]
+    guarded = level == "with guardrails"
+    if side == OURS:
+        command = [sys.executable, "-m", "sdpo", "data", "prepare", *files, "--preset", "strict"]
+        return command if guarded else command + [f"--guardrails.{x}" for x in NO_GUARDRAILS]
+    options = ["--guardrails"] * guarded + ["--batched"] * ("batched" in side)
+    return [sys.executable, "-m", "benchmarks.prepare_rival", *files, *options]
 
 
 # One run
@@ -146,30 +117,26 @@ def measured(command: Sequence[str], notes: Path) -> Run:
 
     Raises RuntimeError with the last of what it said if it fails.
     """
-    peak, cpu = 0, _cpu_seconds()
-    with notes.open("wb") as file:
-        begin = time.perf_counter()
-        process = _start(command, file)
-        while not _ended(process, 1 / SAMPLES_PER_SECOND):
-            peak = max(peak, memory(process.pid))
-        seconds = time.perf_counter() - begin
+    peak, before = 0, resource.getrusage(resource.RUSAGE_CHILDREN)
+    begin = time.perf_counter()
+    process = _start(command, notes)
+    while not _ended(process, 1 / SAMPLES_PER_SECOND):
+        peak = max(peak, memory(process.pid))
+    seconds = time.perf_counter() - begin
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     if process.returncode:
         said = notes.read_text(errors="replace")[-2000:]
         raise RuntimeError(f"{' '.join(command)}\nfailed with {process.returncode}:\n{said}")
-    return Run(seconds, _cpu_seconds() - cpu, peak)
+    return Run(seconds, cpu, peak)
 
 
-def _cpu_seconds() -> float:
-    """CPU seconds of all children that have ended so far."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def _start(command: Sequence[str], notes: Any) -> subprocess.Popen:
+def _start(command: Sequence[str], notes: Path) -> subprocess.Popen:
     """Starts a command in a process group of its own, so that it can be killed as a whole."""
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=notes, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    with notes.open("wb") as file:
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def _ended(process: subprocess.Popen, seconds: float) -> bool:
@@ -182,17 +149,12 @@ def _ended(process: subprocess.Popen, seconds: float) -> bool:
 
 def memory(pid: int) -> int:
     """PSS of a process and all its descendants in bytes, now; 0 once they are gone."""
-    total = 0
-    try:
+    total, ended = 0, suppress(psutil.NoSuchProcess, psutil.AccessDenied)
+    with ended:
         root = psutil.Process(pid)
-        family = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0
-    for process in family:
-        try:
-            total += process.memory_full_info().pss
-        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
-            continue
+        for process in [root, *root.children(recursive=True)]:
+            with ended:
+                total += process.memory_full_info().pss
     return total
 
 
@@ -228,52 +190,61 @@ def same_interactions(one: Path, other: Path) -> int:
     return n
 
 
+def written(out: Path) -> tuple[Path, Path, Path]:
+    """The three files of a preparation."""
+    return out, manifest_path(out), report_path(out)
+
+
 def digests(out: Path) -> dict[str, str]:
-    """sha256 of the three files that preparation writes."""
+    """sha256 of the three files."""
     found = {}
-    for path in (out, manifest_path(out), report_path(out)):
+    for path in written(out):
         with path.open("rb") as file:
             found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
-def killed(command: Sequence[str], out: Path, times: int, seconds: float, seed: int) -> Killed:
-    """Kills `command`, which undisturbed took `seconds` and wrote `out`, so often on its way.
+def killed(
+    command: Sequence[str], out: Path, times: int, seconds: float, seed: int
+) -> dict[str, Any]:
+    """Kills `command`, which undisturbed took `seconds` and wrote `out`, so often on its way: after
+    how many seconds, those of the run that was left alone, and the units that it found done.
 
     Raises ValueError unless it then ends with the files that are there now, byte for byte.
     """
     before = digests(out)
     clear(out)
     chance = random.Random(seed)
+    notes = out.with_suffix(".killed.log")
     # Together less than one run: what the kills left behind may save the next start its time.
     moments = [0.9 * seconds / times * chance.uniform(0.3, 1) for _ in range(times)]
-    notes = out.with_suffix(".killed.log")
-    with notes.open("ab") as file:
-        moments = [_kill_after(command, moment, out, file) for moment in moments]
+    moments = [_kill_after(command, moment, out, notes) for moment in moments]
     last = measured(command, notes)
     if (after := digests(out)) != before:
         differing = [name for name in before if after[name] != before[name]]
         raise ValueError(f"killed {times} times, it ended with another {', '.join(differing)}")
-    found = re.findall(r"goes on from (\d+) units", notes.read_text(encoding="utf-8"))
-    return Killed(tuple(moments), last.seconds, int(found[-1]) if found else 0)
+    found = re.search(r"goes on from (\d+) units", notes.read_text(encoding="utf-8"))
+    return {
+        "killed_after": moments,
+        "last_seconds": last.seconds,
+        "units_gone_on_from": int(found[1]) if found else 0,
+    }
 
 
-def _kill_after(command: Sequence[str], seconds: float, out: Path, notes: Any) -> float:
+def _kill_after(command: Sequence[str], seconds: float, out: Path, notes: Path) -> float:
     """Kills a run after so many seconds, or if it is done by then, one from the start after half as
     many, and so on; returns the seconds."""
-    while True:
-        process = _start(command, notes)
-        if not _ended(process, seconds):
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return seconds
+    while _ended(process := _start(command, notes), seconds):
         clear(out)
         seconds /= 2
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return seconds
 
 
 def clear(out: Path) -> None:
     """Removes what an earlier run wrote."""
-    for path in (out, manifest_path(out), report_path(out)):
+    for path in written(out):
         path.unlink(missing_ok=True)
 
 
@@ -282,14 +253,14 @@ def clear(out: Path) -> None:
 
 def compare(log: Sequence[Path], level: Level, settings: Settings) -> list[dict[str, Any]]:
     """A row of results for each side, which take turns. Raises ValueError for unequal outputs."""
-    sides = {OURS: SIDES[OURS]} if settings.alone else SIDES
+    sides = SIDES[:1] if settings.alone else SIDES
     outs = {name: output(settings, level, name) for name in sides}
     runs: dict[str, list[Run]] = {name: [] for name in sides}
     for i in range(settings.rounds):
-        for name in list(sides)[:: -1 if i % 2 else 1]:
+        for name in sides[:: -1 if i % 2 else 1]:
             clear(outs[name])
             warm(log)
-            command = SIDES[name](log, outs[name], level, settings.workers)
+            command = command_of(name, log, outs[name], level, settings.workers)
             runs[name].append(measured(command, outs[name].with_suffix(".log")))
     interactions = [same_interactions(outs[OURS], out) for out in outs.values()][-1]
     return [
@@ -298,7 +269,7 @@ def compare(log: Sequence[Path], level: Level, settings: Settings) -> list[dict[
             "contender": name,
             "level": level,
             "workers": settings.workers,
-            "conversations": conversations(log),
+            "conversations": sum(pq.read_metadata(path).num_rows for path in log),
             "log_bytes": sum(path.stat().st_size for path in log),
             "interactions": interactions,
             "output_bytes": outs[name].stat().st_size,
@@ -320,11 +291,6 @@ def output(settings: Settings, level: Level, contender: str) -> Path:
     return folder / f"{contender.replace(', ', '-')}.jsonl"
 
 
-def conversations(log: Sequence[Path]) -> int:
-    """How many the files hold."""
-    return sum(pq.read_metadata(path).num_rows for path in log)
-
-
 def log_of(settings: Settings) -> list[Path]:
     """The log's files, made first if need be. Raises ValueError if `settings.log` has none."""
     if settings.log is not None:
@@ -342,10 +308,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     first = rows[0]
     log = f"{first['conversations']:,} conversations in {first['log_bytes'] / MB:,.0f} MB"
     title = f"{first['level']}: {log}, {first['interactions']:,} interactions, {first['verdict']}"
-    grid = Table(title=title, title_justify="left")
-    grid.add_column("")
-    for name in ("seconds", "CPU, s", "rows/s", "MB/s", "peak, MB", "slower by"):
-        grid.add_column(name, justify="right", no_wrap=True)
+    columns = "seconds", "CPU, s", "rows/s", "MB/s", "peak, MB", "slower by"
+    found = grid(title, "", *columns)
     for row in rows:
         seconds = row["seconds"]
         numbers = (
@@ -356,32 +320,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['peak_bytes'] / MB:,.0f}",
             "" if row is first else f"{seconds / first['seconds']:.2f}x",
         )
-        grid.add_row(row["contender"], *numbers)
-    return grid
+        found.add_row(row["contender"], *numbers)
+    return found
 
 
 def kill_row(log: Sequence[Path], row: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """A row of results of killing ours, whose undisturbed run is `row`."""
-    out = output(settings, row["level"], row["contender"])
-    command = ours(log, out, row["level"], row["workers"])
+    out = output(settings, row["level"], OURS)
+    command = command_of(OURS, log, out, row["level"], settings.workers)
     found = killed(command, out, settings.kill, row["seconds"], settings.seed)
-    same = ("contender", "level", "workers", "conversations")
-    return {
-        "benchmark": "prepare, killed",
-        **{name: row[name] for name in same},
-        "killed_after": list(found.seconds),
-        "last_seconds": found.last_seconds,
-        "units_gone_on_from": found.units,
-        "seconds": row["seconds"],
-        "verdict": "same bytes",
-    }
-
-
-def about_machine() -> dict[str, Any]:
-    """The commit and machine that every benchmark records, with the libraries that matter here."""
-    about = machine(torch.device("cpu"))
-    names = ("pyarrow", "datasets", "numpy", "orjson")
-    return about | {"versions": {name: version(name) for name in names}}
+    same = ("contender", "level", "workers", "conversations", "seconds")
+    about = {"benchmark": "prepare, killed", "verdict": "same bytes"}
+    return about | {name: row[name] for name in same} | found
 
 
 def main(settings: Settings) -> None:
@@ -401,9 +351,9 @@ def main(settings: Settings) -> None:
             f"after went on from {rows[-1]['units_gone_on_from']} units and took "
             f"{rows[-1]['last_seconds']:.1f} s, and all three files have the same bytes"
         )
-    if settings.out is not None:
-        about = about_machine()
-        append(settings.out, [row | {"machine": about} for row in rows])
+    about = machine(torch.device("cpu"))
+    about["versions"] = {name: version(name) for name in LIBRARIES}
+    settings.keep(row | {"machine": about} for row in rows)
 
 
 if __name__ == "__main__":

@@ -59,19 +59,16 @@ def prepare(config: RivalConfig) -> None:
             num_proc=num_proc,
         )
         assert isinstance(data, Dataset)
-        find = partial(interactions, guardrails=config.guardrails)
         if not config.batched:
             data = data.map(with_messages, num_proc=num_proc)
             data = data.filter(has_messages, num_proc=num_proc)
         elif config.guardrails:
             drop = data.column_names
             data = data.map(kept, batched=True, remove_columns=drop, num_proc=num_proc)
-        else:
-            find = interactions_of_logged
         if config.guardrails:
             data = data.map(sketched, batched=True, num_proc=num_proc)
             data = data.select(first_ones(data))
-        drop = data.column_names
+        drop, find = data.column_names, partial(interactions, guardrails=config.guardrails)
         data = data.map(find, batched=True, remove_columns=drop, num_proc=num_proc)
         ids = data["id"][:]
         data = data.remove_columns("id").add_column("id", unique(ids))  # pyright: ignore
@@ -99,11 +96,6 @@ def kept(batch: Batch) -> Batch:
     names = [name for name in ("conversation_hash", "hashed_ip") if name in batch]
     rows = [row for row in rows if has_messages(row)]
     return {name: [row[name] for row in rows] for name in [*names, "messages"]}
-
-
-def interactions_of_logged(batch: Batch) -> Batch:
-    """The interactions of several rows of the log."""
-    return interactions(kept(batch))
 
 
 def is_marked(row: Row) -> bool:
@@ -138,7 +130,9 @@ def cleaned(logged: list[Row], language: str | None) -> list[Row]:
 
 
 def interactions(batch: Batch, guardrails: bool = False) -> Batch:
-    """The interactions of several conversations, as columns."""
+    """The interactions of several conversations, or rows of the log, as columns."""
+    if "messages" not in batch:
+        batch = kept(batch)
     found: Batch = {name: [] for name in ("id", "turn_id", "prompt", "completion", "user_response")}
     for id, messages in zip(batch["conversation_hash"], batch["messages"], strict=True):
         rows = guarded(id, messages) if guardrails else of_conversation(id, messages)

@@ -9,15 +9,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.models import QWEN3
 from sdpo_kernels import reference
 
 Kind = Literal["reverse_kl", "forward_kl", "jsd", "logprob"]
-HEADS = {
-    "qwen3-0.6b": (151_936, 1024),
-    "qwen3-1.7b": (151_936, 2048),
-    "qwen3-4b": (151_936, 2560),
-    "qwen3-8b": (151_936, 4096),
-    "qwen3-32b": (151_936, 5120),
+HEADS = {name: (c["vocab_size"], c["hidden_size"]) for name, c in QWEN3.items()} | {
     "llama-3.2-1b": (128_256, 2048),
     "llama-3-8b": (128_256, 4096),
     "gemma-3-1b": (262_144, 1152),
@@ -34,11 +30,11 @@ class Problem(NamedTuple):
     """One call's inputs; the loss is the mean over tokens."""
 
     hidden: Tensor
-    """(N, D), requires a gradient."""
+    """(N, D) the student's, requires a gradient."""
     weight: Tensor
     """(V, D), requires a gradient."""
-    hindsight: Tensor
-    """(N, D)"""
+    teacher: Tensor
+    """(N, D) the teacher's."""
     targets: Tensor
     """(N,)"""
 
@@ -46,6 +42,11 @@ class Problem(NamedTuple):
     def gradient_bytes(self) -> int:
         """Size of the gradients that a backward leaves behind."""
         return sum(t.numel() * t.element_size() for t in (self.hidden, self.weight))
+
+    def token_weights(self) -> Tensor:
+        """(N,) those of the mean."""
+        n = self.hidden.shape[0]
+        return torch.full((n,), 1 / n, device=self.hidden.device)
 
     def forget(self) -> None:
         self.hidden.grad = self.weight.grad = None
@@ -74,20 +75,20 @@ def head(name: str) -> tuple[int, int]:
 
 
 def problem(
-    n: int, v: int, d: int, distance: float, dtype: torch.dtype, device: torch.device, seed: int = 0
+    n: int, v: int, d: int, distance: float, dtype: torch.dtype, device: torch.device
 ) -> Problem:
-    """Logits of standard deviation 3, and hindsight logits that are ``distance`` away: 0.1 is where
-    training spends its time, as the two passes are one model."""
-    generator = torch.Generator(device).manual_seed(seed)
+    """Logits of standard deviation 3, and a teacher's that are ``distance`` away: 0.1 is where
+    training spends its time, as student and teacher are one model."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, generator=generator)
 
     weight = normal(v, d).mul_(LOGIT_STD / d**0.5).to(dtype)
     hidden = normal(n, d)
-    hindsight = (hidden + normal(n, d).mul_(distance / LOGIT_STD)).to(dtype)
+    teacher = (hidden + normal(n, d).mul_(distance / LOGIT_STD)).to(dtype)
     targets = torch.randint(v, (n,), device=device, generator=generator)
-    return Problem(hidden.to(dtype).requires_grad_(), weight.requires_grad_(), hindsight, targets)
+    return Problem(hidden.to(dtype).requires_grad_(), weight.requires_grad_(), teacher, targets)
 
 
 DEFINITIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -110,7 +111,7 @@ def truth(kind: Kind, x: Problem) -> Truth:
         logp = reference.log_softmax(hidden, weight)
         logq = logp.detach()
         if kind != "logprob":
-            logq = reference.log_softmax(x.hindsight[c].double(), weight.detach())
+            logq = reference.log_softmax(x.teacher[c].double(), weight.detach())
         part = DEFINITIONS[kind](logp, logq, x.targets[c]).sum() / n
         part.backward()
         loss += part.detach()

@@ -5,8 +5,7 @@
 By torch's profiler: calls, device time and its share. On a CPU operators stand where kernels would.
 """
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,29 +14,27 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import machine
+from benchmarks.measure import OnDevice, machine
+from benchmarks.peers import ours
 from benchmarks.problems import head, problem
-from benchmarks.report import append
-from sdpo_kernels import linear_logprob, linear_reverse_kl
+from benchmarks.report import grid
+from sdpo_kernels import linear_logprob
 
 LINES = 14
 """Kernels of a table; the rest of the time is one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(OnDevice):
     """The problem to profile."""
 
     head: str = "qwen3-8b"
     """A name in ``problems.HEADS``, or VxD."""
     tokens: int = 8192
     dtype: str = "bfloat16"
-    out: Path | None = None
-    """JSON lines are appended to this file."""
     once: bool = False
     """Run each call once after its warm-up and measure nothing: for another profiler, as in
     `ncu python -m benchmarks.profiling --once`."""
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
@@ -46,13 +43,11 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     v, d = head(settings.head)
     n = settings.tokens
     x = problem(n, v, d, 0.1, getattr(torch, settings.dtype), device)
-    weights = torch.full((n,), 1 / n, device=device)
+    loss = ours("reverse_kl")
 
     def reverse_kl() -> None:
         x.forget()
-        out = linear_reverse_kl(x.hidden, x.weight, x.hindsight, token_weights=weights)
-        assert out.loss is not None
-        out.loss.backward()
+        loss(x).backward()
 
     def score() -> None:
         with torch.no_grad():
@@ -71,8 +66,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
         at |= dict(hidden=d, dtype=settings.dtype, machine=about, verdict="right")
         rows += [at | row for row in found]
         console.print(_table(name, found))
-    if settings.out is not None:
-        append(settings.out, rows)
+    settings.keep(rows)
     return rows
 
 
@@ -94,22 +88,15 @@ def _profile(call, device: torch.device) -> list[dict[str, Any]]:
 
 def _table(name: str, rows: list[dict[str, Any]]) -> Table:
     total = sum(r["kernel_seconds"] for r in rows)
-    grid = Table(title=f"{name}: {1e3 * total:.2f} ms", title_justify="left")
-    for column in ("", "calls", "ms", "share, %"):
-        grid.add_column(column, justify="right" if column else "left", overflow="fold")
+    found = grid(f"{name}: {1e3 * total:.2f} ms", "", "calls", "ms", "share, %")
     for row in rows[:LINES]:
         seconds = row["kernel_seconds"]
         cells = (str(row["calls"]), f"{1e3 * seconds:.3f}", f"{100 * seconds / total:.1f}")
-        grid.add_row(row["contender"][:90], *cells)
+        found.add_row(row["contender"][:90], *cells)
     rest = sum(r["kernel_seconds"] for r in rows[LINES:])
-    grid.add_row("all others", "", f"{1e3 * rest:.3f}", f"{100 * rest / total:.1f}")
-    return grid
-
-
-def main(settings: Settings) -> None:
-    """Run it."""
-    run(settings)
+    found.add_row("all others", "", f"{1e3 * rest:.3f}", f"{100 * rest / total:.1f}")
+    return found
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    run(tyro.cli(Settings, description=__doc__))

@@ -6,6 +6,7 @@ and, where it was right, ``seconds`` by pass; see ``microbenchmark``.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,19 @@ Row = Mapping[str, Any]
 MIB = 2**20
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a file of JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where a benchmark's results go besides the terminal."""
+
+    out: Path | None = None
+    """JSON lines are appended to this file."""
+
+    def keep(self, rows: Iterable[Row]) -> None:
+        """Append rows to the file, if there is one."""
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            with self.out.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -45,6 +54,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def grid(title: str, *columns: str, left: int = 1) -> Table:
+    """An empty table. The first ``left`` columns hold words, the others numbers."""
+    found = Table(title=title, title_justify="left")
+    for i, name in enumerate(columns):
+        justify = "left" if i < left else "right"
+        found.add_column(name, justify=justify, no_wrap=i >= left, overflow="fold")
+    return found
+
+
 def milliseconds(spread: Mapping[str, float] | None) -> str:
     """Median, and half the distance between the quartiles in percent."""
     if spread is None:
@@ -57,30 +75,30 @@ def milliseconds(spread: Mapping[str, float] | None) -> str:
 def table(rows: Sequence[Row]) -> Table:
     """One problem: contenders by time, then the wrong ones, which have none."""
     first = rows[0]
-    grid = Table(
-        title=f"{first['kind']}: N={first['tokens']:,}, V={first['vocabulary']:,}, "
+    found = grid(
+        f"{first['kind']}: N={first['tokens']:,}, V={first['vocabulary']:,}, "
         f"D={first['hidden']:,} ({first['head']}), {first['dtype']}",
-        title_justify="left",
+        *("", "forward, ms", "backward, ms", "both, ms", "x floor", "memory, MiB"),
+        *("error loss", "error dH", "error dW"),
     )
-    for name in ("", "forward, ms", "backward, ms", "both, ms", "x floor", "memory, MiB"):
-        grid.add_column(name, justify="right" if name else "left")
-    for name in ("loss", "dH", "dW"):
-        grid.add_column(f"error {name}", justify="right")
-    timed = sorted(
-        (r for r in rows if "seconds" in r), key=lambda r: r["seconds"]["both"]["median"]
-    )
-    for row in timed:
+    timed = (r for r in rows if "seconds" in r)
+    for row in sorted(timed, key=lambda r: r["seconds"]["both"]["median"]):
         passes = (row["seconds"].get(p) for p in ("forward", "backward", "both"))
         cells = [row["contender"], *map(milliseconds, passes), f"{row.get('over_floor', 1):.2f}"]
         if row["verdict"] == "floor":
-            grid.add_row(*cells, style="dim")
+            found.add_row(*cells, style="dim")
         else:
-            grid.add_row(*cells, _mib(row), *_errors(row))
+            found.add_row(*cells, *_memory_and_errors(row))
     for row in rows:
         if row["verdict"] == "wrong":
-            verdict = ["[red]wrong[/red]", "", "", ""]
-            grid.add_row(row["contender"], *verdict, _mib(row), *_errors(row))
-    return grid
+            cells = row["contender"], "[red]wrong[/red]", "", "", ""
+            found.add_row(*cells, *_memory_and_errors(row))
+    return found
+
+
+def _memory_and_errors(row: Row) -> list[str]:
+    memory = f"{row['extra_bytes'] / MIB:,.0f}" if "extra_bytes" in row else "?"
+    return [memory, *(f"{row['error'][name]:.1e}" for name in ("loss", "hidden", "weight"))]
 
 
 def excuses(rows: Sequence[Row]) -> list[str]:
@@ -92,14 +110,6 @@ def first_line(error: Exception) -> str:
     """The first line of an error, for a row's note."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:120] if lines else ''}"
-
-
-def _mib(row: Row) -> str:
-    return f"{row['extra_bytes'] / MIB:,.0f}" if "extra_bytes" in row else "?"
-
-
-def _errors(row: Row) -> list[str]:
-    return [f"{row['error'][name]:.1e}" for name in ("loss", "hidden", "weight")]
 
 
 def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -121,6 +131,20 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
     return written
 
 
+OVER_N = (
+    ("forward and backward, ms", "log", lambda r: 1e3 * r["seconds"]["both"]["median"]),
+    ("of the floor, %", "linear", lambda r: 100 / r["over_floor"] if "over_floor" in r else None),
+    (
+        "memory beyond inputs and gradients, MiB",
+        "log",
+        lambda r: r["extra_bytes"] / MIB if "extra_bytes" in r else None,
+    ),
+)
+"""Panels of each head: what, its scale, and the value of a row that has one."""
+OVER_DISTANCE = {"loss": "loss", "hidden": "dH", "weight": "dW"}
+"""Panels of errors, and how they are called."""
+
+
 def _plot_one(rows: list[Row], title: str, path: Path) -> None:
     from matplotlib import pyplot as plt
 
@@ -130,60 +154,33 @@ def _plot_one(rows: list[Row], title: str, path: Path) -> None:
     height = len(heads) + bool(sweep)
     figure, axes = plt.subplots(height, 3, figsize=(14, 3.6 * height), squeeze=False)
     names = sorted({r["contender"] for r in over_n + sweep})
-    colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
-    styles = {name: "-" if name.startswith("sdpo") else "--" for name in names}
-    for i, name in enumerate(names):
-        styles[name] += "os^v"[i // 10 % 4]  # more names than colours
 
-    def line(axis, points: list[tuple[float, float]], name: str) -> None:
-        if points:
-            axis.plot(*zip(*sorted(points), strict=True), styles[name], ms=3, label=name)
-            axis.lines[-1].set_color(colours[name])
+    def lines(axis, points: Iterable[tuple[str, float, float | None]]) -> None:
+        """(contender, x, y); a contender has its colour in all panels."""
+        points = list(points)
+        for i, name in enumerate(names):
+            mine = sorted((x, y) for c, x, y in points if c == name and y is not None)
+            if mine:
+                style = "-" if name.startswith("sdpo") else "--"
+                style += "os^v"[i // 10 % 4]  # more names than colours
+                axis.plot(*zip(*mine, strict=True), style, color=f"C{i % 10}", ms=3, label=name)
 
     for head, panels in zip(heads, axes, strict=False):
-        time, share, memory = panels
-        for name in names:
-            mine = [r for r in over_n if r["head"] == head and r["contender"] == name]
-            for axis, of in zip(panels, (_ms, _share, _memory), strict=True):
-                line(axis, [(r["tokens"], y) for r in mine if (y := of(r)) is not None], name)
-        for axis, label in (
-            (time, "forward and backward, ms"),
-            (share, "of the floor, %"),
-            (memory, "memory beyond inputs and gradients, MiB"),
-        ):
-            axis.set(title=f"{head}: {label}", xlabel="N, tokens", xscale="log")
+        for axis, (label, scale, of) in zip(panels, OVER_N, strict=True):
+            lines(axis, ((r["contender"], r["tokens"], of(r)) for r in over_n if r["head"] == head))
+            axis.set(title=f"{head}: {label}", xlabel="N, tokens", xscale="log", yscale=scale)
             axis.set_xticks(sorted({r["tokens"] for r in over_n}))
             axis.xaxis.set_major_formatter("{x:,.0f}")
-            axis.minorticks_off()
-        for axis in (time, memory):
-            axis.set_yscale("log")
-        time.legend(fontsize=7)
+            axis.xaxis.minorticks_off()
     if sweep:
-        for axis, part in zip(axes[-1], ("loss", "hidden", "weight"), strict=True):
-            for name in names:
-                mine = [r for r in sweep if r["contender"] == name]
-                line(axis, [(r["distance"], max(r["error"][part], 1e-12)) for r in mine], name)
-            label = {"loss": "loss", "hidden": "dH", "weight": "dW"}[part]
-            axis.set(
-                title=f"relative error of {label}",
-                xlabel="distance between the passes' logits",
-                xscale="log",
-                yscale="log",
-            )
-        axes[-1][0].legend(fontsize=7)
+        for axis, (part, label) in zip(axes[-1], OVER_DISTANCE.items(), strict=True):
+            errors = ((r["contender"], r["distance"], r["error"][part]) for r in sweep)
+            lines(axis, ((name, x, max(error, 1e-12)) for name, x, error in errors))
+            axis.set(title=f"relative error of {label}", xscale="log", yscale="log")
+            axis.set_xlabel("distance between student's and teacher's logits")
+    for first in axes[:, 0]:
+        first.legend(fontsize=7)
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)
-
-
-def _ms(row: Row) -> float:
-    return 1e3 * row["seconds"]["both"]["median"]
-
-
-def _share(row: Row) -> float | None:
-    return 100 / row["over_floor"] if "over_floor" in row else None
-
-
-def _memory(row: Row) -> float | None:
-    return row["extra_bytes"] / MIB if "extra_bytes" in row else None

@@ -7,11 +7,11 @@ prints what the machine code uses. Exits 1 if a kernel spills or asks for more s
 block of that architecture may have.
 """
 
-import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from typing import Any
 import triton
 import tyro
 from rich.console import Console
-from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.report import Output, grid
 from sdpo_kernels._impl import fused_triton, rows_triton, tuning
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -30,12 +30,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MEASURED = ("3.6", "3.7", "3.8", "3.9")
 """Releases of Triton with which every kernel was compiled and found to fit. With others, a kernel
 that does not fit is news about the compiler, not a mistake here."""
-TYPES = {
-    "targets_ptr": "*i64",
-    "cap": "fp32",
-    "temperature": "fp32",
-    "beta": "fp32",
-}
+TYPES = {"targets_ptr": "*i64", "cap": "fp32", "temperature": "fp32", "beta": "fp32"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +53,8 @@ class Resources:
         return not self.spill_bytes and self.shared_bytes <= SHARED_LIMIT[self.sm]
 
 
-def kernels(sm: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+def kernels(sm: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """(variant, kernel, types, constants, options) of all kernels, as launched on ``sm``."""
-    found = []
     options = tuning.row_tiles(tuning.ROW_BLOCK)
     rows = {"BLOCK": options.pop("BLOCK")}
     for name, extra in (("plain", False), ("softcap, bias, temperature", True)):
@@ -69,7 +63,7 @@ def kernels(sm: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dic
             bias = dict(BIAS=extra, TEACHER_BIAS=extra and paired)
             constants = dict(PAIRED=paired, TARGETS=True, **bias, **shape)
             variant = f"{'pair' if paired else 'one stream'}, {name}"
-            found.append((variant, rows_triton.stats_kernel, {}, constants, options))
+            yield variant, rows_triton.stats_kernel, {}, constants, options
         for dtype in ("bf16", "fp32", None):
             types = {"grad_ptr": f"*{dtype or 'fp32'}"}
             narrow = {"NARROW": dtype == "bf16", **shape}
@@ -84,16 +78,15 @@ def kernels(sm: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dic
                     **narrow,
                 )
                 variant = f"{kind}, {what}, {name}"
-                found.append((variant, rows_triton.divergence_kernel, types, constants, options))
+                yield variant, rows_triton.divergence_kernel, types, constants, options
             if dtype:
                 constants = {"TARGETS": True, **narrow}
                 variant = f"{what}, {name}"
-                found.append((variant, rows_triton.softmax_grad_kernel, types, constants, options))
+                yield variant, rows_triton.softmax_grad_kernel, types, constants, options
         for dtype in ("bf16", "fp32"):
-            found.append(_fused(sm, dtype, name, extra, descriptors=False))
+            yield _fused(sm, dtype, name, extra, descriptors=False)
         if sm >= 90:
-            found.append(_fused(sm, "bf16", name, extra, descriptors=True))
-    return found
+            yield _fused(sm, "bf16", name, extra, descriptors=True)
 
 
 def _fused(sm: int, dtype: str, name: str, extra: bool, descriptors: bool):
@@ -139,8 +132,8 @@ def compile_for(sm: int, kernel, types: dict, constants: dict, options: dict):
 def measure(sm: int) -> list[Resources]:
     """Every kernel's resources on one architecture."""
     found = []
-    for variant, kernel, types, constants, options in kernels(sm):
-        compiled = compile_for(sm, kernel, types, constants, options)
+    for variant, *kernel in kernels(sm):
+        compiled = compile_for(sm, *kernel)
         account = _account(compiled.asm["cubin"])
         found.append(
             Resources(
@@ -174,21 +167,18 @@ def main(out: Path | None = None, sm: tuple[int, ...] = tuple(SHARED_LIMIT)) -> 
     """Print the table.
 
     Args:
-        out: also write it as JSON lines.
+        out: JSON lines are appended to this file.
         sm: architectures.
     """
     found = [r for arch in sm for r in measure(arch)]
-    table = Table(title=f"Triton {triton.__version__}")
-    for column in ("kernel", "variant", "sm", "warps", "registers", "spills, B", "shared, KiB", ""):
-        table.add_column(column, overflow="fold")
+    numbers = "sm", "warps", "registers", "spills, B", "shared, KiB", ""
+    table = grid(f"Triton {triton.__version__}", "kernel", "variant", *numbers, left=2)
     for r in found:
         shared = f"{r.shared_bytes / 1024:.0f} of {SHARED_LIMIT[r.sm] // 1024}"
-        numbers = (r.sm, r.warps, r.registers, r.spill_bytes)
-        verdict = "" if r.fits else "does not fit"
-        table.add_row(r.kernel, r.variant, *map(str, numbers), shared, verdict)
+        cells = (r.sm, r.warps, r.registers, r.spill_bytes, shared)
+        table.add_row(r.kernel, r.variant, *map(str, cells), "" if r.fits else "does not fit")
     Console(width=150).print(table)
-    if out is not None:
-        out.write_text("".join(json.dumps(asdict(r)) + "\n" for r in found))
+    Output(out=out).keep(map(asdict, found))
     sys.exit(not all(r.fits for r in found))
 
 

@@ -25,18 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.counting import JOBS, Compared, compare, count
-from benchmarks.fits import (
-    TERMS,
-    Fit,
-    fit,
-    measure_objective,
-    measured_points,
-    objective_terms,
-)
+from benchmarks.fits import TERMS, Fit, fit, fit_objective, measure_objective, measured_points
 from benchmarks.measure import machine
 from benchmarks.models import QWEN3
 from benchmarks.prediction import GIB, GPU, GPUS, Links, Prediction, layouts, predict
-from benchmarks.report import append, read
+from benchmarks.report import Output, Row, grid, read
 from benchmarks.traffic import Interactions, shape_of
 from sdpo_parallel.memory import USABLE, ModelShape
 
@@ -44,7 +37,7 @@ GB = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Output):
     """Model, GPUs and measurements of the prediction."""
 
     model: str = "qwen3-8b"
@@ -62,15 +55,13 @@ class Settings:
     """Seconds of timing the objective here, if there are no results."""
     all_layouts: bool = False
     """Print every layout that fits, not the fastest alone."""
-    out: Path | None = None
-    """JSON lines are appended to this file."""
 
     def __post_init__(self):
         if not self.gpus or any(n < 1 for n in self.gpus):
             raise ValueError(f"gpus must name at least one positive number, got {self.gpus}")
 
 
-def chosen_gpu(name: str, rows: Sequence[Mapping[str, Any]]) -> GPU:
+def chosen_gpu(name: str, rows: Sequence[Row]) -> GPU:
     """With the efficiency that ``step`` measured on a GPU, and the objective's fitted time, where
     ``rows`` have them."""
     gpu, found = GPUS[name], defaultdict(list)
@@ -91,7 +82,7 @@ def chosen_gpu(name: str, rows: Sequence[Mapping[str, Any]]) -> GPU:
         gpu = replace(gpu, efficiency=median(values), source=source)
     for where, points in measured_points(rows, gpu=True).items():
         if gpu.name in where and "bfloat16" in where:
-            gpu = replace(gpu, head=fit([(objective_terms(*x), t) for x, t in points], where))
+            gpu = replace(gpu, head=fit_objective(points, where))
     return gpu
 
 
@@ -128,33 +119,28 @@ def assumptions(settings: Settings, gpu: GPU) -> list[str]:
 def table_of_bytes(jobs: Mapping[str, Sequence[Compared]]) -> Table:
     """Predicted next to counted."""
     title = "bytes that one rank sends in a step: predicted, and counted on gloo ranks (tiny Qwen3)"
-    grid = Table(title=title, title_justify="left")
-    for name in ("layout", "ranks of", "operator", "what"):
-        grid.add_column(name)
-    for name in ("predicted, B", "counted, B", "ratio", "collectives, both"):
-        grid.add_column(name, justify="right")
+    columns = "layout", "ranks of", "operator", "what"
+    numbers = "predicted, B", "counted, B", "ratio", "collectives, both"
+    table = grid(title, *columns, *numbers, left=len(columns))
     for job, compared in jobs.items():
         for c in compared:
             first = job if c is compared[0] else ""
             ratio = "" if not c.predicted else f"{c.ratio:.3f}"
-            numbers = f"{c.collectives[0]:g} / {c.collectives[1]:g}"
+            calls = f"{c.collectives[0]:g} / {c.collectives[1]:g}"
             sizes = f"{c.predicted:,.0f}", f"{c.counted:,.0f}"
-            grid.add_row(first, c.axis, c.operator, c.what, *sizes, ratio, numbers)
-        grid.add_section()
-    return grid
+            table.add_row(first, c.axis, c.operator, c.what, *sizes, ratio, calls)
+        table.add_section()
+    return table
 
 
 def table_of_fit(found: Fit, points: Sequence[tuple[Sequence[int], float]]) -> Table:
     """Each shape's time and the fit's."""
     title = f"the objective (reverse KL, forward and backward), measured on {found.source}"
-    grid = Table(title=title, title_justify="left", caption_justify="left")
-    for name in ("N", "V", "D", "measured, ms", "fitted, ms", "error"):
-        grid.add_column(name, justify="right")
+    table = grid(title, "N", "V", "D", "measured, ms", "fitted, ms", "error", left=0)
     for (shape, seconds), error in zip(points, found.errors, strict=True):
-        fitted = seconds * (1 + error)
-        times = f"{1e3 * seconds:.2f}", f"{1e3 * fitted:.2f}", f"{error:+.1%}"
-        grid.add_row(*(f"{x:,}" for x in shape), *times)
-    return grid
+        times = f"{1e3 * seconds:.2f}", f"{1e3 * seconds * (1 + error):.2f}", f"{error:+.1%}"
+        table.add_row(*(f"{x:,}" for x in shape), *times)
+    return table
 
 
 def rates(found: Fit) -> list[str]:
@@ -174,38 +160,37 @@ def rates(found: Fit) -> list[str]:
 
 def table_of_gathers(fits: Mapping[int, Fit]) -> Table:
     """Latency and bandwidth of gloo by number of ranks."""
-    title = "an all-gather over gloo ranks on this machine (no cluster's link)"
-    grid = Table(title=title, title_justify="left")
-    for name in ("ranks", "latency, us", "GB/s sent by a rank", "error: median", "worst"):
-        grid.add_column(name, justify="right")
+    columns = "ranks", "latency, us", "GB/s sent by a rank", "error: median", "worst"
+    table = grid(
+        "an all-gather over gloo ranks on this machine (no cluster's link)", *columns, left=0
+    )
     for ranks, f in fits.items():
         latency, each = f.coefficients
         speed = f"{1e-9 / each:.2f}" if each else ""
         errors = f"{f.typical:.0%}", f"{f.worst:.0%}"
-        grid.add_row(str(ranks), f"{latency * 1e6:,.0f}", speed, *errors)
-    return grid
+        table.add_row(str(ranks), f"{latency * 1e6:,.0f}", speed, *errors)
+    return table
 
 
 def table_of_predictions(found: Sequence[Prediction], title: str, base: float) -> Table:
     """``base``: tokens/s per GPU that efficiency refers to."""
-    grid = Table(title=title, title_justify="left")
-    for name in ("GPUs", "layout", "step, s", "compute", "FSDP", "exposed", "tokens/s/GPU"):
-        grid.add_column(name, justify="left" if name == "layout" else "right", no_wrap=True)
-    for name in ("efficiency", "without overlap", "memory, GiB", "NVLink, GB", "InfiniBand, GB"):
-        grid.add_column(name, justify="right")
+    columns = "GPUs", "layout", "step, s", "compute", "FSDP", "exposed", "tokens/s/GPU"
+    columns += "efficiency", "without overlap", "memory, GiB", "NVLink, GB", "InfiniBand, GB"
+    table = grid(title, *columns, left=0)
+    table.columns[1].justify = "left"
     before = None
     for p in found:
         if before not in (None, p.ranks) and len(found) > len({x.ranks for x in found}):
-            grid.add_section()
+            table.add_section()
         seconds = (f"{x:.3g}" for x in (p.seconds, p.compute, p.overlapped, p.exposed))
         sizes = (f"{p.nvlink / GB:,.1f}", f"{p.infiniband / GB:,.1f}")
         share = p.tokens_per_second / base
         shares = f"{share:.0%}", f"{share * p.seconds / p.apart:.0%}"
         first = "" if p.ranks == before else str(p.ranks)
         rate, memory = f"{p.tokens_per_second:,.0f}", f"{p.memory / GIB:.1f}"
-        grid.add_row(first, p.layout, *seconds, rate, *shares, memory, *sizes)
+        table.add_row(first, p.layout, *seconds, rate, *shares, memory, *sizes)
         before = p.ranks
-    return grid
+    return table
 
 
 def predictions(settings: Settings, gpu: GPU) -> dict[int, list[Prediction]]:
@@ -237,8 +222,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
         *_show_predictions(console, settings, chosen_gpu(settings.gpu, rows)),
     ]
     found = [dict(benchmark="scaling", machine=about) | row for row in new]
-    if settings.out is not None:
-        append(settings.out, found)
+    settings.keep(found)
     return found
 
 
@@ -265,9 +249,7 @@ def _show_counts(console: Console) -> list[dict[str, Any]]:
     ]
 
 
-def _show_fit(
-    console: Console, settings: Settings, rows: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def _show_fit(console: Console, settings: Settings, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The objective's fits, one per device and dtype; without results, one of this CPU."""
     points = measured_points(rows, gpu=True) | measured_points(rows, gpu=False)
     if not points:
@@ -276,7 +258,7 @@ def _show_fit(
         points = {here: measure_objective(settings.seconds)}
     found = []
     for where, p in points.items():
-        f = fit([(objective_terms(*x), t) for x, t in p], where)
+        f = fit_objective(p, where)
         console.print(table_of_fit(f, p), *rates(f), sep="\n")
         found.append(dict(kind="objective", verdict="fitted", terms=TERMS) | asdict(f))
     return found
@@ -289,12 +271,11 @@ def _show_predictions(console: Console, settings: Settings, gpu: GPU) -> list[di
     which = "every layout that fits" if settings.all_layouts else "the fastest layout that fits"
     title = f"PREDICTED, not measured: {settings.model} on {gpu.name}, {which}"
     stated = assumptions(settings, gpu)
-    first = next((p for p in some), None)
-    if first is not None:
-        console.print(table_of_predictions(some, title, first.tokens_per_second))
+    if some:
+        console.print(table_of_predictions(some, title, some[0].tokens_per_second))
         console.print(
-            f"efficiency: tokens/s per GPU over the fastest layout's on {first.ranks} GPUs, as if "
-            "all of FSDP's traffic overlapped with compute, and as if none did"
+            f"efficiency: tokens/s per GPU over the fastest layout's on {some[0].ranks} GPUs, as "
+            "if all of FSDP's traffic overlapped with compute, and as if none did"
         )
     for ranks, fitting in found.items():
         if not fitting:
@@ -312,10 +293,5 @@ def _show_predictions(console: Console, settings: Settings, gpu: GPU) -> list[di
     ]
 
 
-def main(settings: Settings) -> None:
-    """Run it."""
-    run(settings)
-
-
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    run(tyro.cli(Settings, description=__doc__))

@@ -12,8 +12,7 @@ Shapes: B interactions of a micro-batch, T tokens, N response tokens, V vocabula
 import gc
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from benchmarks.measure import (
+    OnDevice,
     Spread,
     interleaved,
     machine,
@@ -33,7 +33,7 @@ from benchmarks.measure import (
 )
 from benchmarks.models import QWEN3, TINY
 from benchmarks.prediction import GPUS
-from benchmarks.report import MIB, append, excuses, first_line, milliseconds
+from benchmarks.report import MIB, excuses, first_line, grid, milliseconds
 from benchmarks.step_contenders import (
     IGNORE_FIRST,
     Contender,
@@ -43,18 +43,17 @@ from benchmarks.step_contenders import (
     full_logits,
     padded,
 )
+from benchmarks.traffic import model_flops, shape_of
 from sdpo.hindsight import Encoded
 from sdpo_parallel.transformers.engine import choose_attention
 
 LIMIT = 1e-4
 """Relative error of loss and gradients in float32 beyond which a contender is wrong."""
-
-
 MODELS = QWEN3 | TINY
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(OnDevice):
     """The steps that are timed."""
 
     models: tuple[str, ...] = ()
@@ -77,9 +76,6 @@ class Settings:
     """Contenders whose names contain one of these. Default: all."""
     liger: bool = True
     """Everyone once more with Liger's norms, MLPs and rotary embeddings."""
-    out: Path | None = None
-    """JSON lines are appended to this file."""
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
 
     @property
     def gpu(self) -> bool:
@@ -87,21 +83,19 @@ class Settings:
 
     def resolved(self) -> "Settings":
         """With the device's defaults filled in."""
-        d = (("qwen3-0.6b",), 32, 600, 16_384) if self.gpu else (("tiny",), 8, 48, 2048)
-        weights = ("bfloat16" if self.gpu else "float32") if self.weights == "auto" else None
-        return replace(
-            self,
-            models=self.models or d[0],
-            interactions=self.interactions or d[1],
-            prompt=self.prompt or d[2],
-            micro_batch_tokens=self.micro_batch_tokens or d[3],
-            weights=weights or self.weights,
-        )
+        defaults = dict(models=("tiny",), interactions=8, prompt=48, micro_batch_tokens=2048)
+        if self.gpu:
+            defaults = dict(models=("qwen3-0.6b",), interactions=32, prompt=600)
+            defaults |= dict(micro_batch_tokens=16_384)
+        found = replace(self, **{k: getattr(self, k) or v for k, v in defaults.items()})
+        if self.weights == "auto":
+            found = replace(found, weights="bfloat16" if self.gpu else "float32")
+        return found
 
 
-def interactions(settings: Settings, vocabulary: int, seed: int = 0) -> list[Encoded]:
+def interactions(settings: Settings, vocabulary: int) -> list[Encoded]:
     """Random tokens of log-normal lengths."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def tokens(median: float) -> tuple[int, ...]:
         scale = math.exp(0.7 * float(torch.randn((), generator=generator)))
@@ -143,23 +137,10 @@ def build(name: str, settings: Settings, dtype: torch.dtype, liger: bool = False
     return model
 
 
-def model_flops(model: PreTrainedModel, items: Sequence[Encoded]) -> float:
-    """Flops that one step needs: padding, recomputation and logits of prompts do not count. Two per
-    weight and token in a forward, four more in a backward; causal attention; the lm_head's matmuls
-    at response tokens only, without a gradient for the hindsight pass."""
-    config: Any = model.config
-    head = config.vocab_size * config.hidden_size
-    tied = config.tie_word_embeddings
-    body = model.num_parameters() - head * (1 if tied else 2)
-    width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    total = 0.0
-    for e in items:
-        n = len(e.response)
-        for prompt, passes in ((e.policy, 3), (e.hindsight, 1)):
-            t = len(prompt) + n
-            total += passes * (2 * body * t + 2 * width * t * t)
-        total += 8 * head * n
-    return total
+def tokens(e: Encoded) -> tuple[int, int, int]:
+    """Tokens in the policy's pass, in the hindsight pass, and in the response."""
+    n = len(e.response)
+    return len(e.policy) + n, len(e.hindsight) + n, n
 
 
 class Check:
@@ -171,14 +152,10 @@ class Check:
     def __init__(self, settings: Settings):
         small = dict(interactions=6, prompt=24, micro_batch_tokens=256, checkpointing=False)
         self.settings = replace(settings, **small)
-        self.items = interactions(self.settings, MODELS["check"]["vocab_size"])
-        exact = self._model(torch.float64)
-        batches = padded(*self._to)
-        self.true = _gradients(exact, full_logits(settings.objective), batches)
-
-    @property
-    def _to(self) -> tuple[list[Encoded], int, str]:
-        return self.items, self.settings.micro_batch_tokens, self.settings.device
+        items = interactions(self.settings, MODELS["check"]["vocab_size"])
+        self.given = items, self.settings.micro_batch_tokens, settings.device
+        loss = full_logits(settings.objective)
+        self.true = _gradients(self._model(torch.float64), loss, padded(*self.given))
 
     def _model(self, dtype: torch.dtype, liger: bool = False):
         model = build("check", self.settings, torch.float32, liger)
@@ -190,15 +167,9 @@ class Check:
     def errors(self, contender: Contender) -> dict[str, float]:
         """Relative, of the loss and of all gradients together."""
         model = self._model(torch.float32, contender.liger)
-        found = _gradients(model, contender.loss, contender.batches(*self._to))
+        found = _gradients(model, contender.loss, contender.batches(*self.given))
         pairs = zip(("loss", "gradient"), found, self.true, strict=True)
         return {name: relative_error(ours, true) for name, ours, true in pairs}
-
-
-def _chosen(settings: Settings) -> list[Contender]:
-    wanted = settings.only or ("",)
-    found = [c for c in contenders(settings.objective) if settings.liger or not c.liger]
-    return [c for c in found if any(part in c.name for part in wanted)]
 
 
 def _gradients(model: PreTrainedModel, loss: Loss, batches: Sequence[Any]) -> tuple[Tensor, Tensor]:
@@ -217,35 +188,31 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     settings = settings.resolved()
     console = Console(width=150)
     device = torch.device(settings.device)
-    dtype = getattr(torch, settings.weights)
     about = machine(device)
-    name = about["device"]
-    peak = next((gpu.peak for gpu in GPUS.values() if gpu.name in name), None)
-    rate = matmul_rate(device, dtype)
+    peak = next((gpu.peak for gpu in GPUS.values() if gpu.name in about["device"]), None)
+    rate = matmul_rate(device, getattr(torch, settings.weights))
     console.print(
-        f"{name}: {rate / 1e12:.3g} Tflop/s in a large {settings.weights} product"
+        f"{about['device']}: {rate / 1e12:.3g} Tflop/s in a large {settings.weights} product"
         + (f", {peak / 1e12:.0f} by its datasheet, which MFU refers to" if peak else "")
     )
     check = Check(settings)
     rows = []
-    for model_name in settings.models:
-        if model_name not in MODELS:
-            raise ValueError(f"--models: {model_name!r} is none of {', '.join(MODELS)}")
+    for name in settings.models:
+        if name not in MODELS:
+            raise ValueError(f"--models: {name!r} is none of {', '.join(MODELS)}")
+        at = dict(benchmark="step", model=name, objective=settings.objective, machine=about)
+        at |= dict(weights=settings.weights, checkpointing=settings.checkpointing)
         mine = []
-        for liger in (False, True):  # Liger's rotary embeddings replace transformers' for good
-            new = []
-            for row in _half(model_name, liger, check, settings, device, dtype):
-                at = dict(benchmark="step", model=model_name, objective=settings.objective)
-                at |= dict(weights=settings.weights, checkpointing=settings.checkpointing)
-                row = at | row | dict(machine=about)
+        # Liger's rotary embeddings replace transformers' for good
+        for liger in (False, True) if settings.liger else (False,):
+            new = [at | row for row in _half(name, liger, check, settings)]
+            for row in new:
                 if "seconds" in row:
                     flops = row["flops"] / row["seconds"]["step"]["median"]
                     row["mfu"] = flops / (peak or rate)
                     row["mfu_refers_to"] = "datasheet" if peak else "measured product"
-                new.append(row)
+            settings.keep(new)
             mine += new
-            if settings.out is not None:
-                append(settings.out, new)
             _free(settings)
         if mine:
             console.print(table(mine), *excuses(mine), sep="\n")
@@ -253,26 +220,27 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
-def _half(
-    name: str,
-    liger: bool,
-    check: Check,
-    settings: Settings,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> list[dict[str, Any]]:
+def _half(name: str, liger: bool, check: Check, settings: Settings) -> list[dict[str, Any]]:
     """The contenders of one model with Liger's kernels, or of one without."""
-    chosen = [c for c in _chosen(settings) if c.liger == liger]
-    rows = [_row(c, why) for c in chosen if (why := c.missing(settings.device)) is not None]
-    chosen = [c for c in chosen if c.missing(settings.device) is None]
-    if not chosen:
+    rows, ready = [], []
+    for c in contenders(settings.objective):
+        asked = not settings.only or any(part in c.name for part in settings.only)
+        if asked and c.liger == liger:
+            if (why := c.missing(settings.device)) is None:
+                ready.append(c)
+            else:
+                rows.append(_row(c, why))
+    if not ready:
         return rows
     items = interactions(settings, MODELS[name]["vocab_size"])
-    model = build(name, settings, dtype, liger)
+    model = build(name, settings, getattr(torch, settings.weights), liger)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=settings.gpu)
-    flops = model_flops(model, items)
+    lengths = [tokens(e) for e in items]
+    flops = sum(sum(model_flops(shape_of(MODELS[name]), *each)) for each in lengths)
+    total = sum(policy + hindsight for policy, hindsight, _ in lengths)
+    device = torch.device(settings.device)
     steps, found = {}, {}
-    for c in chosen:
+    for c in ready:
         try:
             error = check.errors(c)
             if not max(error.values()) <= LIMIT:
@@ -289,13 +257,11 @@ def _half(
             optimizer.zero_grad()
             _free(settings)
         steps[c.name] = step
-        found[c.name] = dict(verdict="right", error=error, extra_bytes=extra, flops=flops)
-    seconds = interleaved(steps, device, settings.seconds, least=3)
-    tokens = sum(len(e.policy) + len(e.hindsight) + 2 * len(e.response) for e in items)
-    for key, row in found.items():
-        spread = Spread.of([sum(s) for s in seconds[key]])
-        rate = dict(tokens=tokens, tokens_per_second=tokens / spread.median)
-        rows.append(dict(contender=key) | row | rate | dict(seconds={"step": asdict(spread)}))
+        found[c.name] = dict(contender=c.name, verdict="right", error=error, extra_bytes=extra)
+    for key, rounds in interleaved(steps, device, settings.seconds, least=3).items():
+        spread = Spread.of(map(sum, rounds))
+        speed = dict(seconds={"step": asdict(spread)}, tokens_per_second=total / spread.median)
+        rows.append(found[key] | speed | dict(tokens=total, flops=flops))
     return rows
 
 
@@ -326,29 +292,22 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     title = f"{first['model']}, {first['objective']}, weights in {first['weights']}"
     if timed:
         title += f", {timed[0]['tokens']:,} tokens of both passes a step"
-    grid = Table(title=title, title_justify="left")
     refers = timed[0]["mfu_refers_to"] if timed else "datasheet"
     share = "MFU, %" if refers == "datasheet" else "of the product's rate, %"
-    for column in ("", "step, ms", "tokens/s", share, "memory, MiB", "error loss", "gradient"):
-        grid.add_column(column, justify="right" if column else "left")
+    columns = "step, ms", "tokens/s", share, "memory, MiB", "error loss", "gradient"
+    found = grid(title, "", *columns)
     for row in timed:
         extra = row["extra_bytes"]
-        errors = [f"{row['error'][k]:.1e}" if row["error"] else "" for k in ("loss", "gradient")]
-        grid.add_row(
+        found.add_row(
             row["contender"],
             milliseconds(row["seconds"]["step"]),
             f"{row['tokens_per_second']:,.0f}",
             f"{100 * row['mfu']:.1f}",
             "?" if extra is None else f"{extra / MIB:,.0f}",
-            *errors,
+            *(f"{row['error'][name]:.1e}" for name in ("loss", "gradient")),
         )
-    return grid
-
-
-def main(settings: Settings) -> None:
-    """Run it."""
-    run(settings)
+    return found
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    run(tyro.cli(Settings, description=__doc__))

@@ -4,9 +4,9 @@ Shapes: B interactions of a micro-batch, T tokens, R the longest response, V voc
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from sdpo.batching import Batch, BatchConfig, Example, micro_batches
+from benchmarks.peers import lacking
+from sdpo.batching import Batch, BatchConfig, micro_batches
 from sdpo.hindsight import Encoded
 from sdpo.objective import ReverseKL, SampledToken
 from sdpo.step import two_pass_loss
@@ -28,13 +29,19 @@ IGNORE_FIRST = 2
 """Response tokens without loss, as in the paper's offline runs."""
 
 
-class Padded(NamedTuple):
-    """One micro-batch as it is without packing: rows of one interaction, padded on the right."""
+class Pass(NamedTuple):
+    """What a model reads: rows of one interaction, padded on the right."""
 
-    policy_BT: Tensor
-    hindsight_BT: Tensor
-    starts_B2: Tensor
-    """Where the response begins in either pass."""
+    tokens_BT: Tensor
+    starts_B: Tensor
+    """Where the response begins."""
+
+
+class Padded(NamedTuple):
+    """One micro-batch as it is without packing."""
+
+    policy: Pass
+    hindsight: Pass
     response_BR: Tensor
     """Response tokens, padded."""
     counted_BR: Tensor
@@ -55,7 +62,7 @@ class Contender:
     batches: Callable[[Sequence[Encoded], int, str], list[Any]]
     """From a step's interactions, the slots of a micro-batch, and the device."""
     packages: tuple[str, ...] = ()
-    """Module that must be importable."""
+    """Modules that must be importable."""
     liger: bool = False
     """On a model with Liger's norms, MLPs and rotary embeddings."""
 
@@ -63,10 +70,8 @@ class Contender:
         """Why it cannot run; None: it can."""
         if self.liger and torch.device(device).type != "cuda":
             return "needs a GPU"
-        absent = [name for name in self.packages if find_spec(name) is None]
-        if absent:
-            return f"lacks a package: pip install {' '.join(absent).replace('_', '-')}"
-        return None
+        absent = " ".join(filter(None, map(lacking, self.packages)))
+        return f"lacks a package: pip install {absent}" if absent else None
 
 
 def contenders(objective: ObjectiveName) -> list[Contender]:
@@ -86,17 +91,14 @@ def contenders(objective: ObjectiveName) -> list[Contender]:
 def _ours(name: ObjectiveName, packed: bool) -> Loss:
     kind = {"sampled_token": SampledToken, "reverse_kl": ReverseKL}[name]
     objective = kind(ignore_first=IGNORE_FIRST)
-    policies: dict[int, TransformersModel] = {}
 
-    def loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-        policy = policies.get(id(model))
-        if policy is None:
-            policies.clear()
-            policy = policies[id(model)] = TransformersModel(model)
-            policy.packs = packed
-        return two_pass_loss(policy, batch, objective).loss
+    @lru_cache(maxsize=1)
+    def policy(model: PreTrainedModel) -> TransformersModel:
+        found = TransformersModel(model)
+        found.packs = packed
+        return found
 
-    return loss
+    return lambda model, batch: two_pass_loss(policy(model), batch, objective).loss
 
 
 def full_logits(objective: ObjectiveName) -> Loss:
@@ -105,17 +107,13 @@ def full_logits(objective: ObjectiveName) -> Loss:
 
     def loss(model: PreTrainedModel, x: Padded) -> Tensor:
         with torch.no_grad():
-            logq = _log_softmax(model, x.hindsight_BT)
-        logp = _log_softmax(model, x.policy_BT)
-        at_p, at_q = (_response_slots(x, pass_) for pass_ in (0, 1))
+            logq_BTV = _log_softmax(model, x.hindsight)
+        logp_BTV = _log_softmax(model, x.policy)
+        p, q = _at_response(logp_BTV, x.policy, x), _at_response(logq_BTV, x.hindsight, x)
         if objective == "reverse_kl":
-            p, q = _take(logp, at_p), _take(logq, at_q)
             value_BR = (p.exp() * (p - q)).sum(-1)
         else:
-            p, q = (
-                _take(t, at).gather(-1, x.response_BR[..., None])[..., 0]
-                for t, at in ((logp, at_p), (logq, at_q))
-            )
+            p, q = (t.gather(-1, x.response_BR[..., None])[..., 0] for t in (p, q))
             value_BR = -(q - p).detach() * p
         return _mean_of_means(value_BR, x)
 
@@ -130,8 +128,8 @@ def _trl(objective: ObjectiveName) -> Loss:
         from trl.experimental.sdpo import loss_utils
 
         with torch.no_grad():
-            theirs = _last_logits(model, x, x.hindsight_BT, 1)
-        ours = _last_logits(model, x, x.policy_BT, 0)
+            theirs = _last_logits(model, x.hindsight, x)
+        ours = _last_logits(model, x.policy, x)
         if objective == "reverse_kl":
             value_BR = loss_utils.compute_full_logit_self_distillation_loss(
                 ours, theirs, distillation_alpha=1.0
@@ -145,30 +143,25 @@ def _trl(objective: ObjectiveName) -> Loss:
     return loss
 
 
-def _log_softmax(model: PreTrainedModel, tokens_BT: Tensor) -> Tensor:
-    return model(input_ids=tokens_BT, use_cache=False).logits.float().log_softmax(-1)
+def _log_softmax(model: PreTrainedModel, given: Pass) -> Tensor:
+    return model(input_ids=given.tokens_BT, use_cache=False).logits.float().log_softmax(-1)
 
 
-def _response_slots(x: Padded, pass_: int) -> Tensor:
-    """(B, R): the slots whose logits predict the response."""
-    r = torch.arange(x.response_BR.shape[1], device=x.response_BR.device)
-    limit = (x.policy_BT, x.hindsight_BT)[pass_].shape[1] - 1
-    return (x.starts_B2[:, pass_, None] - 1 + r).clamp(max=limit)
+def _at_response(logp_BTV: Tensor, given: Pass, x: Padded) -> Tensor:
+    """(B, R, V) at the slots that predict the response."""
+    b, r = (torch.arange(n, device=logp_BTV.device) for n in x.response_BR.shape)
+    slots_BR = (given.starts_B[:, None] - 1 + r).clamp(max=logp_BTV.shape[1] - 1)
+    return logp_BTV[b[:, None], slots_BR]
 
 
-def _take(x_BTV: Tensor, index_BR: Tensor) -> Tensor:
-    rows_B1 = torch.arange(len(index_BR), device=index_BR.device)[:, None]
-    return x_BTV[rows_B1, index_BR]
-
-
-def _last_logits(model: PreTrainedModel, x: Padded, tokens_BT: Tensor, pass_: int) -> Tensor:
+def _last_logits(model: PreTrainedModel, given: Pass, x: Padded) -> Tensor:
     """(B, R, V). TRL pads prompts on the left, so that its responses are the last slots; these
     rows are laid out like that before they are read."""
+    tokens_BT, starts_B = given
     width, r = tokens_BT.shape[1], x.response_BR.shape[1]
-    prompt = int(x.starts_B2[:, pass_].max())
-    shift_B1 = (prompt - x.starts_B2[:, pass_])[:, None]
-    slots_1T = torch.arange(prompt + r, device=tokens_BT.device)[None]
-    source_BT = slots_1T - shift_B1
+    prompt = int(starts_B.max())
+    slots_T = torch.arange(prompt + r, device=tokens_BT.device)
+    source_BT = slots_T - (prompt - starts_B)[:, None]
     mask_BT = (source_BT >= 0) & (source_BT < width)
     rows = tokens_BT.gather(1, source_BT.clamp(0, width - 1))
     out = model(input_ids=rows, attention_mask=mask_BT, use_cache=False, logits_to_keep=r + 1)
@@ -186,8 +179,7 @@ def _packed(items: Sequence[Encoded], slots: int, device: str) -> list[Batch]:
     flash = torch.device(device).type == "cuda" and is_flash_attn_2_available()
     row_tokens = slots // 2 if flash else min(slots // 2, DENSE_ROW)
     config = BatchConfig(row_tokens=row_tokens, micro_batch_tokens=slots)
-    weighted: list[Example] = [(e, 1 / len(items)) for e in items]
-    return [b.to(device) for b in micro_batches(weighted, config)]
+    return [b.to(device) for b in micro_batches([(e, 1 / len(items)) for e in items], config)]
 
 
 def padded(items: Sequence[Encoded], slots: int, device: str) -> list[Padded]:
@@ -202,16 +194,17 @@ def padded(items: Sequence[Encoded], slots: int, device: str) -> list[Padded]:
 
 
 def _pad(group: Sequence[Encoded], total: int, device: str) -> Padded:
-    def rows(sequences: Iterator[tuple[int, ...]]) -> Tensor:
+    def rows(sequences: Iterable[Sequence[float]]) -> Tensor:
         return pad_sequence([torch.tensor(s) for s in sequences], batch_first=True).to(device)
 
-    counted = [[float(i >= IGNORE_FIRST) for i in range(len(e.response))] for e in group]
-    starts = torch.tensor([[len(e.policy), len(e.hindsight)] for e in group], device=device)
+    def reading(prompts: Sequence[tuple[int, ...]]) -> Pass:
+        tokens_BT = rows(p + e.response for p, e in zip(prompts, group, strict=True))
+        return Pass(tokens_BT, torch.tensor([len(p) for p in prompts], device=device))
+
     return Padded(
-        policy_BT=rows(e.policy + e.response for e in group),
-        hindsight_BT=rows(e.hindsight + e.response for e in group),
-        starts_B2=starts,
+        policy=reading([e.policy for e in group]),
+        hindsight=reading([e.hindsight for e in group]),
         response_BR=rows(e.response for e in group),
-        counted_BR=rows(tuple(c) for c in counted),
+        counted_BR=rows([float(i >= IGNORE_FIRST) for i in range(len(e.response))] for e in group),
         share=len(group) / total,
     )

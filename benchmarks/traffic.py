@@ -81,14 +81,21 @@ def work_of(each: Interactions, parallel: ParallelConfig, ranks: int) -> Work:
     return Work(m, *sizes, chunk_bytes=tuning.CHUNK_BYTES["cuda"])
 
 
-def model_flops(shape: ModelShape, each: Interactions) -> tuple[float, float]:
-    """Flops of one interaction: layers and lm_head. Counted as ``benchmarks.step`` does: two per
-    weight and token in a forward, four more in a backward, causal attention, no recomputation."""
+def model_flops(
+    shape: ModelShape, policy: int, hindsight: int, response: int
+) -> tuple[float, float]:
+    """Flops that one interaction needs, of layers and lm_head; its tokens in the policy's pass, in
+    the hindsight pass, and in the response.
+
+    Two per weight and token in a forward, four more in a backward; causal attention; the lm_head at
+    response tokens only, without a gradient for the hindsight pass. Padding, recomputation and
+    logits of prompts do not count.
+    """
     body = shape.layers * shape.layer() + shape.hidden
     layers = 0.0
-    for t, passes in zip(each.lengths, (3, 1), strict=True):
+    for t, passes in ((policy, 3), (hindsight, 1)):
         layers += passes * (2 * body * t + 2 * shape.layers * shape.q * t * t)
-    return layers, 8 * shape.head() * each.response
+    return layers, 8 * shape.head() * response
 
 
 def ring(operator: str, size: float, ranks: int) -> float:
@@ -97,22 +104,13 @@ def ring(operator: str, size: float, ranks: int) -> float:
 
 
 class Sent(NamedTuple):
-    """By one rank in a step, for one purpose."""
+    """By one rank in a step, for one purpose; until ``ring`` has been applied, the bytes are those
+    of the whole tensors."""
 
     what: str
     axis: Axis
     operator: Operator
     bytes: float
-    collectives: float
-
-
-class _Flow(NamedTuple):
-    """A purpose: bytes of the whole tensors of a step, added up, and their number."""
-
-    what: str
-    axis: Axis
-    operator: Operator
-    size: float
     collectives: float
 
 
@@ -128,11 +126,7 @@ def degrees(parallel: ParallelConfig, ranks: int) -> dict[Axis, int]:
 
 
 def traffic(
-    shape: ModelShape,
-    work: Work,
-    parallel: ParallelConfig,
-    ranks: int,
-    device_type: str = "cuda",
+    shape: ModelShape, work: Work, parallel: ParallelConfig, ranks: int, device_type: str = "cuda"
 ) -> list[Sent]:
     """What one rank sends in a step of reverse KL with a live teacher and no adapters."""
     item = 4 if parallel.resolve_dtype(device_type) == "float32" else 2
@@ -144,27 +138,27 @@ def traffic(
         *_context(shape, work, parallel, item),
     ]
     return [
-        Sent(what, axis, op, ring(op, size, sizes[axis]), number)
-        for what, axis, op, size, number in flows
-        if sizes[axis] > 1
+        s._replace(bytes=ring(s.operator, s.bytes, sizes[s.axis]))
+        for s in flows
+        if sizes[s.axis] > 1
     ]
 
 
 def _weights(
     shape: ModelShape, work: Work, parallel: ParallelConfig, item: int, shards: int
-) -> Iterator[_Flow]:
+) -> Iterator[Sent]:
     """FSDP2: layers and untied embeddings are gathered by each pass and by the backward; the head's
     group once a step. All gradients are reduced once a micro-batch, in float32."""
     m, t = work.micro_batches, parallel.tensor
     edge = 0 if shape.tied else shape.head(t)
     each, groups = shape.layers * shape.layer(t) + edge, shape.layers + (edge > 0)
     for name in ("hindsight pass", "policy pass", "backward"):
-        yield _Flow(f"weights, {name}", "shards", "all-gather", m * item * each, m * groups)
+        yield Sent(f"weights, {name}", "shards", "all-gather", m * item * each, m * groups)
     last = item * (shape.head(t) + shape.hidden)
-    yield _Flow("weights, head", "shards", "all-gather", last, 1)
+    yield Sent("weights, head", "shards", "all-gather", last, 1)
     gradients = m * MASTER * shape.parameters(t)
-    yield _Flow("gradients", "shards", "reduce-scatter", gradients, m * (groups + 1))
-    yield _Flow("gradients", "replicas", "all-reduce", gradients / shards, m * (groups + 1))
+    yield Sent("gradients", "shards", "reduce-scatter", gradients, m * (groups + 1))
+    yield Sent("gradients", "replicas", "all-reduce", gradients / shards, m * (groups + 1))
 
 
 def _passes(parallel: ParallelConfig, work: Work) -> tuple[float, float]:
@@ -173,7 +167,7 @@ def _passes(parallel: ParallelConfig, work: Work) -> tuple[float, float]:
     return (work.hindsight_slots + work.policy_slots) / parallel.context, again / parallel.context
 
 
-def _tensor(shape: ModelShape, work: Work, parallel: ParallelConfig, item: int) -> Iterator[_Flow]:
+def _tensor(shape: ModelShape, work: Work, parallel: ParallelConfig, item: int) -> Iterator[Sent]:
     """Activations enter attention and MLP whole and leave them as addends, 2 L times and once more
     at the model's ends; a backward turns each around."""
     m, layers = work.micro_batches, shape.layers
@@ -183,34 +177,34 @@ def _tensor(shape: ModelShape, work: Work, parallel: ParallelConfig, item: int) 
     size = m * item * shape.hidden * (slots + 2 * layers * again)
     norms = layers * 2 * shape.head_dim * shape.qk_norm
     if parallel.sequence_parallel:
-        yield _Flow("activations, gathered", "tensor", "all-gather", size, number)
-        yield _Flow("activations, added up", "tensor", "reduce-scatter", size, number)
+        yield Sent("activations, gathered", "tensor", "all-gather", size, number)
+        yield Sent("activations, added up", "tensor", "reduce-scatter", size, number)
         norms += (2 * layers + 1) * shape.hidden
     else:
-        yield _Flow("activations, added up", "tensor", "all-reduce", size, number)
+        yield Sent("activations, added up", "tensor", "all-reduce", size, number)
     several = layers * (2 * shape.qk_norm + 2 * parallel.sequence_parallel)
     several += parallel.sequence_parallel
-    yield _Flow("norms' gradients", "tensor", "all-reduce", m * MASTER * norms, m * several)
+    yield Sent("norms' gradients", "tensor", "all-reduce", m * MASTER * norms, m * several)
 
 
-def _head(shape: ModelShape, work: Work, parallel: ParallelConfig) -> Iterator[_Flow]:
+def _head(shape: ModelShape, work: Work, parallel: ParallelConfig) -> Iterator[Sent]:
     """The kernels': kernels/README.md, Tensor parallel."""
     m, n, t = work.micro_batches, work.responses / parallel.context, parallel.tensor
     rows = max(1, work.chunk_bytes // (2 * 4 * -(-shape.vocabulary // t)))
     chunks = m * math.ceil(n / rows)
-    yield _Flow("logits' statistics", "head", "all-gather", m * 36 * n * t, chunks)
-    yield _Flow("values", "head", "all-reduce", m * 4 * n, m)
+    yield Sent("logits' statistics", "head", "all-gather", m * 36 * n * t, chunks)
+    yield Sent("values", "head", "all-reduce", m * 4 * n, m)
 
 
-def _context(shape: ModelShape, work: Work, parallel: ParallelConfig, item: int) -> Iterator[_Flow]:
+def _context(shape: ModelShape, work: Work, parallel: ParallelConfig, item: int) -> Iterator[Sent]:
     """Keys and values of each layer are gathered, their gradients reduced; the rows that the head
     reads are exchanged after both passes, and the policy's gradient of them."""
     m, layers, t = work.micro_batches, shape.layers, parallel.tensor
     again = parallel.activation_checkpoint != "none"
     slots = work.hindsight_slots + work.policy_slots * (1 + again)
     pair = 2 * m * layers * item * shape.kv / t
-    yield _Flow("keys, values", "context", "all-gather", pair * slots, 2 * m * layers * (2 + again))
+    yield Sent("keys, values", "context", "all-gather", pair * slots, 2 * m * layers * (2 + again))
     back = pair * work.policy_slots
-    yield _Flow("their gradients", "context", "reduce-scatter", back, 2 * m * layers)
+    yield Sent("their gradients", "context", "reduce-scatter", back, 2 * m * layers)
     rows = 3 * m * item * work.responses * shape.hidden
-    yield _Flow("response rows", "context", "all-reduce", rows, 3 * m)
+    yield Sent("response rows", "context", "all-reduce", rows, 3 * m)

@@ -9,8 +9,7 @@ differs, is reported with its reason. TRITON_INTERPRET=1 runs it without a GPU, 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measure import Spread, interleaved, machine, relative_error
+from benchmarks.measure import OnDevice, Spread, interleaved, machine, relative_error
 from benchmarks.problems import head, problem
-from benchmarks.report import append, first_line, milliseconds
+from benchmarks.report import first_line, grid, milliseconds
 from sdpo_kernels import linear_reverse_kl
 from sdpo_kernels._impl import fused_triton, partials, rows_triton, tuning
 from sdpo_kernels._impl.options import Spec
@@ -52,7 +51,7 @@ SPEC = Spec("reverse_kl")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(OnDevice):
     """The problem that is tuned for."""
 
     head: str = "qwen3-8b"
@@ -62,9 +61,6 @@ class Settings:
     """Tokens whose logits the row kernels read."""
     seconds: float = 0.5
     """Seconds of timing per variant."""
-    out: Path | None = None
-    """JSON lines are appended to this file."""
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -83,16 +79,13 @@ class Variant:
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        before = {name: getattr(self.module, name) for name in self.values}
-        self._set(self.values)
+        names = vars(self.module)
+        before = {name: names[name] for name in self.values}
+        names.update(self.values)
         try:
             yield
         finally:
-            self._set(before)
-
-    def _set(self, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            setattr(self.module, name, value)
+            names.update(before)
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
@@ -114,8 +107,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
             row |= dict(tokens=settings.tokens, machine=about)
         rows += found
         console.print(_table(title, unit, found))
-        if settings.out is not None:
-            append(settings.out, found)
+        settings.keep(found)
     return rows
 
 
@@ -146,8 +138,8 @@ def _measure(
         return call
 
     found = interleaved({n: timer(v) for n, v in timed.items()}, device, seconds)
-    for name, seconds_ in found.items():
-        spread = Spread.of([sum(s) for s in seconds_])
+    for name, rounds in found.items():
+        spread = Spread.of(map(sum, rounds))
         scale = 1e12 if unit == "Tflop/s" else 1e9
         rate = timed[name].work / spread.median / scale
         rows[name] |= dict(seconds={"call": asdict(spread)}, rate=rate, unit=unit)
@@ -208,7 +200,7 @@ def _chunk_variants(settings: Settings, v: int, d: int, device: torch.device) ->
 
     def call() -> Tensor:
         x.forget()
-        out = linear_reverse_kl(x.hidden, x.weight, x.hindsight, token_weights=weights)
+        out = linear_reverse_kl(x.hidden, x.weight, x.teacher, token_weights=weights)
         assert out.loss is not None
         out.loss.backward()
         return out.value
@@ -219,23 +211,14 @@ def _chunk_variants(settings: Settings, v: int, d: int, device: torch.device) ->
 
 
 def _table(title: str, unit: str, rows: list[dict[str, Any]]) -> Table:
-    grid = Table(title=title, title_justify="left")
-    for column in ("", "ms", unit):
-        grid.add_column(column, justify="right" if column else "left")
+    found = grid(title, "", "ms", unit)
     for row in sorted(rows, key=lambda r: -r.get("rate", 0)):
+        cells = row["verdict"], row.get("note", "")
         if "rate" in row:
-            grid.add_row(
-                row["contender"], milliseconds(row["seconds"]["call"]), f"{row['rate']:,.1f}"
-            )
-        else:
-            grid.add_row(row["contender"], row["verdict"], row.get("note", ""))
-    return grid
-
-
-def main(settings: Settings) -> None:
-    """Run it."""
-    run(settings)
+            cells = milliseconds(row["seconds"]["call"]), f"{row['rate']:,.1f}"
+        found.add_row(row["contender"], *cells)
+    return found
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    run(tyro.cli(Settings, description=__doc__))

@@ -1,14 +1,9 @@
 """What counts as moved between two runs."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-from benchmarks.compare import compare
-from benchmarks.report import read
-from helpers.runs import ENV
+from benchmarks.compare import compare, main
+from benchmarks.report import Output, read
 
 
 def row(contender="sdpo", median=1.0, noise=0.02, **other):
@@ -48,29 +43,29 @@ def test_verdicts_and_memory_move_too():
     assert memory.what == "memory" and memory.worse
 
 
-def test_the_command_fails_for_our_regressions_only(tmp_path):
-    def write(name, rows):
-        (tmp_path / name).write_text("".join(json.dumps(r) + "\n" for r in rows))
-        return str(tmp_path / name)
-
-    old = write("old.jsonl", [row(), row("torch")])
-    ours = write("ours.jsonl", [row(median=2.0), row("torch")])
-    theirs = write("theirs.jsonl", [row(), row("torch", 2.0)])
-    broken = write("broken.jsonl", [])
-    (tmp_path / "broken.jsonl").write_text('{"a": 1}\nnot json\n')
-    for new, code in ((old, 0), (ours, 1), (theirs, 0), (broken, 1), (f"{old}x", 1)):
-        command = [sys.executable, "-m", "benchmarks.compare", old, new]
-        done = subprocess.run(command, env=ENV, capture_output=True, text=True)
-        assert done.returncode == code, done.stdout + done.stderr
-        if new == broken:
-            assert "broken.jsonl, line 2: not a JSON object" in done.stderr
-        if new == ours:
-            assert "+100.0%" in done.stdout
+def test_the_command_fails_for_our_regressions_only(tmp_path, capsys):
+    names = "old", "ours", "theirs", "broken", "absent"
+    old, ours, theirs, broken, absent = (tmp_path / f"{name}.jsonl" for name in names)
+    Output(out=old).keep([row(), row("torch")])
+    Output(out=ours).keep([row(median=2.0), row("torch")])
+    Output(out=theirs).keep([row(), row("torch", 2.0)])
+    broken.write_text('{"a": 1}\nnot json\n')
+    for new, status, told in (
+        (old, False, "2 results in both; 0 moved"),
+        (ours, True, "+100.0%"),
+        (theirs, False, "+100.0%"),
+        (broken, "error: {}, line 2: not a JSON object", ""),
+        (absent, "error: {}: no results there", ""),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(old, new)
+        assert stop.value.code == (status.format(new) if isinstance(status, str) else status)
+        assert told in capsys.readouterr().out
 
 
 def test_reading_a_folder(tmp_path):
     with pytest.raises(ValueError, match="no results there"):
         read(tmp_path)
     for name in ("a", "b"):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row(name)) + "\n")
+        Output(out=tmp_path / f"{name}.jsonl").keep([row(name)])
     assert [r["contender"] for r in read(tmp_path)] == ["a", "b"]

@@ -1,6 +1,5 @@
 """The generated log is what it says it is; the benchmark compares equals, and notices if not."""
 
-import json
 import re
 from collections import Counter
 from dataclasses import replace
@@ -13,6 +12,7 @@ import pytest
 from benchmarks import logs, prepare, prepare_rival
 from benchmarks.logs import LogConfig, make_pool, make_table, write_log
 from benchmarks.prepare import Settings
+from benchmarks.report import Output, read
 
 N = 4000
 MESSAGE = ("content", "role", "language", "toxic", "redacted", "turn_identifier", "country")
@@ -46,50 +46,41 @@ def test_the_schema_is_wildchats(table, messages):
     assert table.schema.field("timestamp").type == pa.timestamp("us", tz="UTC")
     moderation = table["openai_moderation"].combine_chunks()
     assert len(moderation.flatten()) == len(messages)
-    assert {field.name for field in moderation.type.value_type} == {
-        "flagged",
-        "categories",
-        "category_scores",
-    }
+    fields = {field.name for field in moderation.type.value_type}
+    assert fields == {"flagged", "categories", "category_scores"}
     assert "toxicity" in {field.name for field in table["detoxify_moderation"].type.value_type}
     table.validate(full=True)
 
 
-def test_lengths_and_turns(table, messages):
-    roles = np.array(messages.field("role"))
-    length = np.array([len(text) for text in messages.field("content").to_pylist()])
-    median = {role: np.median(length[roles == role]) for role in prepare_rival.NAMES}
-    assert 45 < median["user"] < 75 and 700 < median["assistant"] < 1000
-    assert 0.001 < np.mean(length > 4096) < 0.03
-    turns = np.asarray(table["turn"])
-    assert turns.min() == 1 and turns.max() == 12 and 2.3 < turns.mean() < 2.7
-    size = messages.field("content").nbytes / N
-    assert 2000 < size < 4500
-
-
-def test_shares(table, messages):
-    def share(flags) -> float:
-        return float(np.mean(np.asarray(flags)))
-
-    languages = Counter(table["language"].to_pylist())
-    assert 0.48 < languages["English"] / N < 0.56 and 0.01 < languages[None] / N < 0.03
-    assert 0.03 < share(table["toxic"]) < 0.07 and 0.005 < share(table["redacted"]) < 0.03
+def test_lengths_and_shares(table, messages):
     content = messages.field("content").to_pylist()
-    assert 0.001 < share([text == "" for text in content]) < 0.006
-    assert 0.0005 < share([text == " \n " for text in content]) < 0.005
+    roles = np.array(messages.field("role"))
+    length = np.array([len(text) for text in content])
+    turns = np.asarray(table["turn"])
+    languages, users = (Counter(table[name].to_pylist()) for name in ("language", "hashed_ip"))
     personal = re.compile(r"@example\.com|\+1 415 555|My card is|The server is at|the key sk-")
-    assert 0.03 * N < sum(personal.search(text) is not None for text in content) < 0.07 * N
-    injected = sum(text in logs.INJECTIONS for text in content)
-    assert 0 < injected < 0.005 * len(content)
-    users = Counter(table["hashed_ip"].to_pylist())
+    together = [[m["role"] for m in c] for c in table["conversation"].to_pylist()]
+    repeats = sum(a == b for c in together for a, b in zip(c, c[1:], strict=False))
+    assert turns.min() == 1 and turns.max() == 12
     assert max(users.values()) >= 5 and len(users) > N / 3
-
-
-def test_roles_repeat_now_and_then(table):
-    roles = [[m["role"] for m in c] for c in table["conversation"].to_pylist()]
-    repeats = sum(a == b for c in roles for a, b in zip(c, c[1:], strict=False))
-    assert 0 < repeats < 0.03 * sum(map(len, roles))
-    assert 0 < sum(c.count("system") for c in roles) < 0.01 * sum(map(len, roles))
+    for found, low, high in (
+        (np.median(length[roles == "user"]), 45, 75),
+        (np.median(length[roles == "assistant"]), 700, 1000),
+        (np.mean(length > 4096), 0.001, 0.03),
+        (turns.mean(), 2.3, 2.7),
+        (messages.field("content").nbytes / N, 2000, 4500),
+        (languages["English"] / N, 0.48, 0.56),
+        (languages[None] / N, 0.01, 0.03),
+        (np.mean(table["toxic"]), 0.03, 0.07),
+        (np.mean(table["redacted"]), 0.005, 0.03),
+        (content.count("") / len(content), 0.001, 0.006),
+        (content.count(" \n ") / len(content), 0.0005, 0.005),
+        (sum(personal.search(text) is not None for text in content) / N, 0.03, 0.07),
+        (sum(text in logs.INJECTIONS for text in content) / len(content), 0, 0.005),
+        (repeats / len(content), 0, 0.03),
+        (np.mean(roles == "system"), 0, 0.01),
+    ):
+        assert low < found < high
 
 
 def test_exact_and_near_duplicates_and_repeated_ids(table):
@@ -122,34 +113,29 @@ def test_a_conversation_depends_on_seed_and_number_alone(table, pool):
     some = np.array([3, 700, 701, 3999])
     assert make_table(some, 0, pool).equals(table.take(pa.array(some)).combine_chunks())
     assert texts(make_table(some, 1, pool)) != texts(table.take(pa.array(some)))
-    assert pool.pieces.equals(make_pool.__wrapped__(0).pieces)
-    assert not pool.pieces.equals(make_pool(1).pieces)
+    assert pool.equals(make_pool.__wrapped__(0)) and not pool.equals(make_pool(1))
 
 
 def test_files_hold_the_same_log_however_it_is_cut(tmp_path, table):
     whole = LogConfig(conversations=900, files=1, row_group=1000)
     cut = replace(whole, files=3, row_group=70)
     one, three = write_log(tmp_path / "1", whole), write_log(tmp_path / "3", cut)
+    assert write_log(tmp_path / "again", whole)[0].read_bytes() == one[0].read_bytes()
     assert [p.name for p in three] == [f"train-0000{i}-of-00003.parquet" for i in range(3)]
-    read = pa.concat_tables(map(pq.read_table, three)).combine_chunks()
-    assert read.equals(pq.read_table(one[0]).combine_chunks())
-    assert read.equals(table.slice(0, 900).combine_chunks())
+    found = pa.concat_tables(map(pq.read_table, three)).combine_chunks()
+    assert found.equals(pq.read_table(one[0]).combine_chunks())
+    assert found.equals(table.slice(0, 900).combine_chunks())
     assert pq.read_metadata(three[0]).num_row_groups == 5
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_again_gives_the_same_bytes(tmp_path):
-    config = LogConfig(conversations=300, files=1)
-    once, again = (write_log(tmp_path / name, config)[0].read_bytes() for name in "ab")
-    assert once == again
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"conversations": 0}, {"files": 0}, {"files": 9}, {"row_group": 0}]
-)
-def test_impossible_logs_are_refused(wrong):
-    with pytest.raises(ValueError, match="use"):
-        LogConfig(**{"conversations": 8} | wrong)
+def test_impossible_settings_are_refused():
+    for wrong in (dict(conversations=0), dict(conversations=8, files=9), dict(row_group=0)):
+        with pytest.raises(ValueError, match="use at least 1 of each, and no more files than"):
+            LogConfig(**wrong)
+    for wrong in (dict(workers=0), dict(rounds=0), dict(kill=-1), dict(levels=())):
+        with pytest.raises(ValueError, match="least 1|name some"):
+            Settings(**wrong)
 
 
 # ---- the comparison ------------------------------------------------------------------------------
@@ -164,7 +150,7 @@ def row(id: str, answer: str = "b") -> dict:
 
 
 def write(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    Output(out=path).keep(rows)
     return path
 
 
@@ -198,7 +184,7 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepare")
     settings = Settings(conversations=2000, workers=1, kill=1, scratch=folder, out=folder / "rows")
     prepare.main(settings)
-    return settings, [json.loads(line) for line in (folder / "rows").read_text().splitlines()]
+    return settings, read(folder / "rows")
 
 
 def test_all_sides_give_the_same_interactions_at_both_levels(measured):
@@ -231,21 +217,16 @@ def test_a_run_that_ends_otherwise_is_an_error(tmp_path):
     script += "for s in ('.jsonl', '.manifest.parquet', '.report.json'):\n"
     script += "    out.with_suffix(s).write_text('two')"
     command = [prepare.sys.executable, "-c", script, str(out)]
-    for path in (out, prepare.manifest_path(out), prepare.report_path(out)):
+    for path in prepare.written(out):
         path.write_text("two")
     found = prepare.killed(command, out, 1, 0.5, 0)
-    assert len(found.seconds) == 1 and found.last_seconds >= 0.5
+    assert len(found["killed_after"]) == 1 and found["last_seconds"] >= 0.5
     out.write_text("one")
     with pytest.raises(ValueError, match="another x.jsonl"):
         prepare.killed(command, out, 1, 0.5, 0)
     out.write_text("two")
-    assert prepare.killed(command, out, 1, 20.0, 0).seconds[0] < 20 * 0.9 * 0.3  # it had ended
-
-
-@pytest.mark.parametrize("wrong", [{"workers": 0}, {"rounds": 0}, {"kill": -1}, {"levels": ()}])
-def test_impossible_settings_are_refused(wrong):
-    with pytest.raises(ValueError, match="least 1|name some"):
-        Settings(**wrong)
+    (moment,) = prepare.killed(command, out, 1, 20.0, 0)["killed_after"]
+    assert moment < 20 * 0.9 * 0.3  # it had ended
 
 
 # ---- the rival -----------------------------------------------------------------------------------

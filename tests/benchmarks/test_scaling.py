@@ -1,7 +1,8 @@
 """The traffic model against counted bytes, the fits against known coefficients, and the command."""
 
-import json
+from collections import Counter
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from benchmarks import counting, fits, prediction, scaling, traffic
 from benchmarks.counting import Job
 from benchmarks.models import QWEN3
 from benchmarks.prediction import GPUS, Links
+from benchmarks.report import Output, read
 from benchmarks.scaling import Settings
 from benchmarks.traffic import Interactions, Work, ring
 from sdpo_parallel.config import ParallelConfig
@@ -51,7 +53,7 @@ def test_a_model_that_forgets_something_is_noticed(counted, monkeypatch):
 
     def half(name):
         once = getattr(traffic, name)
-        return lambda *a: [f._replace(size=f.size / 2) for f in once(*a)]
+        return lambda *a: [f._replace(bytes=f.bytes / 2) for f in once(*a)]
 
     noticed = [
         ("context 2", "_weights", without),  # a pass that gathers nothing
@@ -71,16 +73,15 @@ def test_a_model_that_forgets_something_is_noticed(counted, monkeypatch):
 
 def test_by_the_ring_convention():
     assert ring("all-gather", 800.0, 8) == ring("reduce-scatter", 800.0, 8) == 700
-    assert ring("all-reduce", 800.0, 8) == 1400
-    assert ring("all-reduce", 800.0, 1) == 0
+    assert ring("all-reduce", 800.0, 8) == 1400 and ring("all-reduce", 800.0, 1) == 0
 
 
-def total(ranks: int, **layout) -> dict[str, float]:
+def total(ranks: int, shape=QWEN3_8B, **layout) -> Counter[str]:
     """Bytes by axis."""
-    out: dict[str, float] = {}
-    for s in traffic.traffic(QWEN3_8B, WORK, ParallelConfig(**layout), ranks):
-        out[s.axis] = out.get(s.axis, 0.0) + s.bytes
-    return out
+    found = Counter()
+    for s in traffic.traffic(shape, WORK, ParallelConfig(**layout), ranks):
+        found[s.axis] += s.bytes
+    return found
 
 
 def test_shards_send_more_the_more_there_are_and_never_twice_the_weights():
@@ -98,21 +99,14 @@ def test_each_axis_appears_with_its_degree():
     assert total(1) == {}
     assert set(total(8)) == {"shards"}
     assert set(total(8, replicate=8)) == {"replicas"}
-    assert set(total(16, replicate=2, tensor=2, context=2)) == {
-        "shards",
-        "replicas",
-        "tensor",
-        "head",
-        "context",
-    }
+    assert set(total(16, replicate=2, tensor=2, context=2)) == set(get_args(traffic.Axis))
     assert total(8, tensor=2)["shards"] < 0.51 * total(8)["shards"]
 
 
 def test_the_heads_traffic_is_40_bytes_a_token_whatever_the_vocabulary():
-    assert total(2, tensor=2)["head"] == WORK.micro_batches * WORK.responses * (36 + 4)
-    large = replace(QWEN3_8B, vocabulary=2 * QWEN3_8B.vocabulary)
-    sent = traffic.traffic(large, WORK, ParallelConfig(tensor=2), 2)
-    assert sum(s.bytes for s in sent if s.axis == "head") == total(2, tensor=2)["head"]
+    for vocabulary in (QWEN3_8B.vocabulary, 2 * QWEN3_8B.vocabulary):
+        shape = replace(QWEN3_8B, vocabulary=vocabulary)
+        assert total(2, shape, tensor=2)["head"] == WORK.micro_batches * WORK.responses * (36 + 4)
 
 
 def test_links_follow_from_the_layout():
@@ -128,8 +122,10 @@ def test_links_follow_from_the_layout():
 
 
 # ---- prediction ----------------------------------------------------------------------------------
-def predict(ranks: int, *, each=None, gpu=None, links=None, **layout):
-    each, gpu, links = each or Interactions(), gpu or GPUS["h100"], links or Links()
+EACH, LINKS = Interactions(), Links()
+
+
+def predict(ranks: int, *, each=EACH, gpu=GPUS["h100"], links=LINKS, **layout):
     return prediction.predict(QWEN3_8B, each, ParallelConfig(**layout), ranks, gpu, links)
 
 
@@ -155,15 +151,6 @@ def test_weak_scaling_keeps_a_gpus_work_and_strong_scaling_the_steps():
     assert predict(1024, each=strong).tokens_per_second < predict(8).tokens_per_second / 5, (
         "fewer interactions than GPUs"
     )
-
-
-def test_flops_are_those_that_the_step_benchmark_counts():
-    """6 per weight and token of the policy's pass, 2 of the hindsight's, before attention."""
-    each = Interactions(prompt=1, hindsight=1, response=1)
-    layers, head = traffic.model_flops(QWEN3_8B, each)
-    body = QWEN3_8B.parameters() - 2 * QWEN3_8B.head()
-    assert layers == pytest.approx(8 * body * 2, rel=1e-3)
-    assert head == 8 * 151_936 * 4096
 
 
 def test_all_layouts_use_all_gpus_once():
@@ -245,16 +232,22 @@ def test_the_objectives_time_is_taken_from_the_same_gpu():
 
 
 # ---- the command ---------------------------------------------------------------------------------
-def test_predictions_are_printed_with_what_they_assume(tmp_path, capsys):
-    results, out = tmp_path / "r.jsonl", tmp_path / "out.jsonl"
-    rows = objective_rows("some CPU", None, "float32")
-    results.write_text("".join(json.dumps(r) + "\n" for r in rows))
+@pytest.fixture
+def results(tmp_path):
+    """A file of the objective's times on a CPU."""
+    written = Output(out=tmp_path / "results.jsonl")
+    written.keep(objective_rows("some CPU", None, "float32"))
+    return written.out
+
+
+def test_predictions_are_printed_with_what_they_assume(results, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
     found = scaling.run(Settings(count=False, results=results, gpus=(8, 64), out=out))
     said = " ".join(capsys.readouterr().out.split())
     assert "PREDICTED, not measured: qwen3-8b on H100" in said
     assert "no GPU has been measured: efficiency 0.40 is an assumption" in said
     assert "weak scaling: 128 interactions a step for every 8 GPUs" in said
-    written = [json.loads(line) for line in out.read_text().splitlines()]
+    written = read(out)
     assert len(written) == len(found) and {r["benchmark"] for r in written} == {"scaling"}
     predicted = [r for r in written if r["kind"] == "prediction"]
     assert {r["ranks"] for r in predicted if r["best"]} == {8, 64}
@@ -262,10 +255,7 @@ def test_predictions_are_printed_with_what_they_assume(tmp_path, capsys):
     assert all(r["memory"] <= 0.9 * 80 * 2**30 for r in predicted)
 
 
-def test_what_does_not_fit_is_said(tmp_path, capsys):
-    results = tmp_path / "r.jsonl"
-    rows = objective_rows("some CPU", None, "float32")
-    results.write_text("".join(json.dumps(r) + "\n" for r in rows))
+def test_what_does_not_fit_is_said(results, capsys):
     at = Settings(model="qwen3-32b", gpus=(8,), count=False, results=results)
     assert not [r for r in scaling.run(at) if r["kind"] == "prediction"]
     assert "8 GPUs: no layout fits 80 GiB" in capsys.readouterr().out

@@ -6,18 +6,14 @@ import pytest
 import torch
 
 from benchmarks import step
+from benchmarks.models import TINY as SIZES
 from benchmarks.report import read
-from benchmarks.step import LIMIT, Check, Settings, build, interactions, model_flops
+from benchmarks.step import LIMIT, Check, Settings, build, interactions, tokens
 from benchmarks.step_contenders import contenders, padded
+from benchmarks.traffic import model_flops, shape_of
 
-TINY = Settings(
-    models=("check",),
-    interactions=3,
-    prompt=12,
-    micro_batch_tokens=128,
-    seconds=0.001,
-    device="cpu",
-).resolved()
+SMALL = dict(models=("check",), interactions=3, prompt=12, micro_batch_tokens=128)
+TINY = Settings(**SMALL, seconds=0.001, device="cpu").resolved()
 
 
 @pytest.mark.parametrize("objective", ["sampled_token", "reverse_kl"])
@@ -50,7 +46,7 @@ def test_another_objective_or_forgotten_tokens_are_noticed():
 
 def test_a_run_measures_everyone_on_the_same_tokens(tmp_path, capsys):
     out = tmp_path / "step.jsonl"
-    rows = step.run(Settings(**{**vars(TINY), "out": out}))
+    rows = step.run(replace(TINY, out=out))
     assert read(out) == rows
     timed = [r for r in rows if "seconds" in r]
     assert [r["verdict"] for r in timed] == ["right"] * 4
@@ -77,11 +73,12 @@ def test_flops_are_those_of_the_products():
     model = build("check", TINY, torch.float32)
     (item,) = interactions(TINY, 512)[:1]
     linear = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
-    n, width = len(item.response), 2 * 4 * 16
-    tokens = len(item.policy) + n, len(item.hindsight) + n
-    expected = 6 * linear * tokens[0] + 2 * linear * tokens[1] + 8 * 512 * 64 * n
-    expected += 6 * width * tokens[0] ** 2 + 2 * width * tokens[1] ** 2
-    assert model_flops(model, [item]) == pytest.approx(expected, rel=0.02)  # norms' weights
+    (policy, hindsight, n), width = tokens(item), 2 * 4 * 16
+    assert (policy, n) == (len(item.policy) + n, len(item.response))
+    expected = 6 * linear * policy + 2 * linear * hindsight + 8 * 512 * 64 * n
+    expected += 6 * width * policy**2 + 2 * width * hindsight**2
+    flops = sum(model_flops(shape_of(SIZES["check"]), policy, hindsight, n))
+    assert flops == pytest.approx(expected, rel=0.02)  # norms' weights
 
 
 def test_an_unknown_model_is_named():
