@@ -1,6 +1,6 @@
 """Run under torchrun: one step of several micro-batches, every collective counted.
 
-argv: JSON of ``benchmarks.counting.Job``'s fields. The last line of stdout is JSON: a list of
+argv: JSON as ``benchmarks.counting_worker`` takes it. The last line of stdout is JSON: a list of
 ``Collective``s.
 """
 

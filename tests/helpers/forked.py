@@ -1,9 +1,9 @@
 """torchrun, from a process that has imported torch and torchtitan already.
 
-On two cores, torchrun and its ranks import for twenty seconds, and then train a tiny model for five. Here
-one process imports; for each job it forks torchrun's own agent (``torch.distributed.launcher``), which
-forks the ranks. Rendezvous, process groups and environment are torchrun's. Launch files, killed runs
-and the demo are tested with torchrun itself.
+On two cores, torchrun and its ranks import for twenty seconds, and then train a tiny model for
+five. Here one process imports; for each job it forks torchrun's own agent
+(``torch.distributed.launcher``), which forks the ranks. Rendezvous, process groups and environment
+are torchrun's. Launch files, killed runs and the demo are tested with torchrun itself.
 """
 
 import functools
@@ -16,6 +16,9 @@ import sys
 import tempfile
 
 from helpers.environment import ENV
+
+IMPORTED = ("sdpo.train.command", "sdpo_parallel.torchtitan.engine", "torchtitan.trainer")
+"""Last what torchtitan imports where it builds a model."""
 
 
 def run(ranks: int, *program: str) -> subprocess.CompletedProcess[str]:
@@ -41,16 +44,9 @@ def _server() -> subprocess.Popen[str]:
 
 def serve() -> None:
     """For each line of stdin fork an agent; print its exit status."""
-    import torch.distributed.launcher  # noqa: F401
-
     if importlib.util.find_spec("torchtitan"):  # the kernels' tests do without
-        from sdpo_parallel.torchtitan import cpu
-
-        cpu.prepare()
-        import sdpo.train.command
-        import sdpo_parallel.torchtitan.engine
-        import torchtitan.trainer  # noqa: F401  which building a model imports
-
+        for name in IMPORTED:
+            importlib.import_module(name)
     for line in sys.stdin:
         if not (agent := os.fork()):
             code = 1

@@ -1,12 +1,11 @@
 """What a step sends: counted on real process groups."""
 
 import json
-from dataclasses import asdict
 
 import pytest
 
 from benchmarks.collectives import Collective
-from benchmarks.counting import Job
+from benchmarks.counting import STEP
 from benchmarks.models import TINY
 from benchmarks.traffic import shape_of
 from helpers import runs
@@ -16,8 +15,8 @@ MICRO_BATCHES = 3
 
 
 def collectives(sizes: dict, **parallel) -> list[Collective]:
-    job = Job(sizes=sizes, parallel=parallel, micro_batches=MICRO_BATCHES)
-    printed = runs.worker("comm_worker.py", 2, json.dumps(asdict(job)))
+    job = dict(STEP, micro_batches=MICRO_BATCHES, sizes=sizes, parallel=parallel)
+    printed = runs.worker("comm_worker.py", 2, json.dumps(job))
     return [Collective(*c) for c in json.loads(printed.splitlines()[-1])]
 
 
