@@ -63,7 +63,7 @@ def linear_reverse_kl(
         ValueError: a shape, dtype, device or setting does not fit; the message names the argument.
     """
     x = Inputs(student_hidden, lm_head_weight, teacher_hidden, teacher_lm_head_weight)
-    return as_divergence(call("reverse_kl", x._replace(targets=targets), token_weights, options))
+    return Divergence(*call("reverse_kl", x._replace(targets=targets), token_weights, options))
 
 
 def linear_forward_kl(
@@ -78,7 +78,7 @@ def linear_forward_kl(
 ) -> Divergence:
     """KL(teacher || student) per token: mass-covering. Arguments as for ``linear_reverse_kl``."""
     x = Inputs(student_hidden, lm_head_weight, teacher_hidden, teacher_lm_head_weight)
-    return as_divergence(call("forward_kl", x._replace(targets=targets), token_weights, options))
+    return Divergence(*call("forward_kl", x._replace(targets=targets), token_weights, options))
 
 
 def linear_jsd(
@@ -102,13 +102,7 @@ def linear_jsd(
     check_beta(beta)
     x = Inputs(student_hidden, lm_head_weight, teacher_hidden, teacher_lm_head_weight)
     x = x._replace(targets=targets)
-    return as_divergence(call("jsd", x, token_weights, options, parameters=[float(beta)]))
-
-
-def as_divergence(found: tuple[Tensor, Tensor, Tensor | None]) -> Divergence:
-    """The result of ``call`` by name."""
-    value, stats, loss = found
-    return Divergence(value, TokenStats(*stats.unbind()), loss)
+    return Divergence(*call("jsd", x, token_weights, options, parameters=[float(beta)]))
 
 
 def check_beta(beta: float) -> None:

@@ -16,7 +16,7 @@ Liger need not be installed. Oracle: reference.py in float64, and Liger itself.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +29,7 @@ from .logprob import linear_logprob
 class LigerFusedLinearJSD(nn.Module):
     """JSD of the distributions of student and teacher, averaged over the rows that count.
 
-    Args:
-        jsd_beta: 0 to 1.
-        ignore_index: label of the rows that do not count.
-        temperature: > 0, divides the logits of both streams.
-        accum_dtype: no effect.
+    ``jsd_beta`` lies between 0 and 1, and ``temperature`` > 0 divides the logits of both streams.
     """
 
     def __init__(
@@ -71,29 +67,19 @@ class LigerFusedLinearJSD(nn.Module):
             ValueError: a shape, dtype, device or setting does not fit.
         """
         own_head = teacher_weight is student_weight
-        x = _streams(student_input, student_weight, teacher_input, teacher_weight, own_head)
-        mask, weights = _rows(shift_labels, self.ignore_index, x.student)
-        options = dict(token_weights=weights, mask=mask, temperature=self.temperature)
-        return _jsd(self.jsd_beta, x, **options)
+        streams = _streams(student_input, student_weight, teacher_input, teacher_weight, own_head)
+        rows = _rows(shift_labels, self.ignore_index, streams[0])
+        return _jsd(self.jsd_beta, *streams, temperature=self.temperature, **rows)
 
 
 class LigerFusedLinearJSDLoss(nn.Module):
-    """weight_hard_loss * cross-entropy + weight_soft_loss * JSD, both averaged over the rows that
-    count.
+    """weight_hard_loss * cross-entropy with the labels + weight_soft_loss * JSD with the teacher,
+    both averaged over the rows that count.
 
-    The hard loss takes a pass of its own (three more matmuls of BT·V·H), which is made only if it
-    is weighted or returned.
-
-    Args:
-        weight_hard_loss: factor of the cross-entropy with the labels.
-        weight_soft_loss: factor of the JSD with the teacher.
-        beta: 0 to 1.
-        ignore_index: label of the rows that do not count.
-        temperature: > 0, divides the logits of both streams in the soft loss; the hard loss is
-            always at temperature 1, and neither is multiplied by its square.
-        compiled: no effect.
-        chunk_size: no effect.
-        return_soft_hard_loss: whether to return (loss, soft, hard), the latter two detached.
+    ``temperature`` divides the logits in the soft loss; the hard loss is always at temperature 1,
+    and neither is multiplied by its square. The hard loss takes a pass of its own (three more
+    matmuls of BT·V·H), which is made only if it is weighted or, with ``return_soft_hard_loss``,
+    returned, as (loss, soft, hard), the latter two detached.
     """
 
     def __init__(
@@ -127,95 +113,77 @@ class LigerFusedLinearJSDLoss(nn.Module):
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """The loss, a float32 scalar, differentiable in the student's input, weight and bias.
+        """The loss, differentiable in the student's bias, too. Arguments and errors as for
+        ``LigerFusedLinearJSD``, and:
 
         Args:
-            student_input: (BT, H), of any floating dtype.
-            student_weight: (V, H), of the same dtype.
-            teacher_input: (BT, H').
             teacher_weight: (V', H'), V' >= V. If it and its bias are the student's own objects, one
                 matmul serves both. V' > V gives the student V' - V logits of 0, in a copy of its
                 lm_head: better trim the teacher's.
             true_labels: (BT,) token ids or ``ignore_index``.
             student_bias: (V,).
             teacher_bias: (V',).
-
-        Raises:
-            ValueError: a shape, dtype, device or setting does not fit.
         """
         own_head = teacher_weight is student_weight and teacher_bias is student_bias
-        x = _streams(student_input, student_weight, teacher_input, teacher_weight, own_head)
-        mask, weights = _rows(true_labels, self.ignore_index, x.student)
+        student, head, teacher, teacher_head = _streams(
+            student_input, student_weight, teacher_input, teacher_weight, own_head
+        )
+        rows = _rows(true_labels, self.ignore_index, student)
+        padded_head, padded_bias = head, student_bias
         padding = teacher_weight.shape[0] - student_weight.shape[0]
-        head, bias = x.student_head, student_bias
         if padding > 0:
-            head = F.pad(head, (0, 0, 0, padding))
-            bias = None if bias is None else F.pad(bias, (0, padding))
+            padded_head = F.pad(head, (0, 0, 0, padding))
+            padded_bias = None if student_bias is None else F.pad(student_bias, (0, padding))
         soft = _jsd(
             self.beta,
-            x._replace(student_head=head),
-            token_weights=weights,
-            mask=mask,
-            bias=bias,
+            student,
+            padded_head,
+            teacher,
+            teacher_head,
+            bias=padded_bias,
             teacher_bias=None if own_head else teacher_bias,
             temperature=self.temperature,
+            **rows,
         )
         loss = self.weight_soft_loss * soft
         if not (self.weight_hard_loss or self.return_soft_hard_loss):
             return loss
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.weight_hard_loss != 0):
-            logp = linear_logprob(
-                x.student,
-                x.student_head,
-                true_labels,
-                token_weights=weights,
-                mask=mask,
-                bias=student_bias,
-            ).loss
+            logp = linear_logprob(student, head, true_labels, bias=student_bias, **rows).loss
         assert logp is not None
         loss = loss - self.weight_hard_loss * logp
         return (loss, soft.detach(), -logp.detach()) if self.return_soft_hard_loss else loss
 
 
-class _Streams(NamedTuple):
-    """The inputs in one dtype. ``teacher_head`` None: the student's."""
-
-    student: Tensor
-    student_head: Tensor
-    teacher: Tensor
-    teacher_head: Tensor | None
-
-
 def _streams(
     student: Tensor, student_head: Tensor, teacher: Tensor, teacher_head: Tensor, own_head: bool
-) -> _Streams:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The inputs in one dtype; None for a teacher's head that is the student's."""
     device = student.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         student, student_head = student.to(dtype), student_head.to(dtype)
     # detached, it is another object than the student's, and so keeps a bias of its own
     other = None if own_head else teacher_head.detach().to(student.dtype)
-    return _Streams(student, student_head, teacher.to(student.dtype), other)
+    return student, student_head, teacher.to(student.dtype), other
 
 
-def _rows(
-    labels: Tensor | None, ignore_index: int, student: Tensor
-) -> tuple[Tensor | None, Tensor]:
-    """The mask and token weights that turn a sum over rows into the mean over those that count."""
+def _rows(labels: Tensor | None, ignore_index: int, student: Tensor) -> dict[str, Any]:
+    """The options that turn a sum over rows into the mean over those that count."""
     n = student.shape[0]
     dtype = torch.promote_types(student.dtype, torch.float32)
     if labels is None:
-        return None, student.new_full((n,), 1 / max(n, 1), dtype=dtype)
+        return {"token_weights": student.new_full((n,), 1 / max(n, 1), dtype=dtype)}
     if labels.shape != (n,):
         raise ValueError(f"labels must be (BT,) = ({n},), got shape {tuple(labels.shape)}")
     mask = labels != ignore_index
-    return mask, mask.to(dtype) / mask.sum().clamp(min=1)
+    return {"mask": mask, "token_weights": mask.to(dtype) / mask.sum().clamp(min=1)}
 
 
-def _jsd(beta: float, x: _Streams, **options) -> Tensor:
+def _jsd(beta: float, *streams: Tensor | None, **options) -> Tensor:
     """The weighted sum of JSD(beta) over rows, with the KLs as its limits."""
     limits = {0.0: linear_forward_kl, 1.0: linear_reverse_kl}
     divergence = limits.get(beta) or functools.partial(linear_jsd, beta=beta)
-    loss = divergence(*x, **options).loss
+    loss = divergence(*streams, **options).loss  # pyright: ignore[reportArgumentType]
     assert loss is not None
     return loss

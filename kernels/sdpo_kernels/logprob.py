@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ._impl.op import call
 from ._impl.options import Inputs, Options
-from ._impl.partials import TokenStats
 
 
 class LogProb(NamedTuple):
@@ -50,5 +49,4 @@ def linear_logprob(
     """
     x = Inputs(hidden, lm_head_weight, targets=targets)
     value, stats, loss = call("logprob", x, token_weights, options)
-    stats = TokenStats(*stats.unbind())
     return LogProb(value, stats.entropy_student, stats.lse_student, loss)

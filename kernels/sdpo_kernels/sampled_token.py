@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._impl.op import call
 from ._impl.options import Inputs, Options
-from .divergence import Divergence, as_divergence
+from .divergence import Divergence
 
 
 def linear_sampled_token(
@@ -61,21 +61,18 @@ def linear_sampled_token(
     x = Inputs(student_hidden, lm_head_weight, teacher_hidden, teacher_lm_head_weight)
     x = x._replace(targets=targets, old_logp=old_logp)
     if centre is None:
-        return as_divergence(call("sampled_token", x, token_weights, options, parameters=clips))
+        return Divergence(*call("sampled_token", x, token_weights, options, parameters=clips))
     with torch.no_grad():
         both = x._replace(old_logp=None)
-        stats = as_divergence(
-            call("sampled_token", both, None, options, parameters=[0.0, 0.0])
-        ).stats
-    mask = options.get("mask")
-    if mask is not None:
+        _, stats, _ = call("sampled_token", both, None, options, parameters=[0.0, 0.0])
+    if (mask := options.get("mask")) is not None:
         mask = mask.to(student_hidden.device, non_blocking=True)
         counted = mask if counted is None else counted & mask
     advantage = centred(stats.logp_teacher - stats.logp_student, centre, counted)
     alone = x._replace(teacher_hidden=None, teacher_lm_head_weight=None, advantage=advantage)
     own: Options = {**options, "teacher_bias": None}
-    out = as_divergence(call("sampled_token", alone, token_weights, own, parameters=clips))
-    return out._replace(stats=stats)
+    value, _, loss = call("sampled_token", alone, token_weights, own, parameters=clips)
+    return Divergence(value, stats, loss)
 
 
 def centred(advantage_N: Tensor, sequence_N: Tensor, counted_N: Tensor | None) -> Tensor:

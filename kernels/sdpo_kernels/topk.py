@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._impl.op import call
 from ._impl.options import Inputs, Options
-from .divergence import Divergence, as_divergence, check_beta
+from .divergence import Divergence, check_beta
 
 
 def linear_topk_divergence(
@@ -45,6 +45,6 @@ def linear_topk_divergence(
         raise ValueError(f"k must lie between 1 and V, got {k}")
     check_beta(beta)
     x = Inputs(student_hidden, lm_head_weight, teacher_hidden, teacher_lm_head_weight)
-    own = dict(k=k, support=support, parameters=[float(beta)] if divergence == "jsd" else [])
     x = x._replace(targets=targets)
-    return as_divergence(call(divergence, x, token_weights, options, **own))
+    own = dict(k=k, support=support, parameters=[float(beta)] if divergence == "jsd" else [])
+    return Divergence(*call(divergence, x, token_weights, options, **own))

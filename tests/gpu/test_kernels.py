@@ -4,9 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.cases import FUNCTIONS, Problem, evaluate, oracle, problem, statistics
+from helpers.cases import (
+    FUNCTIONS,
+    Problem,
+    assert_matches_the_oracle,
+    assert_statistics_match_the_oracle,
+    evaluate,
+    loss_of,
+    problem,
+    statistics,
+)
 from helpers.oracle import assert_as_good_as
-from sdpo_kernels import linear_logprob, linear_reverse_kl
 from sdpo_kernels._impl import tuning
 
 pytestmark = pytest.mark.gpu
@@ -20,12 +28,9 @@ def on_gpu(*args, **kwargs) -> Problem:
 
 
 @pytest.fixture(autouse=True)
-def exact_float32():
+def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle rule for float32 is about float32, not TF32."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 @pytest.mark.parametrize("options", [{}, TRANSFORM], ids=["plain", "transformed"])
@@ -35,14 +40,11 @@ def exact_float32():
 def test_values_and_gradients_match_the_oracle(name, impl, dtype, options):
     p = on_gpu(300, 5003, 256, 0.1, dtype=dtype)
     bias = torch.randn(5003, device="cuda", dtype=dtype)
-    truth = oracle(name, p, bias=bias, **options)
-    baseline = oracle(name, p, torch.float32, bias=bias, **options)
-    for known in (False, True):
-        got = evaluate(
-            name, p, known=known, impl=impl, bias=bias, chunk_bytes=2 * 77 * 5003 * 4, **options
-        )
-        for k, ours in got.items():
-            assert_as_good_as(ours, truth[k], baseline[k], k=2.5 if options else 2.0)
+    options = dict(bias=bias, **options)
+    call = dict(impl=impl, chunk_bytes=2 * 77 * 5003 * 4, **options)
+    found = [evaluate(name, p, known=known, **call) for known in (False, True)]
+    k = 2.5 if "softcap" in options else 2.0
+    assert_matches_the_oracle(name, p, *found, k=k, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
@@ -50,13 +52,7 @@ def test_values_and_gradients_match_the_oracle(name, impl, dtype, options):
 def test_fused_statistics_by_descriptors_and_by_pointers(d, dtype):
     """Rows of 250 half-precision numbers do not begin at 16-byte boundaries, which TMA needs."""
     p = on_gpu(300, 5003, d, 1.0, dtype=dtype)
-    got = statistics("logprob", p, impl="fused", **TRANSFORM)
-    truth, baseline = (
-        statistics("logprob", p.to(to), impl="reference", **TRANSFORM)
-        for to in (torch.float64, torch.float32)
-    )
-    for k, ours in got.items():
-        assert_as_good_as(ours, truth[k], baseline[k], k=3.0)
+    assert_statistics_match_the_oracle("logprob", p, impl="fused", k=3.0, **TRANSFORM)
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "logprob", "sampled_token"])
@@ -70,7 +66,7 @@ def test_real_sizes(name):
         total = torch.zeros_like(weight)
         parts: dict[str, list[Tensor]] = {"value": [], "hidden": []}
         for c in torch.arange(8192, device="cuda").split(256):
-            part = Problem(*(weight if t is p.weight else t[c] for t in p))
+            part = p.rows(c)._replace(weight=weight)
             found = evaluate(name, part.to(dtype), known=False, impl="reference")
             total += found.pop("weight")
             for k in parts:
@@ -113,8 +109,7 @@ def test_masked_rows_on_either_side_give_nothing(where):
     mask = torch.rand(200) < 0.7
     p.hidden[~mask] = torch.nan
     got = evaluate("reverse_kl", p, known=True, mask=mask.to(where))
-    kept = Problem(*(t if t is p.weight else t[mask.cuda()] for t in p))
-    part = evaluate("reverse_kl", kept, known=True)
+    part = evaluate("reverse_kl", p.rows(mask.cuda()), known=True)
     assert not got["value"][~mask].any() and not got["hidden"][~mask].any()
     torch.testing.assert_close(got["weight"], part["weight"], rtol=2e-2, atol=1e-3)
 
@@ -127,7 +122,7 @@ def test_cuda_graph_capture(name):
 
     def step() -> None:
         hidden.grad = weight.grad = None
-        FUNCTIONS[name](at, p.upstream).loss.backward()
+        loss_of(name, at, known=True).backward()
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -135,30 +130,25 @@ def test_cuda_graph_capture(name):
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(side)
-    hidden.grad = weight.grad = None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        FUNCTIONS[name](at, p.upstream).loss.backward()
+        step()
     with torch.no_grad():
         hidden.copy_(p.hidden.flip(0))
     graph.replay()
-    replayed = hidden.grad.clone(), weight.grad.clone()
-    eager = evaluate(name, at._replace(hidden=p.hidden.flip(0), weight=p.weight), known=True)
-    torch.testing.assert_close(replayed[0], eager["hidden"], rtol=2e-2, atol=1e-3)
-    torch.testing.assert_close(replayed[1], eager["weight"], rtol=2e-2, atol=1e-3)
+    replayed = dict(hidden=hidden.grad.clone(), weight=weight.grad.clone())
+    eager = evaluate(name, p._replace(hidden=p.hidden.flip(0)), known=True)
+    for k, t in replayed.items():
+        torch.testing.assert_close(t, eager[k], rtol=2e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("known", [False, True])
 def test_compile_fullgraph(known):
     p = on_gpu(200, 3001, 64, 0.1, dtype=torch.bfloat16)
-    compiled = torch.compile(
-        lambda q, w: FUNCTIONS["reverse_kl"](q, w), fullgraph=True, dynamic=True
-    )
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=True)
     hidden = p.hidden.clone().requires_grad_()
-    out = compiled(p._replace(hidden=hidden), p.upstream if known else None)
-    (out.loss if known else (out.value * p.upstream).sum()).backward()
-    eager = evaluate("reverse_kl", p, known=known)
-    torch.testing.assert_close(hidden.grad, eager["hidden"])
+    compiled("reverse_kl", p._replace(hidden=hidden), known=known).backward()
+    torch.testing.assert_close(hidden.grad, evaluate("reverse_kl", p, known=known)["hidden"])
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -167,21 +157,11 @@ def test_peak_memory_stays_within_the_budget(known):
     p = on_gpu(n, v, d, 0.1)
     hidden, weight = (t.requires_grad_() for t in (p.hidden, p.weight))
 
-    def step() -> None:
-        out = linear_reverse_kl(
-            hidden,
-            weight,
-            p.teacher,
-            token_weights=p.upstream if known else None,
-            chunk_bytes=chunk,
-        )
-        (out.loss if known else (out.value * p.upstream).sum()).backward()
-
-    step()  # compiles, and opens cuBLAS's workspace
-    hidden.grad = weight.grad = None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
+    for _ in range(2):  # the first compiles, and opens cuBLAS's workspace
+        hidden.grad = weight.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss_of("reverse_kl", p, known=known, chunk_bytes=chunk).backward()
     gradients = 4 * (n * d + v * d)
     assert torch.cuda.max_memory_allocated() - before - gradients < 2 * chunk
 
@@ -189,10 +169,9 @@ def test_peak_memory_stays_within_the_budget(known):
 def test_scoring_takes_the_fused_kernel_and_little_memory():
     p = on_gpu(2048, 151_936, 256, 0.1, dtype=torch.bfloat16)
     assert tuning.choose_impl(p.hidden.device, torch.bfloat16, 2048, True) == "fused"
-    with torch.no_grad():
-        linear_logprob(p.hidden, p.weight, p.targets)
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        linear_logprob(p.hidden, p.weight, p.targets)
+    statistics("logprob", p)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    statistics("logprob", p)
     logits = 4 * 2048 * 151_936
     assert torch.cuda.max_memory_allocated() - before < logits / 4

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from helpers import interpreter
+from helpers.oracle import assert_as_good_as
 from sdpo_kernels import (
     linear_forward_kl,
     linear_jsd,
@@ -31,11 +32,13 @@ class Problem(NamedTuple):
     old_logp: Tensor
 
     def to(self, dtype: torch.dtype) -> "Problem":
-        hidden, weight, teacher = (t.to(dtype) for t in self[:3])
+        streams = [t.to(dtype) for t in self[:3]]
         wide = torch.promote_types(dtype, torch.float32)
-        return Problem(
-            hidden, weight, teacher, self.targets, self.upstream.to(wide), self.old_logp.to(wide)
-        )
+        return Problem(*streams, self.targets, self.upstream.to(wide), self.old_logp.to(wide))
+
+    def rows(self, index: Tensor) -> "Problem":
+        """These tokens alone."""
+        return Problem(*(t if t is self.weight else t[index] for t in self))
 
 
 def problem(n: int, v: int, d: int, distance: float, dtype=torch.float32) -> Problem:
@@ -45,43 +48,22 @@ def problem(n: int, v: int, d: int, distance: float, dtype=torch.float32) -> Pro
     teacher = hidden + torch.randn(n, d) * distance / 3
     targets = torch.randint(v, (n,))
     old_logp = torch.log_softmax(hidden @ weight.T, -1).gather(1, targets[:, None])[:, 0]
-    return Problem(
-        hidden, weight, teacher, targets, torch.rand(n) + 0.5, old_logp + 0.3 * torch.randn(n)
-    ).to(dtype)
+    upstream, old_logp = torch.rand(n) + 0.5, old_logp + 0.3 * torch.randn(n)
+    return Problem(hidden, weight, teacher, targets, upstream, old_logp).to(dtype)
 
 
-def _pair(function: Callable, **own) -> Callable:
-    return lambda p, w, **options: function(
-        p.hidden, p.weight, p.teacher, targets=p.targets, token_weights=w, **own, **options
-    )
+def _pair(function: Callable, old_logp: bool = False, **own) -> Callable:
+    def call(p: Problem, w: Tensor | None, **options):
+        streams = (p.hidden, p.weight, p.teacher)
+        given = dict(old_logp=p.old_logp) if old_logp else {}
+        return function(*streams, targets=p.targets, token_weights=w, **given, **own, **options)
 
-
-def _clipped(**own) -> Callable:
-    return lambda p, w, **options: linear_sampled_token(
-        p.hidden,
-        p.weight,
-        p.teacher,
-        targets=p.targets,
-        old_logp=p.old_logp,
-        token_weights=w,
-        **own,
-        **options,
-    )
+    return call
 
 
 def _centred(p: Problem, w: Tensor | None, **options):
-    sequence = torch.arange(len(p.targets), device=p.targets.device) // 4
-    counted = torch.arange(len(p.targets), device=p.targets.device) % 4 > 0
-    return linear_sampled_token(
-        p.hidden,
-        p.weight,
-        p.teacher,
-        targets=p.targets,
-        centre=sequence,
-        counted=counted,
-        token_weights=w,
-        **options,
-    )
+    at = torch.arange(len(p.targets), device=p.targets.device)
+    return _pair(linear_sampled_token, centre=at // 4, counted=at % 4 > 0)(p, w, **options)
 
 
 FUNCTIONS: dict[str, Callable] = {
@@ -93,8 +75,10 @@ FUNCTIONS: dict[str, Callable] = {
     "jsd": _pair(linear_jsd),
     "jsd_0.9": _pair(linear_jsd, beta=0.9),
     "sampled_token": _pair(linear_sampled_token),
-    "sampled_token, PPO clip": _clipped(ppo_clip=0.2),
-    "sampled_token, importance clip": _clipped(importance_clip=1.1),
+    "sampled_token, PPO clip": _pair(linear_sampled_token, old_logp=True, ppo_clip=0.2),
+    "sampled_token, importance clip": _pair(
+        linear_sampled_token, old_logp=True, importance_clip=1.1
+    ),
     "sampled_token, centred": _centred,
     "topk": _pair(linear_topk_divergence, k=5),
     "topk, teacher's, jsd": _pair(
@@ -113,10 +97,8 @@ def evaluate(
     if bias is not None:
         leaves["bias"] = bias.to(p.hidden.dtype)
     leaves = {k: t.detach().clone().requires_grad_() for k, t in leaves.items()}
-    if bias is not None:
-        options["bias"] = leaves["bias"]
     at = p._replace(hidden=leaves["hidden"], weight=leaves["weight"])
-    out = FUNCTIONS[name](at, p.upstream if known else None, **options)
+    out = FUNCTIONS[name](at, p.upstream if known else None, bias=leaves.get("bias"), **options)
     if known:
         assert not out[0].requires_grad
         out.loss.backward()
@@ -130,10 +112,27 @@ def evaluate(
     return got
 
 
+def loss_of(name: str, p: Problem, *, known: bool, **options) -> Tensor:
+    """sum upstream * value."""
+    out = FUNCTIONS[name](p, p.upstream if known else None, **options)
+    return out.loss if known else (out[0] * p.upstream).sum()
+
+
 def oracle(name: str, p: Problem, dtype: torch.dtype = torch.float64, **options):
     """The definition on the very same inputs, in ``dtype``."""
     options = {**options, "impl": "reference"}
     return evaluate(name, p.to(dtype), known=False, **options)
+
+
+def assert_matches_the_oracle(
+    name: str, p: Problem, *results: dict[str, Tensor], k: float = 2.0, mutants=None, **options
+) -> None:
+    """Each result of ``evaluate``, or what is left of it, against the definition."""
+    truth, baseline = oracle(name, p, **options), oracle(name, p, torch.float32, **options)
+    for got in results:
+        for what, ours in got.items():
+            wrong = (mutants or {}).get(what, ())
+            assert_as_good_as(ours, truth[what], baseline[what], k=k, mutants=wrong)
 
 
 def statistics(name: str, p: Problem, **options) -> dict[str, Tensor]:
@@ -143,3 +142,15 @@ def statistics(name: str, p: Problem, **options) -> dict[str, Tensor]:
     if name == "logprob":
         return {"entropy": out.entropy, "lse": out.lse}
     return out.stats._asdict()
+
+
+def assert_statistics_match_the_oracle(
+    name: str, p: Problem, *, impl: str, chunk_bytes: int | None = None, k: float = 2.0, **options
+) -> None:
+    truth, baseline = (
+        statistics(name, p.to(dtype), impl="reference", **options)
+        for dtype in (torch.float64, torch.float32)
+    )
+    for what, ours in statistics(name, p, impl=impl, chunk_bytes=chunk_bytes, **options).items():
+        assert not ours.requires_grad
+        assert_as_good_as(ours, truth[what], baseline[what], k=k)

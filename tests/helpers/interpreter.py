@@ -1,20 +1,30 @@
-"""Triton's interpreter, mended for releases that fall behind numpy."""
+"""Triton's interpreter, mended: bfloat16 as GPUs round it, and Triton 3.6 with numpy 2.4."""
 
-import importlib.util
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
 
-if importlib.util.find_spec("triton"):
-    from triton import __version__ as version
-    from triton.runtime import interpreter
+_cut_off = interpreter.InterpreterBuilder.create_fp_trunc
+_patch = interpreter._patch_lang_tensor
 
 
 def mend() -> None:
-    """Triton 3.6 takes an array of one element for an int, which numpy 2.4 refuses."""
-    if not importlib.util.find_spec("triton") or not version.startswith("3.6."):
-        return
-    patch = interpreter._patch_lang_tensor
+    """To be called once, before any kernel."""
+    interpreter.InterpreterBuilder.create_fp_trunc = _round_to_nearest
+    if triton.__version__.startswith("3.6."):
+        interpreter._patch_lang_tensor = _patch_and_squeeze
 
-    def patch_and_squeeze(tensor, scope) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
-    interpreter._patch_lang_tensor = patch_and_squeeze
+def _round_to_nearest(builder, source, to):
+    """As hardware does; the interpreter cuts the low half of a float32 off."""
+    if (source.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+        return _cut_off(builder, source, to)
+    rounded = torch.from_numpy(source.data.copy()).bfloat16().view(torch.uint16).numpy()
+    return interpreter.TensorHandle(rounded, to.scalar)
+
+
+def _patch_and_squeeze(tensor, scope) -> None:
+    """3.6 takes an array of one element for an int, which numpy 2.4 refuses."""
+    _patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))

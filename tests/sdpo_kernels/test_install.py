@@ -74,21 +74,19 @@ def test_the_folder_kernels_does_not_hide_hugging_faces_package(tmp_path):
 
 def distributions(*roots: str) -> set[str]:
     """The installed distributions that these need, themselves included."""
-    found, pending = set(), [(root, "") for root in roots]
+    found, pending = set(), {(root, "") for root in roots}
     while pending:
         name, extra = at = pending.pop()
-        if at in found:
-            continue
         found.add(at)
         for text in importlib.metadata.requires(name) or []:
             r = Requirement(text)
             if r.marker is None or r.marker.evaluate({"extra": extra}):
-                pending += [(r.name, e) for e in ("", *r.extras)]
+                pending |= {(r.name, e) for e in ("", *r.extras)} - found
     return {name for name, _ in found}
 
 
 def top_level(name: str) -> set[Path]:
     """What a distribution puts into site-packages."""
-    files = importlib.metadata.distribution(name).files or []
-    parts = {f.parts[0] for f in files} - {"..", "__pycache__", "bin"}
-    return {Path(str(importlib.metadata.distribution(name).locate_file(p))) for p in parts}
+    distribution = importlib.metadata.distribution(name)
+    parts = {f.parts[0] for f in distribution.files or []} - {"..", "__pycache__", "bin"}
+    return {Path(str(distribution.locate_file(p))) for p in parts}

@@ -1,5 +1,6 @@
 """The drop-ins against Liger itself, and where Liger's own rounding would hide, float64."""
 
+import functools
 import itertools
 
 import pytest
@@ -14,9 +15,11 @@ from sdpo_kernels.liger import LigerFusedLinearJSD, LigerFusedLinearJSDLoss
 N, V, H, H_TEACHER = 13, 97, 16, 24
 BETAS = (0.0, 0.3, 0.5, 1.0)
 LABELS = ("some", "none ignored", "all ignored")
+BOTH = pytest.mark.parametrize("loss", [LigerFusedLinearJSD(), LigerFusedLinearJSDLoss()], ids=type)
 
 
 def problem(dtype: torch.dtype = torch.float32, teacher_vocabulary: int = V) -> dict[str, Tensor]:
+    """In the order of the arguments, but for the labels."""
     return {
         "student_input": torch.randn(N, H, dtype=dtype),
         "student_weight": torch.randn(V, H, dtype=dtype) * 0.7,
@@ -35,11 +38,8 @@ def labels(kind: str, ignore_index: int = -100) -> Tensor:
 def evaluate(loss_of, x: dict[str, Tensor], y: Tensor | None, biased: bool) -> dict[str, Tensor]:
     """Every returned scalar, and every gradient of the student's of 3 times the first."""
     leaves = {k: t.clone().requires_grad_("student" in k) for k, t in x.items()}
-    streams = [
-        leaves[f"{who}_{what}"] for who in ("student", "teacher") for what in ("input", "weight")
-    ]
-    biases = [leaves["student_bias"], leaves["teacher_bias"]] if biased else []
-    out = loss_of(*streams, y, *biases)
+    *streams, student_bias, teacher_bias = leaves.values()
+    out = loss_of(*streams, y, *((student_bias, teacher_bias) if biased else ()))
     out = out if isinstance(out, tuple) else (out,)
     (3 * out[0]).backward()
     got = {f"loss {i}": t.detach() for i, t in enumerate(out)}
@@ -82,15 +82,6 @@ def test_chunked_loss_equals_ligers(kind, beta):
         assert_equal(ours, theirs)
 
 
-def test_the_temperature_belongs_to_the_soft_loss_alone():
-    """As Liger's: the hard loss is at temperature 1, and nothing is multiplied by its square."""
-    x, y = problem(), labels("some")
-    losses = [LigerFusedLinearJSDLoss(temperature=t, return_soft_hard_loss=True) for t in (1, 2)]
-    (_, soft, hard), (_, soft_2, hard_2) = (loss(*list(x.values())[:4], y) for loss in losses)
-    assert soft > 1.5 * soft_2
-    assert hard == hard_2
-
-
 @pytest.mark.parametrize("biased", [False, True])
 def test_chunked_loss_pads_a_smaller_students_logits_with_zeros_as_ligers(biased):
     chunked_loss = pytest.importorskip("liger_kernel.chunked_loss")
@@ -120,12 +111,10 @@ def oracle(
     """The definition: full logits, and the mean over the rows that count."""
 
     def loss(student, head, teacher, teacher_head, y):
-        logp = reference.log_softmax(student.to(dtype), head.to(dtype), temperature=temperature)
-        logq = reference.log_softmax(
-            teacher.to(dtype), teacher_head.to(dtype), temperature=temperature
-        )
+        logp = reference.log_softmax(student, head, temperature=temperature)
+        logq = reference.log_softmax(teacher, teacher_head, temperature=temperature)
         limits = {0.0: reference.forward_kl, 1.0: reference.reverse_kl}
-        of_rows = limits[beta] if beta in limits else lambda p, q: reference.jsd(p, q, beta)
+        of_rows = limits.get(beta) or functools.partial(reference.jsd, beta=beta)
         return of_rows(logp, logq)[y != -1].mean()
 
     return evaluate(loss, {k: t.to(dtype) for k, t in x.items()}, y, False)
@@ -141,11 +130,11 @@ def test_both_are_as_good_as_float32_torch(beta, dtype):
         LigerFusedLinearJSDLoss(0.0, 1.0, beta, ignore_index=-1, temperature=2.0),
     ):
         got = evaluate(loss, x, y, False)
-        for k, t in truth.items():
-            assert_as_good_as(*(torch.atleast_1d(t) for t in (got[k], t, baseline[k])))
+        for k in truth:
+            assert_as_good_as(*(torch.atleast_1d(t[k]) for t in (got, truth, baseline)))
 
 
-@pytest.mark.parametrize("loss", [LigerFusedLinearJSD(), LigerFusedLinearJSDLoss()], ids=type)
+@BOTH
 def test_ignored_rows_may_hold_anything(loss):
     x, y = problem(), labels("some")
     clean = evaluate(loss, x, y, False)
@@ -156,16 +145,16 @@ def test_ignored_rows_may_hold_anything(loss):
 
 def test_ones_own_head_is_one_product_and_keeps_separate_biases_apart():
     x, y = problem(), labels("some")
-    student, head, teacher = x["student_input"], x["student_weight"], torch.randn(N, H)
-    for biases in ((), (x["student_bias"], x["student_bias"]), (x["student_bias"], None)):
+    student, head, *_, bias, _ = x.values()
+    teacher = torch.randn(N, H)
+    for biases in ((), (bias, bias), (bias, None)):
         shared = LigerFusedLinearJSDLoss()(student, head, teacher, head, y, *biases)
         apart = LigerFusedLinearJSDLoss()(student, head, teacher, head.clone(), y, *biases)
         torch.testing.assert_close(shared, apart)
 
 
-@pytest.mark.parametrize("name", ["fused", "chunked"])
-def test_autocast_computes_in_its_dtype(name):
-    loss = {"fused": LigerFusedLinearJSD(), "chunked": LigerFusedLinearJSDLoss()}[name]
+@BOTH
+def test_autocast_computes_in_its_dtype(loss):
     x, y = problem(), labels("some")
     with torch.autocast("cpu", torch.bfloat16):
         got = evaluate(loss, x, y, False)
@@ -175,7 +164,7 @@ def test_autocast_computes_in_its_dtype(name):
         torch.testing.assert_close(got[k], t.float(), msg=k)
 
 
-@pytest.mark.parametrize("loss", [LigerFusedLinearJSD(), LigerFusedLinearJSDLoss()], ids=type)
+@BOTH
 def test_no_shape_and_no_host_value_depends_on_the_labels(loss):
     """As on a GPU, where either would wait for it: fake tensors have no values to ask for."""
     x, y = problem(), labels("some")

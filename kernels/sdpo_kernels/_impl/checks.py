@@ -45,9 +45,9 @@ def check(x: Inputs, spec: Spec, token_weights: Tensor | None) -> None:
 
 
 def _check_teacher(x: Inputs, teacher_hidden: Tensor) -> None:
-    shared = x.teacher_lm_head_weight is None
-    weight = x.lm_head_weight if x.teacher_lm_head_weight is None else x.teacher_lm_head_weight
-    name = "lm_head_weight" if shared else "teacher_lm_head_weight"
+    weight, name = x.teacher_lm_head_weight, "teacher_lm_head_weight"
+    if weight is None:
+        weight, name = x.lm_head_weight, "lm_head_weight"
     _check_linear(teacher_hidden, weight, "teacher_hidden", name)
     if teacher_hidden.shape[0] != x.student_hidden.shape[0]:
         raise ValueError(

@@ -102,13 +102,10 @@ def _run_masked(
     would have to wait for the device to know their number."""
     device = x.student_hidden.device
     if device.type != "cpu" and mask.device == device:
-
-        def silence(t: Tensor) -> Tensor:
-            return torch.where(mask[:, None] if t.ndim == 2 else mask, t, 0)
-
-        weights_N = None if weights_N is None else silence(weights_N)
-        out = run(x.map_tokens(silence), spec, weights_N, wanted)
-        return out._replace(value=silence(out.value), stats=torch.where(mask, out.stats, 0))
+        weights_N = None if weights_N is None else torch.where(mask, weights_N, 0)
+        out = run(x.silenced(mask), spec, weights_N, wanted)
+        value, stats = (torch.where(mask, t, 0) for t in (out.value, out.stats))
+        return out._replace(value=value, stats=stats)
     index = mask.nonzero()[:, 0].to(device, non_blocking=True)
     weights_N = None if weights_N is None else weights_N[index]
     part = run(x.map_tokens(lambda t: t[index]), spec, weights_N, wanted)
@@ -127,46 +124,54 @@ class _Loop:
     def __init__(
         self, x: Inputs, spec: Spec, weights_N: Tensor | None, gradient: bool, result: Result
     ):
-        self.x, self.spec, self.result = x, spec, result
+        self.spec, self.result = spec, result
         self.weights_N = weights_N if gradient else None
         self.dtype = result.value.dtype
-        self.vocabulary = x.lm_head_weight.shape[0]
         self.fused = spec.impl == "fused" and not spec.paired
         self.rows = _row_operations(spec.impl)
         self.values_are_partial = (
-            spec.paired and not spec.k and spec.kind not in self.rows.TWO_PASSES
+            spec.paired and not spec.k and spec.kind not in rows_torch.TWO_PASSES
         )
-        self.targets_N = x.targets
-        if x.targets is not None:
-            self.targets_N = vocab.local_targets(x.targets, spec.start, self.vocabulary)
-        self.shared_head = x.teacher_lm_head_weight is None
-        self.bias = _cast(x.bias, self.dtype)
-        self.teacher_bias = self.bias if self.shared_head else _cast(x.teacher_bias, self.dtype)
+        self.x = x = self._prepared(x)
         streams = 2 if x.teacher_hidden is not None and not self.fused else 1
         if self.fused and self.weights_N is None:
             self.chunk_rows = _chunk_rows(x, spec, FUSED_BYTES_PER_ROW)
         else:
             self.chunk_rows = _chunk_rows(x, spec, streams * self.dtype.itemsize)
             # rows start at aligned addresses, whatever the vocabulary
-            columns = -(-self.vocabulary // 8) * 8
+            vocabulary = x.lm_head_weight.shape[0]
+            columns = -(-vocabulary // 8) * 8
             self.buffer = x.student_hidden.new_empty(
                 (streams * self.chunk_rows, columns), dtype=self.dtype
-            )[:, : self.vocabulary]
+            )[:, :vocabulary]
+
+    def _prepared(self, x: Inputs) -> Inputs:
+        """Vectors in the logits' dtype, targets among this rank's rows, the teacher's bias."""
+        names = ("bias", "teacher_bias", "old_logp", "advantage")
+        vectors = [(name, getattr(x, name)) for name in names]
+        x = x._replace(**{name: t.to(self.dtype) for name, t in vectors if t is not None})
+        if x.targets is not None:
+            rows = x.lm_head_weight.shape[0]
+            x = x._replace(targets=vocab.local_targets(x.targets, self.spec.start, rows))
+        if x.teacher_hidden is not None and x.teacher_lm_head_weight is None:
+            x = x._replace(teacher_bias=x.bias)
+        return x
 
     def run_chunk(self, c: slice) -> None:
-        z_CV, u_CV, part_FC = self._read(c)
+        x = self.x.map_tokens(lambda t: t[c])
+        weight_C = None if self.weights_N is None else self.weights_N[c]
+        z_CV, u_CV, part_FC = self._read(x)
         if self.spec.group:
             part_FC = partials.merge(vocab.gather(self.spec.group, part_FC))
         norm, gap, stats = partials.finish(part_FC)
         torch.stack(stats, out=self.result.stats[:, c])
-        if self.targets_N is None:
+        if x.targets is None:
             self.result.stats[:2, c] = torch.nan
-        weight_C = None if self.weights_N is None else self.weights_N[c]
         if not self.spec.paired:
-            value_C, grad_CV = self._function_of_logp(c, z_CV, norm, stats, weight_C)
+            value_C, grad_CV = self._function_of_logp(x, z_CV, norm, stats, weight_C)
         elif self.spec.k:
             assert z_CV is not None and u_CV is not None
-            dtype = self.x.student_hidden.dtype
+            dtype = x.student_hidden.dtype
             value_C, grad_CV = topk_divergence(self.rows, self.spec, z_CV, u_CV, weight_C, dtype)
         else:
             value_C, grad_CV = self._divergence(z_CV, u_CV, norm, gap, weight_C)
@@ -174,51 +179,46 @@ class _Loop:
         if grad_CV is not None:
             self._accumulate(c, grad_CV)
 
-    def _read(self, c: slice) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    def _read(self, x: Inputs) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """Both streams' transformed logits, where they are needed, and their partials."""
-        x, targets = self.x, None if self.targets_N is None else self.targets_N[c]
-        teacher_weight = x.lm_head_weight if self.shared_head else x.teacher_lm_head_weight
-        student_hidden, n = x.student_hidden[c], c.stop - c.start
-        if x.teacher_hidden is None or self.fused:
-            keep = self.weights_N is not None
-            z, part = self._read_one(student_hidden, x.lm_head_weight, self.bias, targets, keep)
-            if x.teacher_hidden is not None:
-                assert teacher_weight is not None
-                teacher = (x.teacher_hidden[c], teacher_weight, self.teacher_bias, targets)
-                _, other = self._read_one(*teacher, keep=False)
-                part = torch.cat([part, other, torch.zeros_like(part[:1])])
-            return z, None, part
-        z, u = self.buffer[:n], self.buffer[n : 2 * n]
-        if self.shared_head:
-            both = torch.cat([student_hidden, x.teacher_hidden[c]])
-            logits(both, x.lm_head_weight, self.buffer[: 2 * n])
+        if self.fused:
+            return self._read_fused(x)
+        n = x.student_hidden.shape[0]
+        z, u = self.buffer[:n], None
+        if x.teacher_hidden is None:
+            logits(x.student_hidden, x.lm_head_weight, z)
         else:
-            assert teacher_weight is not None
-            logits(student_hidden, x.lm_head_weight, z)
-            logits(x.teacher_hidden[c], teacher_weight, u)
-        return z, u, self.rows.stats(self.spec, z, u, targets, self.bias, self.teacher_bias)
+            u = self.buffer[n : 2 * n]
+            if x.teacher_lm_head_weight is None:
+                both = torch.cat([x.student_hidden, x.teacher_hidden])
+                logits(both, x.lm_head_weight, self.buffer[: 2 * n])
+            else:
+                logits(x.student_hidden, x.lm_head_weight, z)
+                logits(x.teacher_hidden, x.teacher_lm_head_weight, u)
+        return z, u, self.rows.stats(self.spec, z, u, x.targets, x.bias, x.teacher_bias)
 
-    def _read_one(
-        self,
-        hidden_CD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets: Tensor | None,
-        keep: bool,
-    ) -> tuple[Tensor | None, Tensor]:
-        """Partials of one stream, and its logits where they must be kept."""
-        if self.fused and not keep:
-            from .fused_triton import stream_stats  # Triton is optional
+    def _read_fused(self, x: Inputs) -> tuple[Tensor | None, None, Tensor]:
+        """One stream at a time, and logits of the student's only if it gets a gradient."""
+        from .fused_triton import stream_stats  # Triton is optional
 
-            return None, stream_stats(self.spec, hidden_CD, weight_VD, bias_V, targets)
-        z = self.buffer[: hidden_CD.shape[0]]
-        logits(hidden_CD, weight_VD, z)
-        return z, self.rows.stats(self.spec, z, None, targets, bias_V)
+        z = None
+        if self.weights_N is None:
+            part = stream_stats(self.spec, x.student_hidden, x.lm_head_weight, x.bias, x.targets)
+        else:
+            z = self.buffer[: x.student_hidden.shape[0]]
+            logits(x.student_hidden, x.lm_head_weight, z)
+            part = self.rows.stats(self.spec, z, None, x.targets, x.bias)
+        if x.teacher_hidden is not None:
+            weight = x.teacher_lm_head_weight
+            weight = x.lm_head_weight if weight is None else weight
+            other = stream_stats(self.spec, x.teacher_hidden, weight, x.teacher_bias, x.targets)
+            part = torch.cat([part, other, torch.zeros_like(part[:1])])
+        return z, None, part
 
     def _divergence(self, z, u, norm, gap, weight_C) -> tuple[Tensor, Tensor | None]:
         """Values (C,) and, given weights, the gradient with respect to raw logits (C, V)."""
         dtype = self.x.student_hidden.dtype
-        if self.spec.kind not in self.rows.TWO_PASSES:
+        if self.spec.kind not in rows_torch.TWO_PASSES:
             sums, grad = self.rows.divergence(self.spec, z, u, norm, gap, weight_C, dtype)
             return sums[0], grad
         sums, grad = self.rows.divergence(self.spec, z, u, norm, None, None, dtype)
@@ -229,25 +229,21 @@ class _Loop:
         return sums[0], grad
 
     def _function_of_logp(
-        self, c: slice, z: Tensor | None, norm: Tensor, stats: TokenStats, weight_C: Tensor | None
+        self, x: Inputs, z: Tensor | None, norm: Tensor, stats: TokenStats, weight_C: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The same for a value that depends on the student's logits through log p(y) alone."""
-        x, logp = self.x, stats.logp_student
+        logp, advantage_C = stats.logp_student, x.advantage
         if self.spec.kind == "logprob":
             value, slope = logp, torch.ones_like(logp)
         else:
-            if x.advantage is None:
+            if advantage_C is None:
                 advantage_C = stats.logp_teacher - logp
-            else:
-                advantage_C = x.advantage[c].to(self.dtype)
-            old_C = None if x.old_logp is None else x.old_logp[c].to(self.dtype)
-            value, slope = policy_gradient(logp, advantage_C, old_C, *self.spec.parameters)
+            value, slope = policy_gradient(logp, advantage_C, x.old_logp, *self.spec.parameters)
         if weight_C is None:
             return value, None
-        assert z is not None and self.targets_N is not None
-        by = torch.where(weight_C == 0, 0, weight_C * slope)
-        targets, dtype = self.targets_N[c], x.student_hidden.dtype
-        return value, self.rows.softmax_grad(self.spec, z, norm, -by, by, targets, dtype)
+        assert z is not None
+        by, dtype = torch.where(weight_C == 0, 0, weight_C * slope), x.student_hidden.dtype
+        return value, self.rows.softmax_grad(self.spec, z, norm, -by, by, x.targets, dtype)
 
     def _accumulate(self, c: slice, grad_CV: Tensor) -> None:
         """dH = G W, dW += G^T H, db += sum G."""
@@ -298,7 +294,3 @@ def _row_operations(impl: str):
     from . import rows_triton  # Triton is optional
 
     return rows_triton
-
-
-def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype)

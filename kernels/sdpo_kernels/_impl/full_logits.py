@@ -10,19 +10,13 @@ from .options import Inputs, Spec
 
 def full_logits(x: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
     """Values (N,), differentiable, and statistics (6, N)."""
-    mask, device = x.mask, x.student_hidden.device
-    if mask is not None:
-        mask = mask.to(device)
-
-        def silence(t: Tensor) -> Tensor:
-            return torch.where(mask[:, None] if t.ndim == 2 else mask, t, 0)
-
-        x = x.map_tokens(silence)
+    device = x.student_hidden.device
     with torch.autocast(device.type, enabled=False):
-        value, stats = _evaluate(x, spec)
-    if mask is not None:
-        value, stats = torch.where(mask, value, 0), torch.where(mask, stats, 0)
-    return value, stats
+        if x.mask is None:
+            return _evaluate(x, spec)
+        mask = x.mask.to(device)
+        value, stats = _evaluate(x.silenced(mask), spec)
+    return torch.where(mask, value, 0), torch.where(mask, stats, 0)
 
 
 def _evaluate(x: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import partials
 from .options import Spec
-from .rows_triton import on_device, transformed, weighted
+from .rows_triton import transformed, weighted
 from .tuning import FP_FUSION, fused_tiles, multiprocessors
 
 GROUP = 8
@@ -128,7 +128,7 @@ def stream_stats(
     block_h, block_w = [tiles.tokens, tiles.hidden], [tiles.vocabulary, tiles.hidden]
     by_descriptor = all(_describable(x) for x in (hidden_ND, weight_VD))
     grid = min(triton.cdiv(n, tiles.tokens) * count, multiprocessors(device))
-    with on_device(hidden_ND):
+    with torch.cuda.device_of(hidden_ND):  # not the current one
         fused_stats_kernel[(grid,)](
             TensorDescriptor.from_tensor(hidden_ND, block_h) if by_descriptor else hidden_ND,
             TensorDescriptor.from_tensor(weight_VD, block_w) if by_descriptor else weight_VD,

@@ -20,6 +20,7 @@ from .chunked import Result, empty_result, run
 from .full_logits import full_logits
 from .matmul import accumulation_dtype
 from .options import DIFFERENTIABLE, Impl, Inputs, Options, Spec
+from .partials import TokenStats
 
 _TYPES = {str: "str", float: "float", int: "int", list[float]: "float[]"}
 _REQUIRED = ("student_hidden", "lm_head_weight")
@@ -30,7 +31,7 @@ _POSITIONS = [Inputs._fields.index(name) for name in DIFFERENTIABLE]
 
 def call(
     kind: str, x: Inputs, token_weights: Tensor | None, options: Options, **own
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, TokenStats, Tensor | None]:
     """Check the arguments, choose an implementation, and run it.
 
     Args:
@@ -38,7 +39,7 @@ def call(
 
     Returns:
         value: (N,); carries the gradient if there are no token weights.
-        stats: (6, N), the fields of ``TokenStats``, detached.
+        stats: detached.
         loss: scalar; carries the gradient if there are token weights. None without.
     """
     own_head = (
@@ -54,30 +55,28 @@ def call(
     settings = {name: value for name, value in options.items() if name not in Inputs._fields}
     spec = _spec(kind, x, **settings, **own)  # pyright: ignore[reportArgumentType]
     check(x, spec, token_weights)
-    wanted = [_wants_gradient(getattr(x, name)) for name in DIFFERENTIABLE]
+    leaves = [getattr(x, name) for name in DIFFERENTIABLE]
+    wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in leaves]
+    hidden = x.student_hidden
     if spec.impl == "auto":
         statistics = not any(wanted) and not spec.paired
-        hidden = x.student_hidden
-        at = (hidden.device, hidden.dtype, hidden.shape[0], statistics)
-        spec = spec._replace(impl=tuning.choose_impl(*at))
+        impl = tuning.choose_impl(hidden.device, hidden.dtype, hidden.shape[0], statistics)
+        spec = spec._replace(impl=impl)
+    evaluate = full_logits if spec.impl == "reference" else _evaluate
     if token_weights is None:
-        value, stats = _values_of(x, spec)
-        return value, stats, None
-    token_weights = token_weights.to(accumulation_dtype(x.student_hidden.dtype))
+        value, stats = evaluate(x, spec)
+        return value, TokenStats(*stats.detach().unbind()), None
+    token_weights = token_weights.to(accumulation_dtype(hidden.dtype))
     if spec.impl != "reference" and any(wanted):
         loss, value, stats, *_ = _gradients(*x, token_weights, wanted, **spec._asdict())
     else:
-        value, stats = _values_of(x, spec)
+        value, stats = evaluate(x, spec)
         loss = _weighted_sum(value, token_weights)
-    return value.detach(), stats.detach(), loss
+    return value.detach(), TokenStats(*stats.detach().unbind()), loss
 
 
 def _detached(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
-
-
-def _wants_gradient(x: Tensor | None) -> bool:
-    return x is not None and x.requires_grad and torch.is_grad_enabled()
 
 
 def _spec(
@@ -108,22 +107,17 @@ def _spec(
     )
 
 
-def _values_of(x: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
-    if spec.impl == "reference":
-        return full_logits(x, spec)
-    value, stats = _values(*x, **spec._asdict())
-    return value, stats.detach()
-
-
 def _weighted_sum(value: Tensor, token_weights: Tensor) -> Tensor:
     """A weight of 0 silences whatever the value is."""
     return torch.where(token_weights == 0, 0, value * token_weights).sum()
 
 
+def _evaluate(x: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
+    return _values(*x, **spec._asdict())
+
+
 @torch.library.custom_op(
-    "sdpo_kernels::values",
-    mutates_args=(),
-    schema=f"({_INPUTS}, *, {_SPEC}) -> (Tensor, Tensor)",
+    "sdpo_kernels::values", mutates_args=(), schema=f"({_INPUTS}, *, {_SPEC}) -> (Tensor, Tensor)"
 )
 def _values(*tensors, **spec):
     return run(Inputs(*tensors), Spec(**spec))[:2]

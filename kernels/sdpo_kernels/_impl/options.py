@@ -3,6 +3,7 @@
 
 from typing import Literal, NamedTuple, TypedDict, get_args
 
+import torch
 from torch import Tensor
 
 from ..vocab_parallel import VocabShard
@@ -70,6 +71,10 @@ class Inputs(NamedTuple):
             name: function(x) for name in PER_TOKEN if (x := getattr(self, name)) is not None
         }
         return self._replace(mask=None, **changed)
+
+    def silenced(self, mask: Tensor) -> "Inputs":
+        """With 0 in the rows where a mask on the tensors' device is False; without the mask."""
+        return self.map_tokens(lambda x: torch.where(mask[:, None] if x.ndim == 2 else mask, x, 0))
 
 
 class Spec(NamedTuple):

@@ -43,8 +43,8 @@ def merge(parts_RFC: Tensor) -> Tensor:
     if parts_RFC.shape[1] == PAIR:
         _merge_stream(parts_RFC[:, 4:8], out[4:8])
         offset_RC = (parts_RFC[:, 0] - parts_RFC[:, 4]) - (out[0] - out[4])
-        c_RC = parts_RFC[:, 8] + _times(parts_RFC[:, 1], offset_RC)
-        out[8] = _times(scale_RC, c_RC).sum(0)
+        c_RC = parts_RFC[:, 8] + weighted(parts_RFC[:, 1], offset_RC)
+        out[8] = weighted(scale_RC, c_RC).sum(0)
     return out
 
 
@@ -55,14 +55,14 @@ def _merge_stream(parts_R4C: Tensor, out_4C: Tensor) -> Tensor:
     scale_RC = shift_RC.exp()
     out_4C[0] = m_C
     out_4C[1] = (scale_RC * s_RC).sum(0)
-    out_4C[2] = _times(scale_RC, t_RC + _times(s_RC, shift_RC)).sum(0)
+    out_4C[2] = weighted(scale_RC, t_RC + weighted(s_RC, shift_RC)).sum(0)
     out_4C[3] = y_RC.amax(0)
     return scale_RC
 
 
-def _times(a: Tensor, b: Tensor) -> Tensor:
-    """a b, and 0 where a is 0, whatever b."""
-    return torch.where(a == 0, 0, a * b)
+def weighted(p: Tensor, x: Tensor | float) -> Tensor:
+    """p x, and 0 where p is 0, whatever x."""
+    return (p * x).masked_fill_(p == 0, 0)
 
 
 def finish(merged_FC: Tensor) -> tuple[Tensor, Tensor, TokenStats]:

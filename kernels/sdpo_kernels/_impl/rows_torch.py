@@ -16,9 +16,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .matmul import narrow
+from .matmul import chunks, narrow
 from .options import Spec
-from .partials import PAIR, SINGLE
+from .partials import PAIR, SINGLE, weighted
 
 BLOCK_ELEMENTS = 2**18
 """Logits processed at a time: with their temporaries a few MB, about the size of an L2 cache."""
@@ -227,11 +227,6 @@ def excess(p: Tensor, d: Tensor, difference: Tensor) -> Tensor:
     return torch.where(d.abs() < small, p * series, difference - weighted(p, d))
 
 
-def weighted(p: Tensor, x: Tensor | float) -> Tensor:
-    """p x, and 0 where p is 0, whatever x."""
-    return (p * x).masked_fill_(p == 0, 0)
-
-
 def _dot(p: Tensor, x: Tensor) -> Tensor:
     """sum p x over columns; p = 0 contributes nothing, whatever x."""
     if p.device.type == "cpu":  # elsewhere, to look at the result is to wait for it
@@ -242,6 +237,4 @@ def _dot(p: Tensor, x: Tensor) -> Tensor:
 
 
 def _blocks(x_CV: Tensor) -> Iterator[slice]:
-    rows = max(1, BLOCK_ELEMENTS // max(1, x_CV.shape[1]))
-    for start in range(0, x_CV.shape[0], rows):
-        yield slice(start, start + rows)
+    return chunks(x_CV.shape[0], max(1, BLOCK_ELEMENTS // max(1, x_CV.shape[1])))

@@ -12,8 +12,6 @@ drift apart, so a barrier stands between a block's loads and its stores.
 # launch options are not among a kernel's parameters, and no argument is a tl.constexpr
 # pyright: reportCallIssue=false, reportArgumentType=false
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +20,7 @@ from torch import Tensor
 from .matmul import narrow
 from .options import Spec
 from .partials import PAIR, SINGLE
+from .rows_torch import TWO_PASSES
 from .tuning import row_tiles
 
 
@@ -201,33 +200,22 @@ def stats(
     teacher_bias_V: Tensor | None = None,
 ) -> Tensor:
     """See ``rows_torch.stats``."""
-    tokens, vocabulary = z_CV.shape
-    paired = u_CV is not None
-    out = z_CV.new_empty((PAIR if paired else SINGLE, tokens))
-    u = z_CV if u_CV is None else u_CV
-    tiles = row_tiles(vocabulary)
-    with on_device(z_CV):
-        stats_kernel[(tokens,)](
-            z_CV,
-            u,
-            _or(bias_V, z_CV),
-            _or(teacher_bias_V, z_CV),
-            _or(targets_C, z_CV),
-            out,
-            tokens,
-            vocabulary,
-            z_CV.stride(0),
-            u.stride(0),
-            spec.softcap,
-            spec.temperature,
-            PAIRED=paired,
-            TARGETS=targets_C is not None,
-            BIAS=bias_V is not None,
-            TEACHER_BIAS=teacher_bias_V is not None,
-            CAP=spec.softcap != 0,
-            SCALE=spec.temperature != 1,
-            **tiles,
-        )
+    out = z_CV.new_empty((SINGLE if u_CV is None else PAIR, z_CV.shape[0]))
+    _launch(
+        stats_kernel,
+        spec,
+        z_CV,
+        u_ptr=u_CV,
+        bias_ptr=bias_V,
+        teacher_bias_ptr=teacher_bias_V,
+        targets_ptr=targets_C,
+        out_ptr=out,
+        u_stride=0 if u_CV is None else u_CV.stride(0),
+        PAIRED=u_CV is not None,
+        TARGETS=targets_C is not None,
+        BIAS=bias_V is not None,
+        TEACHER_BIAS=teacher_bias_V is not None,
+    )
     return out
 
 
@@ -254,7 +242,6 @@ def _jsd(p, q, d, gap, expm1, difference, centre, beta):
 FORMULAS = {"reverse_kl": _reverse_kl, "forward_kl": _forward_kl, "jsd": _jsd}
 """``rows_torch.FORMULAS`` for a block of one row: terms of the value, terms of the sum that centres
 the gradient (0.0 unless in ``TWO_PASSES``), and the gradient."""
-TWO_PASSES = {"jsd"}
 
 
 @triton.jit
@@ -339,37 +326,28 @@ def divergence(
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """See ``rows_torch.divergence``."""
-    tokens, vocabulary = z_CV.shape
     two_passes = spec.kind in TWO_PASSES
-    sums = z_CV.new_empty((2 if two_passes else 1, tokens))
+    sums = z_CV.new_empty((2 if two_passes else 1, z_CV.shape[0]))
     grad = None if weight_C is None else narrow(z_CV, grad_dtype)
-    tiles = row_tiles(vocabulary)
-    with on_device(z_CV):
-        divergence_kernel[(tokens,)](
-            z_CV,
-            u_CV,
-            _or(grad, z_CV),
-            norm_4C,
-            _or(centre_C, z_CV),
-            _or(weight_C, z_CV),
-            sums,
-            tokens,
-            vocabulary,
-            z_CV.stride(0),
-            u_CV.stride(0),
-            0 if grad is None else grad.stride(0),
-            spec.parameters[0] if spec.parameters else 0.0,
-            spec.softcap,
-            spec.temperature,
-            FORMULA=FORMULAS[spec.kind],
-            TWO_PASSES=two_passes,
-            CENTRE=centre_C is not None,
-            GRAD=grad is not None,
-            NARROW=grad_dtype != z_CV.dtype,
-            CAP=spec.softcap != 0,
-            SCALE=spec.temperature != 1,
-            **tiles,
-        )
+    _launch(
+        divergence_kernel,
+        spec,
+        z_CV,
+        u_ptr=u_CV,
+        grad_ptr=grad,
+        norm_ptr=norm_4C,
+        centre_ptr=centre_C,
+        weight_ptr=weight_C,
+        sums_ptr=sums,
+        u_stride=u_CV.stride(0),
+        grad_stride=0 if grad is None else grad.stride(0),
+        beta=spec.parameters[0] if spec.parameters else 0.0,
+        FORMULA=FORMULAS[spec.kind],
+        TWO_PASSES=two_passes,
+        CENTRE=centre_C is not None,
+        GRAD=grad is not None,
+        NARROW=grad_dtype != z_CV.dtype,
+    )
     return sums, grad
 
 
@@ -428,37 +406,41 @@ def softmax_grad(
     grad_dtype: torch.dtype,
 ) -> Tensor:
     """See ``rows_torch.softmax_grad``."""
-    tokens, vocabulary = z_CV.shape
     grad = narrow(z_CV, grad_dtype)
-    tiles = row_tiles(vocabulary)
-    with on_device(z_CV):
-        softmax_grad_kernel[(tokens,)](
-            z_CV,
-            grad,
-            norm_2C,
-            a_C,
-            _or(b_C, z_CV),
-            _or(targets_C, z_CV),
-            tokens,
-            vocabulary,
-            z_CV.stride(0),
-            grad.stride(0),
-            spec.softcap,
-            spec.temperature,
-            TARGETS=b_C is not None,
-            NARROW=grad_dtype != z_CV.dtype,
-            CAP=spec.softcap != 0,
-            SCALE=spec.temperature != 1,
-            **tiles,
-        )
+    _launch(
+        softmax_grad_kernel,
+        spec,
+        z_CV,
+        grad_ptr=grad,
+        norm_ptr=norm_2C,
+        a_ptr=a_C,
+        b_ptr=b_C,
+        targets_ptr=targets_C,
+        grad_stride=grad.stride(0),
+        TARGETS=b_C is not None,
+        NARROW=grad_dtype != z_CV.dtype,
+    )
     return grad
 
 
-def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Launches go to the tensors' device, not to the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def _or(x: Tensor | None, placeholder: Tensor) -> Tensor:
-    """A pointer for an argument that the kernel does not read."""
-    return placeholder if x is None else x.contiguous() if x.ndim == 1 else x
+def _launch(kernel, spec: Spec, z_CV: Tensor, **arguments) -> None:
+    """One program per row. In place of a tensor that it does not read, a kernel gets z."""
+    for name, x in arguments.items():
+        if x is None:
+            arguments[name] = z_CV
+        elif isinstance(x, Tensor) and x.ndim == 1:
+            arguments[name] = x.contiguous()
+    tokens, vocabulary = z_CV.shape
+    with torch.cuda.device_of(z_CV):  # not the current one
+        kernel[(tokens,)](
+            z_ptr=z_CV,
+            z_stride=z_CV.stride(0),
+            tokens=tokens,
+            vocabulary=vocabulary,
+            cap=spec.softcap,
+            temperature=spec.temperature,
+            CAP=spec.softcap != 0,
+            SCALE=spec.temperature != 1,
+            **arguments,
+            **row_tiles(vocabulary),
+        )

@@ -78,10 +78,9 @@ def _bucket_divergence(
     spec: Spec, z_CB: Tensor, u_CB: Tensor, weight_C: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The divergence of two softmax distributions over few buckets, and the gradient in z."""
-    z, u = z_CB.clone(), u_CB.clone()
-    norm, centre, _ = partials.finish(rows_torch.stats(spec, z, u, None))
+    norm, centre, _ = partials.finish(rows_torch.stats(spec, z_CB, u_CB, None))
+    given = (spec, z_CB.clone(), u_CB, norm)  # the gradient takes the logits' place
     if spec.kind in rows_torch.TWO_PASSES:
-        sums, _ = rows_torch.divergence(spec, z, u, norm, None, None, z.dtype)
-        centre = sums[1]
-    sums, grad = rows_torch.divergence(spec, z, u, norm, centre, weight_C, z.dtype)
+        (_, centre), _ = rows_torch.divergence(*given, None, None, z_CB.dtype)
+    sums, grad = rows_torch.divergence(*given, centre, weight_C, z_CB.dtype)
     return sums[0], grad

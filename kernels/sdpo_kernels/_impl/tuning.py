@@ -42,9 +42,8 @@ class FusedTiles(NamedTuple):
 FUSED = {
     8: FusedTiles(128, 128, 32, warps=8, stages=3),
     9: FusedTiles(128, 128, 64, warps=8, stages=4),
-    10: FusedTiles(128, 128, 64, warps=8, stages=4),
 }
-"""Tiles by major compute capability. Float32 operands take half the hidden units."""
+"""Tiles from this major compute capability on. Float32 operands take half the hidden units."""
 
 
 def choose_impl(device: torch.device, dtype: torch.dtype, tokens: int, statistics: bool) -> str:
