@@ -7,6 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+import torch.distributed as dist
+
 from helpers.environment import ENV
 from sdpo.cli import main
 from sdpo.train.run_folder import read_metrics
@@ -28,27 +31,42 @@ def cause(stderr: str) -> str:
     return stderr.partition("torch/distributed/elastic/multiprocessing/api.py")[0][-9000:]
 
 
-def command(recipe: str, model: str, data: str, out: Path, *options: str, ranks: int = 0) -> list:
-    """argv of a run; ``ranks`` = 0: no torchrun."""
+def arguments(recipe: str, model: str, data: str, out: Path, *options: str) -> list[str]:
+    """What follows `sdpo train` for a small run."""
+    names = ["--model", model, "--data", data, "--out", str(out)]
+    small = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    return [recipe, *names, *small, *options]
+
+
+def command(*args: str | Path, ranks: int = 0) -> list[str]:
+    """argv of a process of `arguments`, or with ``ranks`` of torchrun."""
     launch = ["-m", "sdpo", "train"]
     if ranks:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         launch += ["-m", "sdpo.train"]
-    names = ["--model", model, "--data", data, "--out", str(out)]
-    small = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, *launch, recipe, *names, *small, *options]
+    return [sys.executable, *launch, *arguments(*args)]
 
 
 def train(recipe: str, model: str, data: str, out: Path, *options: str, ranks: int = 0) -> list:
     """Run to the end; the rows of metrics.jsonl. ``ranks`` = 0: in this process."""
-    argv = command(recipe, model, data, out, *options, ranks=ranks)
     if ranks:
+        argv = command(recipe, model, data, out, *options, ranks=ranks)
         result = subprocess.run(argv, env=ENV, capture_output=True, text=True)
         assert result.returncode == 0, cause(result.stderr)
     else:
         with as_alone():
-            main(argv[argv.index("train") :])
+            main(["train", *arguments(recipe, model, data, out, *options)])
     return read_metrics(out)
+
+
+def refused(capsys: pytest.CaptureFixture, *args: object) -> str:
+    """What `sdpo`, in this process, says on stderr when it ends with status 2."""
+    capsys.readouterr()
+    with as_alone(), pytest.raises(SystemExit) as stop:
+        main([str(a) for a in args])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in err, err
+    return err
 
 
 @contextlib.contextmanager
@@ -58,6 +76,8 @@ def as_alone() -> Iterator[None]:
     try:
         yield
     finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         os.environ.clear()
         os.environ |= before
 
