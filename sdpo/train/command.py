@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from ..errors import SdpoError
-from .config import TrainConfig, read_settings, whole_config, with_settings
+from .config import TrainConfig, read_settings, with_settings
 from .dry_run import dry_run
 from .recipes import RECIPES
 from .trainer import train
@@ -35,8 +35,9 @@ class TrainCommand:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Parse and run."""
-    recipes, args = _starting_points(sys.argv[1:] if args is None else args)
-    choices = {name: (text, TrainCommand(config)) for name, (text, config) in recipes.items()}
+    configs, args = _starting_points(sys.argv[1:] if args is None else args)
+    texts = {name: (recipe.__doc__ or "").partition("\n")[0] for name, recipe in RECIPES.items()}
+    choices = {name: (texts.get(name, ""), TrainCommand(c)) for name, c in configs.items()}
     command = tyro.extras.overridable_config_cli(choices, prog="sdpo train", args=args)
     if command.dry_run:
         dry_run(command.config, ranks=command.ranks, gpu_memory_gib=command.gpu_memory_gib)
@@ -44,10 +45,8 @@ def main(args: Sequence[str] | None = None) -> None:
     train(command.config, resume=command.resume)
 
 
-def _starting_points(
-    args: Sequence[str],
-) -> tuple[dict[str, tuple[str, TrainConfig]], list[str]]:
-    """The configs that flags then override, with their descriptions, and the remaining arguments.
+def _starting_points(args: Sequence[str]) -> tuple[dict[str, TrainConfig], list[str]]:
+    """The configs that flags then override, by name, and the remaining arguments.
 
     Without ``--config`` these are the recipes; with it, the one config that the file gives.
 
@@ -58,16 +57,13 @@ def _starting_points(
     parser.add_argument("--config")
     found, rest = parser.parse_known_args(args)
     if found.config is None:
-        texts = {
-            name: (recipe.__doc__ or "").partition("\n")[0] for name, recipe in RECIPES.items()
-        }
-        return {name: (texts[name], recipe()) for name, recipe in RECIPES.items()}, rest
+        return {name: recipe() for name, recipe in RECIPES.items()}, rest
     settings = read_settings(found.config)
     recipe = settings.pop("recipe", None)
     if rest and rest[0] in RECIPES:
         recipe, *rest = rest
     if recipe is None and "kind" in settings:
-        name, config = "run", whole_config(settings, found.config)
+        name, config = "run", with_settings(None, settings, found.config)
     elif recipe in RECIPES:
         name, config = recipe, with_settings(RECIPES[recipe](), settings, found.config)
     else:
@@ -77,4 +73,4 @@ def _starting_points(
             f'{found.config}: {problem}; write recipe = "NAME" there, or `sdpo train NAME --config '
             f"{found.config}`, NAME being one of {known}"
         )
-    return {name: (f"As {found.config} says.", config)}, [name, *rest]
+    return {name: config}, [name, *rest]

@@ -2,16 +2,13 @@
 
 import json
 import tomllib
-from collections.abc import Callable
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-import cattrs
 import tyro
-from cattrs.errors import BaseValidationError, ClassValidationError, ForbiddenExtraKeysError
-from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn
 
 from sdpo_parallel.config import (
     TEACHERS,
@@ -104,13 +101,16 @@ def local_models(config: TrainConfig) -> TrainConfig:
     return config
 
 
-# Stored configs: every dataclass carries the name of its class under "kind", which also decides
-# what a union holds.
-
-
 def to_json(config: Any) -> Any:
-    """A config as JSON values."""
-    return _converter.unstructure(config)
+    """A config as JSON values: each dataclass has the name of its class under "kind"."""
+    if is_dataclass(config):
+        values = {f.name: to_json(getattr(config, f.name)) for f in fields(config)}
+        return {"kind": type(config).__name__, **values}
+    return list(config) if isinstance(config, tuple) else config
+
+
+ADDED_LATER = {"select": to_json(SelectConfig())}
+"""Settings that runs of earlier versions lack, as those runs behaved."""
 
 
 def read_config(run: str | Path) -> TrainConfig:
@@ -122,7 +122,7 @@ def read_config(run: str | Path) -> TrainConfig:
     path = Path(run) / "config.json"
     if not path.is_file():
         raise SdpoError(f"{run}: no config.json; give the folder of a run")
-    return whole_config(read_settings(path), str(path))
+    return with_settings(None, read_settings(path), str(path))
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -132,157 +132,83 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         SdpoError: there is no such file, or it cannot be parsed.
     """
     path = Path(path)
-    parse = json.loads if path.suffix == ".json" else tomllib.loads
+    language, parse = ("JSON", json.loads) if path.suffix == ".json" else ("TOML", tomllib.loads)
     try:
         settings = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SdpoError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        language = "JSON" if path.suffix == ".json" else "TOML"
         raise SdpoError(f"{path}: not valid {language} ({error})") from error
     if not isinstance(settings, dict):
         raise SdpoError(f"{path}: not an object of settings")
     return settings
 
 
-def with_settings(config: TrainConfig, settings: dict[str, Any], where: str) -> TrainConfig:
-    """``config`` with what a config file says; the file may leave out whatever it does not change.
+def with_settings(base: TrainConfig | None, settings: dict[str, Any], where: str) -> TrainConfig:
+    """``base`` with what a config file says. Without a base the file says everything, as that of a
+    run's folder does.
 
     Raises:
-        SdpoError: a field is unknown or its value is not one; names ``where`` and the field.
+        SdpoError: a field is missing, unknown, or holds no value of its kind; names ``where`` and
+            the field.
     """
-    return _built(_merged(to_json(config), settings), where)
+    return _built(TrainConfig, settings if base else ADDED_LATER | settings, base, where)
 
 
-def _merged(base: Any, settings: Any) -> Any:
-    """``settings`` over ``base``; an object of another kind replaces all of what was there."""
-    if not (isinstance(base, dict) and isinstance(settings, dict)):
-        return settings
-    if settings.get("kind", base["kind"]) != base["kind"]:
-        return settings
-    return base | {name: _merged(base.get(name), value) for name, value in settings.items()}
+def _built(kind: Any, value: Any, base: Any, where: str, *path: str) -> Any:
+    """What a file says under a field, as a ``kind``.
 
-
-_ADDED_LATER = ("select",)
-"""Settings that runs of earlier versions lack; those runs behaved as the defaults do."""
-
-
-def whole_config(stored: dict[str, Any], where: str) -> TrainConfig:
-    """The config of a run's folder, of which nothing may be missing.
-
-    Raises:
-        SdpoError: a field is missing, unknown, or holds no value of its kind.
+    Args:
+        base: the value that the file changes; None: the file says all of it.
+        where: the file, and ``path`` the field in it, for errors.
     """
-    config = _built(stored, where)
-    missing = [p for p in _paths(to_json(config)) if p not in _paths(stored)]
-    if missing := [p for p in missing if not p.startswith(_ADDED_LATER)]:
-        problem = "missing; was it written by this version of sdpo?"
-        raise SdpoError(f"{where}, field {missing[0]}: {problem}")
-    return config
 
+    def wrong(problem: object, *inner: str) -> SdpoError:
+        field = ".".join((*path, *inner))
+        return SdpoError(f"{where}, field {field}: {problem}" if field else f"{where}: {problem}")
 
-def _paths(values: Any, prefix: str = "") -> list[str]:
-    """Every name in nested objects, joined by dots."""
-    if not isinstance(values, dict):
-        return []
-    return [p for n, v in values.items() for p in (prefix + n, *_paths(v, f"{prefix}{n}."))]
-
-
-def _built(settings: dict[str, Any], where: str) -> TrainConfig:
+    classes = {c.__name__: c for c in get_args(kind) or (kind,) if is_dataclass(c)}
+    if not classes:
+        if not _fits(value, kind):
+            raise wrong(f"expected {_name(kind)}, found {value!r}")
+        return tuple(value) if isinstance(value, list) else value
+    if kind == Teacher and isinstance(value, str):
+        make = partial(parse_teacher, value)
+    elif isinstance(value, dict):
+        settings = dict(value)
+        name = settings.pop("kind", None if base is None else type(base).__name__)
+        if name not in classes:
+            raise wrong(f"kind {name!r} unknown; expected one of {', '.join(classes)}")
+        types = get_type_hints(classes[name])
+        if unknown := settings.keys() - types.keys():
+            raise wrong("unknown; is it misspelt, or from a newer sdpo?", min(unknown))
+        if base is None and (missing := types.keys() - settings.keys()):
+            raise wrong("missing; was it written by this version of sdpo?", min(missing))
+        old = vars(base) if isinstance(base, classes[name]) else {}
+        new = {n: _built(types[n], v, old.get(n), where, *path, n) for n, v in settings.items()}
+        make = partial(classes[name], **old | new)
+    else:
+        raise wrong(f"expected an object of settings, found {value!r}")
     try:
-        return _converter.structure(settings, TrainConfig)
-    except (BaseValidationError, SdpoError) as error:
-        path, problem = _first_fault(error)
-        place = f"{where}, field {'.'.join(path)}" if path else where
-        raise SdpoError(f"{place}: {problem}") from error
+        return make()
+    except SdpoError as error:
+        raise wrong(error) from error
 
 
-def _first_fault(error: Exception) -> tuple[list[str], str]:
-    """Where cattrs found something wrong, as names from the outside in, and what it was."""
-    if isinstance(error, ForbiddenExtraKeysError):
-        return [min(error.extra_fields)], "unknown; is it misspelt, or from a newer sdpo?"
-    if not isinstance(error, ClassValidationError):
-        return [], str(error)
-    of_fields, of_the_class = error.group_exceptions()
-    if not of_fields:
-        return _first_fault(of_the_class[0])
-    inner, note = of_fields[0]
-    path, problem = _first_fault(inner)
-    return [note.name, *path], problem
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type as it is; "no" is not a number of steps, nor is 1.5."""
+    arguments = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in arguments
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, k) for k in arguments)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        kinds = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
+        return len(kinds) == len(value) and all(map(_fits, value, kinds))
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
-def _as_is(value: Any, kind: type) -> Any:
-    """A plain value of the right type; nothing is converted, as "no" is not a number of steps."""
-    allowed = (int, float) if kind is float else (kind,)
-    if type(value) in allowed or value is tyro.MISSING:
-        return value
-    raise SdpoError(f"expected {kind.__name__}, found {value!r}")
-
-
-def _structure_literal(kind: Any) -> Callable[[Any, Any], Any]:
-    def structure(value: Any, _: Any) -> Any:
-        if value not in get_args(kind):
-            raise SdpoError(f"{value!r} is none of {', '.join(map(str, get_args(kind)))}")
-        return value
-
-    return structure
-
-
-def _structure_tuple(kind: Any) -> Callable[[Any, Any], Any]:
-    def structure(value: Any, _: Any) -> Any:
-        if not isinstance(value, list | tuple):
-            raise SdpoError(f"expected a list, found {value!r}")
-        first, *rest = get_args(kind)
-        kinds = [first] * len(value) if rest == [...] else [first, *rest]
-        if len(kinds) != len(value):
-            raise SdpoError(f"expected {len(kinds)} values, found {value!r}")
-        return tuple(_converter.structure(v, k) for v, k in zip(value, kinds, strict=True))
-
-    return structure
-
-
-def _unstructure_dataclass(kind: type) -> Callable[[Any], dict[str, Any]]:
-    fields_of = make_dict_unstructure_fn(kind, _converter)
-    return lambda value: {"kind": kind.__name__, **fields_of(value)}
-
-
-def _structure_dataclass(kind: type) -> Callable[[Any, Any], Any]:
-    from_fields = make_dict_structure_fn(kind, _converter)
-
-    def structure(value: Any, _: Any) -> Any:
-        if not isinstance(value, dict):
-            raise SdpoError(f"expected an object of settings, found {value!r}")
-        values = dict(value)
-        if (found := values.pop("kind", kind.__name__)) != kind.__name__:
-            raise SdpoError(f"kind {found!r} unknown; expected {kind.__name__}")
-        return from_fields(values, kind)
-
-    return structure
-
-
-def _structure_union(union: Any) -> Callable[[Any, Any], Any]:
-    kinds = {kind.__name__: kind for kind in get_args(union)}
-
-    def structure(value: Any, _: Any) -> Any:
-        if union == Teacher and isinstance(value, str):
-            return parse_teacher(value)
-        kind = value.get("kind") if isinstance(value, dict) else value
-        if kind not in kinds:
-            raise SdpoError(f"kind {kind!r} unknown; expected one of {', '.join(kinds)}")
-        return _converter.structure(value, kinds[kind])
-
-    return structure
-
-
-def _is_union_of_dataclasses(kind: Any) -> bool:
-    return isinstance(kind, UnionType) and all(map(is_dataclass, get_args(kind)))
-
-
-_converter = cattrs.Converter(forbid_extra_keys=True)
-for _plain in (str, int, float, bool):
-    _converter.register_structure_hook(_plain, _as_is)
-_converter.register_structure_hook_factory(lambda t: get_origin(t) is Literal, _structure_literal)
-_converter.register_structure_hook_factory(lambda t: get_origin(t) is tuple, _structure_tuple)
-_converter.register_unstructure_hook_factory(is_dataclass, _unstructure_dataclass)
-_converter.register_structure_hook_factory(is_dataclass, _structure_dataclass)
-_converter.register_structure_hook_factory(_is_union_of_dataclasses, _structure_union)
+def _name(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    return kind.__name__ if isinstance(kind, type) else str(kind)

@@ -1,7 +1,8 @@
-"""Recipes: functions that return a whole config. Model and data are always the user's."""
+"""Recipes: functions that return a whole config."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import tyro
 
@@ -12,28 +13,27 @@ from ..hindsight import HindsightConfig
 from ..objective import JSD, ForwardKL, ReverseKL, SampledToken
 from .config import TrainConfig
 
+ASK = tyro.MISSING
+"""What is always the user's to say."""
 
-def reverse_kl(
-    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/reverse-kl"
-) -> TrainConfig:
+
+def reverse_kl(model: str = ASK, data: str = ASK, out: str = "runs/reverse-kl") -> TrainConfig:
     """Reverse KL over the whole vocabulary: the stable choice, also in continual runs."""
     return TrainConfig(model=model, data=data, out=out, objective=ReverseKL())
 
 
-def forward_kl(
-    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/forward-kl"
-) -> TrainConfig:
+def forward_kl(model: str = ASK, data: str = ASK, out: str = "runs/forward-kl") -> TrainConfig:
     """Forward KL over the whole vocabulary: covers everything that hindsight would say."""
     return TrainConfig(model=model, data=data, out=out, objective=ForwardKL())
 
 
-def jsd(model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/jsd") -> TrainConfig:
+def jsd(model: str = ASK, data: str = ASK, out: str = "runs/jsd") -> TrainConfig:
     """Jensen-Shannon divergence: between reverse and forward KL."""
     return TrainConfig(model=model, data=data, out=out, objective=JSD())
 
 
 def paper_offline(
-    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/paper-offline"
+    model: str = ASK, data: str = ASK, out: str = "runs/paper-offline"
 ) -> TrainConfig:
     """The paper's runs on logs (WildChat, WildFeedback): sampled token, live teacher, 2 epochs.
 
@@ -51,56 +51,48 @@ def paper_offline(
     )
 
 
-def qwen3_4b(
-    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/qwen3-4b"
-) -> TrainConfig:
+def qwen3_4b(model: str = ASK, data: str = ASK, out: str = "runs/qwen3-4b") -> TrainConfig:
     """The paper's Qwen3-4B run on logs, laid out for one node of 8 x 80 GB.
 
     FSDP2 over all 8 GPUs, selective activation checkpointing, micro-batches of 24,576 tokens:
     54 GiB per GPU at the peak, as `--dry-run --ranks 8 --gpu-memory-gib 80` estimates it.
     """
-    return replace(
-        paper_offline(model, data, out),
-        batch=BatchConfig(interactions_per_step=128, epochs=2, micro_batch_tokens=24_576),
-        parallel=ParallelConfig(activation_checkpoint="selective"),
-    )
+    return _laid_out(paper_offline(model, data, out), 24_576, "selective")
 
 
-def qwen3_8b(
-    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/qwen3-8b"
-) -> TrainConfig:
+def qwen3_8b(model: str = ASK, data: str = ASK, out: str = "runs/qwen3-8b") -> TrainConfig:
     """The paper's Qwen3-8B run on logs, laid out for one node of 8 x 80 GB.
 
     FSDP2 over all 8 GPUs, selective activation checkpointing, micro-batches of 16,384 tokens:
     56 GiB per GPU at the peak, as `--dry-run --ranks 8 --gpu-memory-gib 80` estimates it.
     """
-    return replace(
-        paper_offline(model, data, out),
-        batch=BatchConfig(interactions_per_step=128, epochs=2, micro_batch_tokens=16_384),
-        parallel=ParallelConfig(activation_checkpoint="selective"),
-    )
+    return _laid_out(paper_offline(model, data, out), 16_384, "selective")
 
 
-def olmo3_7b(
-    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/olmo-3-7b"
-) -> TrainConfig:
+def olmo3_7b(model: str = ASK, data: str = ASK, out: str = "runs/olmo-3-7b") -> TrainConfig:
     """The paper's Olmo-3-7B runs on logs: the transformers engine, one device of 141 GB or more.
 
     The paper starts from two checkpoints, ``--model allenai/Olmo-3-7B-Instruct-SFT`` and
     ``--model allenai/Olmo-3-7B-Instruct-DPO``. torchtitan has no Olmo 3 model yet, and so no layout
     of several GPUs.
     """
+    config = _laid_out(paper_offline(model, data, out), 8192, "full")
+    return replace(config, engine="transformers")
+
+
+def _laid_out(
+    config: TrainConfig,
+    micro_batch_tokens: int,
+    activation_checkpoint: Literal["selective", "full"],
+) -> TrainConfig:
     return replace(
-        paper_offline(model, data, out),
-        engine="transformers",
-        batch=BatchConfig(interactions_per_step=128, epochs=2, micro_batch_tokens=8192),
-        parallel=ParallelConfig(activation_checkpoint="full"),
+        config,
+        batch=replace(config.batch, micro_batch_tokens=micro_batch_tokens),
+        parallel=ParallelConfig(activation_checkpoint=activation_checkpoint),
     )
 
 
-def paper_online(
-    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/paper-online"
-) -> TrainConfig:
+def paper_online(model: str = ASK, data: str = ASK, out: str = "runs/paper-online") -> TrainConfig:
     """The paper's objective for fresh rollouts: centred advantages, PPO clip, constant rate.
 
     ``data`` holds one round of rollouts with the log-probabilities they were sampled with. 16
@@ -120,15 +112,10 @@ def paper_online(
     )
 
 
-def demo(
-    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/demo/train"
-) -> TrainConfig:
+def demo(model: str = ASK, data: str = ASK, out: str = "runs/demo/train") -> TrainConfig:
     """What ``sdpo demo`` trains with: reverse KL and a learning rate for a tiny model."""
-    return TrainConfig(
-        model=model,
-        data=data,
-        out=out,
-        objective=ReverseKL(),
+    return replace(
+        reverse_kl(model, data, out),
         hindsight=HindsightConfig(
             max_prompt_tokens=160, max_hindsight_prompt_tokens=224, max_response_tokens=32
         ),
@@ -140,7 +127,7 @@ def demo(
 
 
 def demo_sampled_token(
-    model: str = tyro.MISSING, data: str = tyro.MISSING, out: str = "runs/demo/train"
+    model: str = ASK, data: str = ASK, out: str = "runs/demo/train"
 ) -> TrainConfig:
     """The demo with the paper's objective, whose live teacher may collapse there."""
     return replace(demo(model, data, out), objective=SampledToken())

@@ -11,7 +11,6 @@ import sys
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..errors import SdpoError
 from ..io.files import write_text
-from .config import LogConfig, TrainConfig, to_json
+from .config import ADDED_LATER, LogConfig, TrainConfig, read_settings, to_json
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
@@ -40,7 +39,7 @@ class RunFolder:
     """
 
     def __init__(self, folder: str, config: TrainConfig, *, resume: bool):
-        self.path, self.config = Path(folder), json.loads(json.dumps(to_json(config)))
+        self.path, self.config = Path(folder), to_json(config)
         stored = self.path / "config.json"
         if stored.is_file() and not resume:
             raise SdpoError(f"{folder} already holds a run: pass --resume, or another --out")
@@ -50,7 +49,7 @@ class RunFolder:
                 "--resume to go on from them, or another --out"
             )
         if resume and stored.is_file():
-            _refuse_changes(stored, self.config, _defaults(config))
+            _refuse_changes(stored, self.config)
         self._lock = FileLock(self.path / "lock", blocking=False)
 
     def __enter__(self) -> "RunFolder":
@@ -148,22 +147,13 @@ RESUMABLE = (
 """Settings, or groups of them, that do not change what a run computes: free on resumption."""
 
 
-RESUMABLE_PREFIXES = tuple(f"{name}." for name in RESUMABLE)
-
-
-def _defaults(config: TrainConfig) -> dict[str, Any]:
-    """The defaults of the config's groups of settings: what a run had before a group existed."""
-    made = {f.name: f.default_factory for f in fields(config) if f.default_factory is not MISSING}
-    return json.loads(json.dumps({name: to_json(make()) for name, make in made.items()}))
-
-
-def _refuse_changes(stored: Path, config: Mapping, defaults: Mapping) -> None:
-    then = {**defaults, **json.loads(stored.read_text(encoding="utf-8"))}
-    old, new = _flat(then), _flat(config)
+def _refuse_changes(stored: Path, config: Mapping) -> None:
+    old, new = _flat(ADDED_LATER | read_settings(stored)), _flat(config)
+    free = tuple(f"{name}." for name in RESUMABLE)
     changed = [
         f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not f"{name}.".startswith(RESUMABLE_PREFIXES)
+        if old.get(name) != new.get(name) and not f"{name}.".startswith(free)
     ]
     if changed:
         raise SdpoError(
@@ -175,36 +165,25 @@ def _refuse_changes(stored: Path, config: Mapping, defaults: Mapping) -> None:
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(config, Mapping):
         return {prefix: config}
-    out: dict[str, Any] = {}
-    for key, value in config.items():
-        out |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return out
+    parts = (_flat(value, f"{prefix}.{name}".lstrip(".")) for name, value in config.items())
+    return {name: value for part in parts for name, value in part.items()}
 
 
-class Logger:
+class Logger(ExitStack):
     """Metrics of each step to console, JSONL, TensorBoard and, where asked, W&B."""
 
     def __init__(self, run: RunFolder, log: LogConfig, *, step: int, total: int):
+        super().__init__()
         self.log_every, self.total = log.every, total
-        self._stack = ExitStack()
-        self._file = self._stack.enter_context(
-            (run.path / "metrics.jsonl").open("a", encoding="utf-8")
-        )
+        self._file = self.enter_context((run.path / "metrics.jsonl").open("a", encoding="utf-8"))
         self._board = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
-        self._stack.callback(self._board.close)
+        self.callback(self._board.close)
         self._wandb = None
         if log.wandb:
             import wandb  # the optional extra
 
-            self._wandb = self._stack.enter_context(
-                wandb.init(
-                    project=log.wandb,
-                    id=run.wandb_id(),
-                    config=run.config,
-                    dir=str(run.path),
-                    resume="allow",
-                )
-            )
+            where = {"project": log.wandb, "id": run.wandb_id(), "dir": str(run.path)}
+            self._wandb = self.enter_context(wandb.init(**where, config=run.config, resume="allow"))
         self.console = Console()
         self._progress = Progress(
             TextColumn("[bold]step"),
@@ -215,14 +194,8 @@ class Logger:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self._stack.enter_context(self._progress)
+        self.enter_context(self._progress)
         self._task = self._progress.add_task("", total=total, completed=step)
-
-    def __enter__(self) -> "Logger":
-        return self
-
-    def __exit__(self, *exc) -> None:
-        self._stack.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One step's metrics, to everywhere."""

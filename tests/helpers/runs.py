@@ -7,6 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+import torch.distributed as dist
+
 from helpers import forked
 from helpers.environment import ENV as ENV
 from sdpo.cli import main
@@ -29,12 +32,6 @@ def cause(stderr: str) -> str:
     return stderr.partition("torch/distributed/elastic/multiprocessing/api.py")[0][-9000:]
 
 
-def torchrun(ranks: int) -> list[str]:
-    """argv of torchrun on one node, without what it starts."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [sys.executable, *launch]
-
-
 def worker(name: str, ranks: int, *arguments: str) -> str:
     """What a script beside this file prints under torchrun."""
     return succeeded(forked.run(ranks, str(Path(__file__).parent / name), *arguments))
@@ -46,26 +43,41 @@ def succeeded(result: subprocess.CompletedProcess[str]) -> str:
     return result.stdout
 
 
-def command(recipe: str, model: str, data: str, out: Path, *options: str, ranks: int = 0) -> list:
-    """argv of a run; ``ranks`` = 0: no torchrun."""
-    launch = [*torchrun(ranks), "-m", "sdpo.train"]
-    if not ranks:
-        launch = [sys.executable, "-m", "sdpo", "train"]
+def arguments(recipe: str, model: str, data: str, out: Path, *options: str) -> list[str]:
+    """What follows `sdpo train` for a small run."""
     names = ["--model", model, "--data", data, "--out", str(out)]
     small = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
-    return [*launch, recipe, *names, *small, *options]
+    return [recipe, *names, *small, *options]
+
+
+def command(*args: str | Path, ranks: int = 0) -> list[str]:
+    """argv of a process of `arguments`, or with ``ranks`` of torchrun."""
+    launch = ["-m", "sdpo", "train"]
+    if ranks:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        launch += ["-m", "sdpo.train"]
+    return [sys.executable, *launch, *arguments(*args)]
 
 
 def train(recipe: str, model: str, data: str, out: Path, *options: str, ranks: int = 0) -> list:
     """Run to the end; the rows of metrics.jsonl. ``ranks`` = 0: in this process."""
-    argv = command(recipe, model, data, out, *options)
-    argv = argv[argv.index("train") :]
+    argv = arguments(recipe, model, data, out, *options)
     if ranks:
-        succeeded(forked.run(ranks, "-m", "sdpo.train", *argv[1:]))
+        succeeded(forked.run(ranks, "-m", "sdpo.train", *argv))
     else:
         with as_alone():
-            main(argv)
+            main(["train", *argv])
     return read_metrics(out)
+
+
+def refused(capsys: pytest.CaptureFixture, *args: object) -> str:
+    """What `sdpo`, in this process, says on stderr when it ends with status 2."""
+    capsys.readouterr()
+    with as_alone(), pytest.raises(SystemExit) as stop:
+        main([str(a) for a in args])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in err, err
+    return err
 
 
 @contextlib.contextmanager
@@ -75,6 +87,8 @@ def as_alone() -> Iterator[None]:
     try:
         yield
     finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         os.environ.clear()
         os.environ |= before
 

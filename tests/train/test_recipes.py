@@ -28,8 +28,3 @@ def test_the_papers_batches():
         assert (recipe.objective, recipe.hindsight) == (offline.objective, offline.hindsight)
         assert recipe.optimizer == offline.optimizer
         assert recipe.batch.interactions_per_step == offline.batch.interactions_per_step
-
-
-def test_both_olmo_checkpoints_are_named():
-    for name in ("Olmo-3-7B-Instruct-SFT", "Olmo-3-7B-Instruct-DPO"):
-        assert f"allenai/{name}" in (RECIPES["olmo-3-7b"].__doc__ or "")
