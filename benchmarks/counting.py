@@ -60,18 +60,23 @@ def count(job: Job) -> Counted:
     Raises:
         RuntimeError: it failed; the end of what it said.
     """
-    paths = map(str, (ROOT, ROOT / "kernels", ROOT / "parallel"))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    env["CUDA_VISIBLE_DEVICES"] = ""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={job.ranks}"]
     given = json.dumps(dict(parallel=job.parallel, sizes=TINY["count"], **STEP))
-    argv = [sys.executable, *launch, "-m", "benchmarks.counting_worker", given]
-    result = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
+    result = torchrun(job.ranks, "-m", "benchmarks.counting_worker", given)
     if result.returncode:
         raise RuntimeError(f"the ranks that count failed: {result.stderr[-4000:]}")
     found = json.loads(result.stdout.splitlines()[-1])
     sent = {(axis, op): (size, number) for axis, op, size, number in found["sent"]}
     return Counted(sent, [(b, s) for b, s in found["gathers"]])
+
+
+def torchrun(ranks: int, *program: str) -> subprocess.CompletedProcess[str]:
+    """Run it on gloo, on this machine's CPUs."""
+    paths = map(str, (ROOT, ROOT / "kernels", ROOT / "parallel"))
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    argv = [sys.executable, *launch, *program]
+    return subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 class Compared(NamedTuple):

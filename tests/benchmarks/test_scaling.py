@@ -14,6 +14,7 @@ from benchmarks.prediction import GPUS, Links
 from benchmarks.report import Output, read
 from benchmarks.scaling import Settings
 from benchmarks.traffic import Interactions, Work, ring
+from helpers import forked
 from sdpo_parallel.config import ParallelConfig
 
 TOLERANCE = 0.05
@@ -26,7 +27,9 @@ WORK = Work(2, 8192.0, 9216.0, 4096.0, 2560 * 2**20)
 def counted():
     """Jobs that together send everything but an all-reduce over replicas."""
     jobs = {name: counting.JOBS[name] for name in ("tensor 2", "context 2")}
-    return {name: (job, counting.count(job)) for name, job in jobs.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counting, "torchrun", forked.run)
+        return {name: (job, counting.count(job)) for name, job in jobs.items()}
 
 
 def worst(job: Job, found: counting.Counted) -> float:
