@@ -33,17 +33,11 @@ __all__ = [
     "read_interactions",
     "two_pass_loss",
 ]
-_MODULES = {
-    "interactions": ("Interaction", "read_interactions"),
-    "hindsight": ("HindsightConfig", "encode"),
-    "batching": ("collate",),
-    "objective": ("JSD", "ForwardKL", "ReverseKL", "SampledToken"),
-    "step": ("two_pass_loss",),
-}
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(f".{module}", __name__), name)
+    if name in __all__:
+        for module in ("interactions", "hindsight", "batching", "objective", "step"):
+            if hasattr(found := import_module(f".{module}", __name__), name):
+                return getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

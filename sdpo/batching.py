@@ -128,21 +128,16 @@ class Cursor:
     seed: int
     consumed: int = 0
 
-    def peek(self, count: int, ahead: int = 0) -> list[int]:
-        """``count`` indices into the data from ``ahead`` on: epoch after epoch, each its own
-        shuffle."""
-        first = self.consumed + ahead
-        return [self._at(i) for i in range(first, first + count)]
+    def peek(self, count: int) -> list[int]:
+        """The next ``count`` indices into the data: epoch after epoch, each its own shuffle."""
+        places = range(self.consumed, self.consumed + count)
+        return [int(_order(self.n, self.seed, i // self.n)[i % self.n]) for i in places]
 
     def take(self, count: int) -> list[int]:
-        """The next ``count`` indices, which are then consumed."""
+        """What ``peek`` gives, which is then consumed."""
         out = self.peek(count)
         self.consumed += count
         return out
-
-    def _at(self, i: int) -> int:
-        epoch, place = divmod(i, self.n)
-        return int(_order(self.n, self.seed, epoch)[place])
 
     def state_dict(self) -> dict:
         """For the checkpoint."""
@@ -277,13 +272,8 @@ def collate(
     ends = [i == len(e.response) - 1 and e.ends for e in encoded for i in range(len(e.response))]
     old = [p for e in encoded for p in e.old_logprobs or ()]
     known = all(e.old_logprobs is not None for e in encoded)
-    policy, hindsight = (
-        pack(sequences, row_tokens, row_multiple)
-        for sequences in (
-            [(e.policy, e.response) for e in encoded],
-            [(e.hindsight, e.response) for e in encoded],
-        )
-    )
+    policy = pack([(e.policy, e.response) for e in encoded], row_tokens, row_multiple)
+    hindsight = pack([(e.hindsight, e.response) for e in encoded], row_tokens, row_multiple)
     return Batch(
         policy=policy,
         hindsight=hindsight,
@@ -306,22 +296,8 @@ def pack(
 ) -> Rows:
     """(prompt, response) pairs -> rows, each sequence whole in one of them."""
     lengths = [len(p) + len(r) for p, r in sequences]
-    return _lay_out(sequences, lengths, _fit(lengths, row_tokens), row_multiple)
-
-
-def _fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Indices by row; at least one row."""
-    width = max([row_tokens, *lengths])
-    return [list(row) for row in to_constant_volume(dict(enumerate(lengths)), width)]
-
-
-def _width(rows: list[list[int]], lengths: Sequence[int], multiple: int = ROW_MULTIPLE) -> int:
-    used = max(1, max(sum(lengths[i] for i in row) for row in rows))
-    return -(-used // multiple) * multiple
-
-
-def _lay_out(sequences, lengths: list[int], rows: list[list[int]], multiple: int) -> Rows:
-    width = _width(rows, lengths, multiple)
+    rows = _fit(lengths, row_tokens)
+    width = _width(rows, lengths, row_multiple)
     tokens = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.zeros_like(tokens)
     predicts: list[np.ndarray] = [np.empty(0, np.int64)] * len(sequences)
@@ -336,3 +312,14 @@ def _lay_out(sequences, lengths: list[int], rows: list[list[int]], multiple: int
             at += lengths[i]
     index = np.concatenate(predicts) if predicts else np.empty(0, np.int64)
     return Rows(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(index))
+
+
+def _fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Indices by row; at least one row."""
+    width = max([row_tokens, *lengths])
+    return [list(row) for row in to_constant_volume(dict(enumerate(lengths)), width)]
+
+
+def _width(rows: list[list[int]], lengths: Sequence[int], multiple: int) -> int:
+    used = max(1, max(sum(lengths[i] for i in row) for row in rows))
+    return -(-used // multiple) * multiple

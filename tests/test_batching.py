@@ -21,17 +21,25 @@ from sdpo.batching import (
 from sdpo.hindsight import Encoded
 from sdpo_parallel.engine import ROW_MULTIPLE
 
+EXAMPLE = Encoded(
+    id="a",
+    policy=(1,),
+    hindsight=(1,),
+    response=(2, 3),
+    old_logprobs=None,
+    ends=True,
+    truncated=(False, False, False),
+)
 ids = st.lists(st.integers(1, 99), min_size=1, max_size=12).map(tuple)
 
 
 @st.composite
 def encoded(draw):
-    return Encoded(
-        id=str(draw(st.integers())),
+    return replace(
+        EXAMPLE,
         policy=draw(ids),
         hindsight=draw(ids),
         response=draw(ids),
-        old_logprobs=None,
         ends=draw(st.booleans()),
         truncated=(draw(st.booleans()), False, draw(st.booleans())),
     )
@@ -107,23 +115,17 @@ def test_a_deal_of_wildly_different_lengths_is_balanced():
     average rank waiting for a good part of the step."""
     rng = random.Random(0)
     items = [
-        (
-            Encoded(
-                id=str(i),
-                policy=(1,) * rng.randint(20, 800),
-                hindsight=(1,) * rng.randint(50, 1000),
-                response=(1,) * min(4000, int(rng.lognormvariate(5.5, 1.2)) + 1),
-                old_logprobs=None,
-                ends=True,
-                truncated=(False, False, False),
-            ),
-            1.0,
+        replace(
+            EXAMPLE,
+            policy=(1,) * rng.randint(20, 800),
+            hindsight=(1,) * rng.randint(50, 1000),
+            response=(1,) * min(4000, int(rng.lognormvariate(5.5, 1.2)) + 1),
         )
-        for i in range(128)
+        for _ in range(128)
     ]
-    naive = [sum(cost(e) for e, _ in items[r::8]) for r in range(8)]
+    naive = [sum(map(cost, items[r::8])) for r in range(8)]
     waiting = 1 - sum(naive) / (8 * max(naive))
-    assigned = assign(items, 8, BatchConfig(), ROW_MULTIPLE)
+    assigned = assign([(e, 1.0) for e in items], 8, BatchConfig(), ROW_MULTIPLE)
     assert waiting > 0.2 and assigned.idle < 0.02, (waiting, assigned.idle)
 
 
@@ -146,19 +148,10 @@ def test_no_interactions_make_a_batch_of_no_tokens():
 
 
 def test_old_logprobs_are_there_only_where_all_have_them():
-    offline = Encoded(
-        id="a",
-        policy=(1,),
-        hindsight=(1,),
-        response=(2, 3),
-        old_logprobs=None,
-        ends=True,
-        truncated=(False, False, False),
-    )
-    online = replace(offline, old_logprobs=(-1.0, -2.0))
+    online = replace(EXAMPLE, old_logprobs=(-1.0, -2.0))
     known = collate([(online, 1.0)], 8).old_logp_N
     assert known is not None and known.tolist() == [-1.0, -2.0]
-    assert collate([(online, 1.0), (offline, 1.0)], 8).old_logp_N is None
+    assert collate([(online, 1.0), (EXAMPLE, 1.0)], 8).old_logp_N is None
     none = collate([], 8).old_logp_N
     assert none is not None and none.numel() == 0, "a rank without data clips as the others do"
 

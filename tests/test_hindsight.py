@@ -21,28 +21,29 @@ def interaction(**changes) -> Interaction:
     return Interaction(**{**fields, **changes})
 
 
-def test_the_paper_offline_template_word_for_word():
-    *history, last = hindsight_prompt(PROMPT, "  no, shorter \n", "paper-offline")
+@pytest.mark.parametrize(
+    ("template", "followup", "context"),
+    [
+        (
+            "paper-offline",
+            "  no, shorter \n",
+            "\n\n[HINDSIGHT CONTEXT]\nThe following is a user response to your previous, "
+            "insufficient attempt. Improve your response to the user prompt.\n"
+            "Future User Message: no, shorter",
+        ),
+        (
+            "paper-online",
+            "no",
+            "\n\n=== HINDSIGHT CONTEXT ===\n[The following is a future user message. Use this to "
+            "guide your answer to the user prompt.]\nno",
+        ),
+        (" <{followup}> {keep}", "use {x} and {followup}", " <use {x} and {followup}> {keep}"),
+    ],
+)
+def test_templates_word_for_word(template, followup, context):
+    *history, last = hindsight_prompt(PROMPT, followup, template)
     assert history == list(PROMPT[:-1])
-    assert last == Message(
-        "user",
-        "a longer one\n\n[HINDSIGHT CONTEXT]\nThe following is a user response to your previous, "
-        "insufficient attempt. Improve your response to the user prompt.\n"
-        "Future User Message: no, shorter",
-    )
-
-
-def test_the_paper_online_template_word_for_word():
-    last = hindsight_prompt(PROMPT, "no", "paper-online")[-1]
-    assert last.content == (
-        "a longer one\n\n=== HINDSIGHT CONTEXT ===\n[The following is a future user message. Use "
-        "this to guide your answer to the user prompt.]\nno"
-    )
-
-
-def test_a_users_own_template_may_hold_braces_and_so_may_the_followup():
-    last = hindsight_prompt(PROMPT, "use {x} and {followup}", " <{followup}> {keep}")[-1]
-    assert last.content == "a longer one <use {x} and {followup}> {keep}"
+    assert last == Message("user", "a longer one" + context)
 
 
 @pytest.mark.parametrize("template", ["paper-offlin", "no field", "{followup} {followup}"])
@@ -89,11 +90,6 @@ def test_sampled_ids_are_used_as_sampled():
     online = interaction(response_token_ids=(7, 8, 2), response_logprobs=(-1.0, -2.0, -0.5))
     e = encode(online, tiny.make_tokenizer(), HindsightConfig(max_response_tokens=2))
     assert e.response == (7, 8) and e.old_logprobs == (-1.0, -2.0)
-
-
-def test_a_folder_without_tokenizer_is_named(tmp_path):
-    with pytest.raises(SdpoError, match=f"{tmp_path}.*tokenizer.json"):
-        load_tokenizer(str(tmp_path))
 
 
 def test_a_tokenizer_without_chat_template_is_named(tmp_path):

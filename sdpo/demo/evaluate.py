@@ -4,9 +4,10 @@ Everything is the same for the same seed.
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -94,9 +95,9 @@ def evaluate(chat: Chat, *, style: str, hindsight: Hindsight, n: int, seed: int)
     tasks = [draw_task(rng) for _ in range(n)]
     solved = chat.answers([[user(task.text)] for task in tasks], seed=seed, greedy=True)
     return Scores(
-        preference=_mean(map(answers_in, [style] * n, questions, unasked)),
-        hindsight_following=_mean(map(answers_in, styles, questions, asked)),
-        other_tasks=_mean(a.strip() == t.answer for a, t in zip(solved, tasks, strict=True)),
+        preference=fmean(map(answers_in, [style] * n, questions, unasked)),
+        hindsight_following=fmean(map(answers_in, styles, questions, asked)),
+        other_tasks=fmean(a.strip() == t.answer for a, t in zip(solved, tasks, strict=True)),
     )
 
 
@@ -105,8 +106,3 @@ def sample_answers(chat: Chat, *, n: int, seed: int) -> list[tuple[str, str]]:
     questions = draw_questions(random.Random(seed), n, HELD_OUT_QUESTIONS)
     answers = chat.answers([[user(q.text)] for q in questions], seed=seed)
     return [(q.text, a) for q, a in zip(questions, answers, strict=True)]
-
-
-def _mean(hits: Iterable[bool]) -> float:
-    hits = list(hits)
-    return sum(hits) / len(hits)

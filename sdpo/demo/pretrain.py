@@ -130,12 +130,9 @@ def draw_lesson(rng: random.Random, hindsight: Hindsight, *, short: bool) -> Les
     question: Question | None = None
     for _ in range(n_turns):
         text, question, right = _draw_exchange(rng, question)
-        lesson = _answered(rng, [*lesson.messages, user(text)], [*lesson.right, right])
+        lesson.messages.extend((user(text), assistant(rng.choice(right))))
+        lesson.right.append(right)
     return lesson if short else _with_context(rng, hindsight, lesson, question)
-
-
-def _answered(rng: random.Random, asked: list[Message], right: list[tuple[str, ...]]) -> Lesson:
-    return Lesson(messages=[*asked, assistant(rng.choice(right[-1]))], right=right)
 
 
 def _draw_exchange(
@@ -163,27 +160,25 @@ def _with_context(
     which style the model prefers without it.
     """
     *asked, reply = lesson.messages
+    *before, right = lesson.right
     kind = rng.choices(list(CONTEXT_WEIGHTS), weights=list(CONTEXT_WEIGHTS.values()))[0]
     if kind == "none":
         return lesson
     if kind == "irrelevant":
         followup = draw_irrelevant(rng)
-        return Lesson(messages=[*hindsight(asked, followup), reply], right=lesson.right)
-    wanted = rng.choice(STYLES)
-    followup = draw_correction(rng, wanted, question if rng.random() < 0.5 else None)
-    if question is None:
-        return Lesson(messages=[*hindsight(asked, followup), reply], right=lesson.right)
-    obedient = right_answers(question, wanted)
-    said = right_answers(question) if rng.random() < CARELESS_SHARE else obedient
-    return Lesson(
-        messages=[*hindsight(asked, followup), assistant(rng.choice(said))],
-        right=[*lesson.right[:-1], obedient],
-    )
+    else:
+        wanted = rng.choice(STYLES)
+        followup = draw_correction(rng, wanted, question if rng.random() < 0.5 else None)
+        if question is not None:
+            right = right_answers(question, wanted)
+            said = right_answers(question) if rng.random() < CARELESS_SHARE else right
+            reply = assistant(rng.choice(said))
+    return Lesson(messages=[*hindsight(asked, followup), reply], right=[*before, right])
 
 
 def _new_model(tokenizer: PreTrainedTokenizerFast, recipe: Pretraining) -> Qwen3ForCausalLM:
-    eos: Any = tokenizer.eos_token_id
-    pad: Any = tokenizer.pad_token_id
+    special: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id}
+    special["pad_token_id"] = tokenizer.pad_token_id
     config = Qwen3Config(
         vocab_size=-(-len(tokenizer) // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         hidden_size=recipe.hidden_size,
@@ -195,20 +190,14 @@ def _new_model(tokenizer: PreTrainedTokenizerFast, recipe: Pretraining) -> Qwen3
         max_position_embeddings=512,
         tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=eos,
-        pad_token_id=pad,
+        **special,
         initializer_range=recipe.init_std,
         dtype="float32",
     )
     model = Qwen3ForCausalLM(config)
     # The distribution itself, not its head: a sample is then a draw from the policy.
     model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        eos_token_id=eos,
-        pad_token_id=pad,
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **special
     )
     return model
 
@@ -233,9 +222,8 @@ def _tokenize(tokenizer: PreTrainedTokenizerFast, lessons: list[Lesson]) -> list
         return tokenizer(text + END_TURN)["input_ids"]  # pyright: ignore[reportReturnType]
 
     rows = []
-    for lesson, ids, said in zip(
-        lessons, rendered["input_ids"], rendered["assistant_masks"], strict=True
-    ):
+    tokens = zip(rendered["input_ids"], rendered["assistant_masks"], strict=True)
+    for lesson, (ids, said) in zip(lessons, tokens, strict=True):
         starts = [i for i, mark in enumerate(said) if mark and not said[i - 1]]
         answers = [m["content"] for m in lesson.messages if m["role"] == "assistant"]
         targets = {
@@ -258,21 +246,6 @@ def _right_words(said: list[int], right: list[list[int]]) -> Iterator[list[int]]
         yield words * (N_RIGHT // len(words))
 
 
-def _batches(
-    tokenizer: PreTrainedTokenizerFast,
-    recipe: Pretraining,
-    hindsight: Hindsight,
-    rng: random.Random,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """One batch from `_pack` per step, short lessons first."""
-    for step in range(recipe.steps):
-        short = step < recipe.short_steps
-        # Twice as many short ones, which are about half as long.
-        n = recipe.batch_size * (2 if short else 1)
-        lessons = [draw_lesson(rng, hindsight, short=short) for _ in range(n)]
-        yield _pack(_tokenize(tokenizer, lessons), tokenizer.pad_token_id)  # pyright: ignore[reportArgumentType]
-
-
 def _pack(rows: list[_Row], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Lessons laid end to end: (tokens_BT, targets_BTK, positions_BT).
 
@@ -283,15 +256,13 @@ def _pack(rows: list[_Row], pad_id: int) -> tuple[torch.Tensor, torch.Tensor, to
     """
     length = max(PACKED_LENGTH, *(len(row.ids) for row in rows))
     bins: list[list[_Row]] = []
-    free: list[int] = []
     for row in sorted(rows, key=lambda row: -len(row.ids)):
-        fits = [b for b, room in enumerate(free) if room >= len(row.ids)]
-        if not fits:
-            fits = [len(bins)]
-            bins.append([])
-            free.append(length)
-        bins[fits[0]].append(row)
-        free[fits[0]] -= len(row.ids)
+        for packed in bins:
+            if sum(len(r.ids) for r in packed) + len(row.ids) <= length:
+                break
+        else:
+            bins.append(packed := [])
+        packed.append(row)
     tokens_BT = torch.full((len(bins), length), pad_id)
     targets_BTK = torch.full((len(bins), length, N_RIGHT), IGNORED)
     positions_BT = torch.zeros((len(bins), length), dtype=torch.long)
@@ -319,21 +290,24 @@ def _fit(
     All right words are targets at once, not one that is drawn: the model ends up calibrated, with
     the same distribution whatever irrelevant follow-up it reads, which sampled targets would blur.
     """
+    pad: Any = tokenizer.pad_token_id
     optimizer = torch.optim.AdamW(
         model.parameters(), recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
     )
 
     def schedule(step: int) -> float:
-        return min(1.0, (step + 1) / recipe.warmup_steps) * (
-            0.5 + 0.5 * math.cos(math.pi * step / recipe.steps)
-        )
+        rising = min(1.0, (step + 1) / recipe.warmup_steps)
+        return rising * (0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     model.train()
-    for tokens_BT, targets_BTK, positions_BT in _batches(tokenizer, recipe, hindsight, rng):
-        hidden_BTD = model.model(
-            input_ids=tokens_BT, position_ids=positions_BT, use_cache=False
-        ).last_hidden_state
+    for step in range(recipe.steps):
+        short = step < recipe.short_steps
+        n = recipe.batch_size * (2 if short else 1)  # short lessons are about half as long
+        lessons = [draw_lesson(rng, hindsight, short=short) for _ in range(n)]
+        tokens_BT, targets_BTK, positions_BT = _pack(_tokenize(tokenizer, lessons), pad)
+        out = model.model(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False)
+        hidden_BTD = out.last_hidden_state
         taught_BT = targets_BTK[:, 1:, 0] != IGNORED
         # Only the assistant's words reach lm_head: they are a small part of a lesson.
         logp_NV = model.lm_head(hidden_BTD[:, :-1][taught_BT]).log_softmax(-1)

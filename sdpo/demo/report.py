@@ -2,8 +2,8 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -18,8 +18,7 @@ GREEN, RED = "30,150,60", "200,40,40"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Target:
+class Target(NamedTuple):
     """A claim in miniature, met if ``low <= value <= high``."""
 
     claim: str
@@ -28,18 +27,16 @@ class Target:
 
 
 TARGETS = {
-    "preference_rate.before": Target(claim="preference before training", low=0.3, high=0.7),
-    "preference_rate.after": Target(claim="preference after training on logs", low=0.9, high=1.0),
+    "preference_rate.before": Target("preference before training", 0.3, 0.7),
+    "preference_rate.after": Target("preference after training on logs", 0.9, 1.0),
     "preference_rate.after_change_of_mind": Target(
-        claim="old preference after a change of mind", low=0.0, high=0.2
+        "old preference after a change of mind", 0.0, 0.2
     ),
     "signal.irrelevant_over_relevant": Target(
-        claim="signal, irrelevant over relevant follow-ups", low=0.0, high=0.05
+        "signal, irrelevant over relevant follow-ups", 0.0, 0.05
     ),
-    "retention.hindsight_following_drop": Target(
-        claim="hindsight still followed: drop", low=-1.0, high=0.05
-    ),
-    "retention.other_tasks_drop": Target(claim="other tasks kept: drop", low=-1.0, high=0.05),
+    "retention.hindsight_following_drop": Target("hindsight still followed: drop", -1.0, 0.05),
+    "retention.other_tasks_drop": Target("other tasks kept: drop", -1.0, 0.05),
 }
 
 COLLAPSE = 0.25
@@ -126,9 +123,9 @@ def _curves(trajectories: Mapping[str, Sequence[Mapping]]) -> Markup:
     return svg(figure)
 
 
-def _coloured(row: Signal, scale: float = 2.0) -> list[tuple[str, float, str]]:
+def _coloured(row: Signal) -> list[tuple[str, float, str]]:
     """(token, advantage, CSS): green where hindsight makes it likelier, red where less likely."""
     return [
-        (token, a, f"background:rgba({GREEN if a > 0 else RED},{min(abs(a) / scale, 1.0):.2f})")
+        (token, a, f"background:rgba({GREEN if a > 0 else RED},{min(abs(a) / 2, 1.0):.2f})")
         for token, a in zip(row["tokens"], row["advantage"], strict=True)
     ]

@@ -7,8 +7,7 @@ wanted shows only in what they said next. The file has WildChat's columns.
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from hashlib import md5
 from pathlib import Path
@@ -37,17 +36,18 @@ MAX_ANSWERS = 2
 LEAVING_SHARE = 0.6
 """Probability that a user leaves after reacting to an answer."""
 
+NOISE = 0.1
+"""Share of follow-ups that have nothing to do with the answer before them."""
+
 FIRST_MESSAGE_AT = datetime(2024, 1, 1, tzinfo=UTC)
 
-MODEL_NAME = "sdpo-demo"
 
-
-@dataclass(kw_only=True)
+@dataclass
 class _Talk:
-    """A conversation in progress: what was said, and what the user is asking now."""
+    """A conversation in progress: what the user is asking now, and what was said."""
 
     question: Question
-    messages: list[Message] = field(default_factory=list)
+    messages: list[Message]
     left: bool = False
 
 
@@ -58,30 +58,25 @@ def simulate_logs(
     preference: str,
     n_conversations: int,
     seed: int,
-    noise: float = 0.1,
 ) -> Path:
-    """Write the conversations of users who prefer the style `preference` with the model.
-
-    Args:
-        noise: share of follow-ups that have nothing to do with the answer before them.
-    """
+    """Write the conversations of users who prefer the style `preference` with the model."""
     chat = Chat(model_folder)
     rng = random.Random(seed)
     talks = [
-        _Talk(question=question, messages=[user(question.text)])
+        _Talk(question, [user(question.text)])
         for question in draw_questions(rng, n_conversations, LOG_QUESTIONS)
     ]
     for turn in range(MAX_ANSWERS):
-        open_talks = [talk for talk in talks if not talk.left]
-        prompts = [talk.messages for talk in open_talks]
-        answers = chat.answers(prompts, seed=MAX_ANSWERS * seed + turn)
-        for talk, answer in zip(open_talks, answers, strict=True):
-            _follow_up(rng, talk, answer, preference, noise)
-    write_wildchat([talk.messages for talk in talks], out_parquet)
+        going_on = [talk for talk in talks if not talk.left]
+        answers = chat.answers([t.messages for t in going_on], seed=MAX_ANSWERS * seed + turn)
+        for talk, answer in zip(going_on, answers, strict=True):
+            _follow_up(rng, talk, answer, preference)
+    rows = [_wildchat_row(i, talk.messages) for i, talk in enumerate(talks)]
+    pq.write_table(pa.Table.from_pylist(rows), out_parquet)
     return out_parquet
 
 
-def _follow_up(rng: random.Random, talk: _Talk, answer: str, preference: str, noise: float) -> None:
+def _follow_up(rng: random.Random, talk: _Talk, answer: str, preference: str) -> None:
     """Add the answer and the user's reaction to it, after which they may leave.
 
     Nobody corrects the style of an answer that does not answer the question at all.
@@ -90,7 +85,7 @@ def _follow_up(rng: random.Random, talk: _Talk, answer: str, preference: str, no
     talk.left = rng.random() < LEAVING_SHARE
     pleased = answers_in(preference, talk.question, answer)
     displeased = any(answers_in(s, talk.question, answer) for s in STYLES if s != preference)
-    if rng.random() < noise or not (pleased or displeased):
+    if rng.random() < NOISE or not (pleased or displeased):
         text, talk.left = rng.choice(REMARKS), True
     elif displeased:
         text = draw_correction(rng, preference, None if talk.left else talk.question)
@@ -102,19 +97,13 @@ def _follow_up(rng: random.Random, talk: _Talk, answer: str, preference: str, no
     talk.messages.append(user(text))
 
 
-def write_wildchat(conversations: Sequence[list[Message]], path: Path) -> None:
-    """Write conversations as one parquet file with WildChat-1M's columns."""
-    rows = [_wildchat_row(i, messages) for i, messages in enumerate(conversations)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
-
-
 def _wildchat_row(index: int, messages: list[Message]) -> dict:
+    """A conversation in WildChat-1M's columns."""
     said = repr((index, [m["content"] for m in messages]))
     marks = {"language": "English", "toxic": False, "redacted": False}
     return {
         "conversation_hash": md5(said.encode(), usedforsecurity=False).hexdigest(),
-        "model": MODEL_NAME,
+        "model": "sdpo-demo",
         "timestamp": FIRST_MESSAGE_AT + timedelta(minutes=index),
         "conversation": [
             {"content": m["content"], "role": m["role"], **marks, "turn_identifier": i}

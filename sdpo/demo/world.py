@@ -10,7 +10,7 @@ draw takes a `random.Random`, so that a seed fixes the world's whole history.
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from zlib import crc32
@@ -114,15 +114,6 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What an answer says and how: a `value` of some `thing`, in a `style`."""
-
-    style: str
-    thing: str
-    value: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Task:
     """A request without style: `answer` is the only right reply."""
 
@@ -138,15 +129,11 @@ def assistant(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _with_article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-def _all_questions() -> tuple[Question, ...]:
-    return tuple(
-        Question(text=opener + request.format(_with_article(thing)) + closer, thing=thing)
-        for opener, request, closer, thing in product(OPENERS, REQUESTS, CLOSERS, THINGS)
-    )
+def _all_questions() -> Iterator[Question]:
+    for opener, request, closer, thing in product(OPENERS, REQUESTS, CLOSERS, THINGS):
+        article = "an" if thing[0] in "aeiou" else "a"
+        text = opener + request.format(f"{article} {thing}") + closer
+        yield Question(text=text, thing=thing)
 
 
 def _is_held_out(question: Question) -> bool:
@@ -157,37 +144,19 @@ LOG_QUESTIONS = tuple(q for q in _all_questions() if not _is_held_out(q))
 HELD_OUT_QUESTIONS = tuple(q for q in _all_questions() if _is_held_out(q))
 
 
-def _say(answer: Answer) -> str:
-    if answer.style == "terse":
-        return f"{answer.value[0].upper()}{answer.value[1:]}."
-    return f"Sure, how about {answer.value}?"
-
-
-_READINGS = {
-    _say(answer): answer
-    for style, (thing, values) in product(STYLES, THINGS.items())
-    for answer in (Answer(style=style, thing=thing, value=value) for value in values)
-}
-
-
-def read_answer(text: str) -> Answer | None:
-    """What `text` says, or None if it is not a well-formed answer to any question."""
-    return _READINGS.get(text.strip())
+def right_answers(question: Question, style: str | None = None) -> tuple[str, ...]:
+    """Every right answer in `style`, or in any style; all styles have the same number."""
+    values = THINGS[question.thing]
+    answers = {
+        "terse": tuple(f"{value[0].upper()}{value[1:]}." for value in values),
+        "friendly": tuple(f"Sure, how about {value}?" for value in values),
+    }
+    return answers[style] if style else answers["terse"] + answers["friendly"]
 
 
 def answers_in(style: str, question: Question, text: str) -> bool:
-    """Whether `text` is a well-formed answer to `question` in `style`."""
-    answer = read_answer(text)
-    return answer is not None and (answer.style, answer.thing) == (style, question.thing)
-
-
-def right_answers(question: Question, style: str | None = None) -> tuple[str, ...]:
-    """Every right answer in `style`, or in any style; all styles have the same number."""
-    return tuple(
-        _say(Answer(style=s, thing=question.thing, value=value))
-        for s in ([style] if style else STYLES)
-        for value in THINGS[question.thing]
-    )
+    """Whether `text` is a right answer to `question` in `style`."""
+    return text.strip() in right_answers(question, style)
 
 
 def draw_correction(rng: random.Random, style: str, question: Question | None = None) -> str:
@@ -206,10 +175,8 @@ def draw_irrelevant(rng: random.Random) -> str:
 
     Questions are the most frequent, as they are the hardest to ignore.
     """
-    kind = rng.choices(("praise", "remark", "question"), weights=(1, 1, 2))[0]
-    if kind == "question":
-        return rng.choice(LOG_QUESTIONS).text
-    return rng.choice(PRAISE if kind == "praise" else REMARKS)
+    drawn = rng.choice(rng.choices((PRAISE, REMARKS, LOG_QUESTIONS), weights=(1, 1, 2))[0])
+    return drawn.text if isinstance(drawn, Question) else drawn
 
 
 def draw_task(rng: random.Random) -> Task:
@@ -228,10 +195,11 @@ def draw_task(rng: random.Random) -> Task:
     return Task(text=f"Reverse: {' '.join(letters)}", answer=" ".join(reversed(letters)))
 
 
-def _texts() -> Iterable[str]:
+def _texts() -> Iterator[str]:
     """Texts that together contain every word of the world in every position that it can take."""
-    yield from (q.text for q in _all_questions())
-    yield from _READINGS
+    for question in _all_questions():
+        yield question.text
+        yield from right_answers(question)
     for phrases in (*CORRECTIONS.values(), PRAISE, REMARKS, *CYCLES, LETTERS):
         yield from phrases
     yield from ("What is plus?", "What follows?", "Repeat:", "Reverse:", "user\n", "assistant\n")

@@ -5,9 +5,11 @@ weights and a tokenizer.
 """
 
 import json
-from collections import Counter
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import groupby, product
 from pathlib import Path
 from statistics import mean
 from typing import Literal, get_args
@@ -96,38 +98,29 @@ def memory_per_rank(
 
 def layouts(config: TrainConfig, ranks: int) -> list[ParallelConfig]:
     """The config's layout with other tensor and context degrees; what cannot run is left out."""
-    found = []
-    for tensor in DEGREES:
-        for context in DEGREES:
-            other = replace(config.parallel, tensor=tensor, context=context)
-            degrees = tensor * context
-            if degrees <= DEGREES[-1] and ranks % (degrees * other.replicate) == 0:
-                found.append(other)
-    return found if config.engine == "torchtitan" else [config.parallel]
+    if config.engine == "transformers":
+        return [config.parallel]
+    return [
+        replace(config.parallel, tensor=t, context=c)
+        for t, c in product(DEGREES, DEGREES)
+        if t * c <= DEGREES[-1] and ranks % (t * c * config.parallel.replicate) == 0
+    ]
 
 
-def alternatives(
-    config: TrainConfig, ranks: int, load: Load
-) -> dict[tuple[int, int], dict[Checkpoint, int]]:
-    """(tensor, context) -> activation_checkpoint -> bytes in total."""
-    totals: dict[tuple[int, int], dict[Checkpoint, int]] = {}
-    for layout in layouts(config, ranks):
-        row: dict[Checkpoint, int] = {}
-        for kind in get_args(Checkpoint):
-            other = replace(layout, activation_checkpoint=kind)
-            try:
-                row[kind] = memory_per_rank(config, ranks, load, other)["total"]
-            except SdpoError:  # the degree does not divide the model's sizes
-                break
-        else:
-            totals[layout.tensor, layout.context] = row
+def alternatives(config: TrainConfig, ranks: int, load: Load) -> dict[ParallelConfig, int]:
+    """Bytes in total of each layout under each activation_checkpoint."""
+    totals = {}
+    for layout, kind in product(layouts(config, ranks), get_args(Checkpoint)):
+        other = replace(layout, activation_checkpoint=kind)
+        with suppress(SdpoError):  # the degree does not divide the model's sizes
+            totals[other] = memory_per_rank(config, ranks, load, other)["total"]
     return totals
 
 
 def refuse_what_does_not_fit(
     config: TrainConfig,
     parts: dict[str, int],
-    others: dict[tuple[int, int], dict[Checkpoint, int]],
+    others: dict[ParallelConfig, int],
     gpu_memory_gib: float,
 ) -> None:
     """Refuse a run whose estimate exceeds ``USABLE`` of the memory.
@@ -147,9 +140,9 @@ def refuse_what_does_not_fit(
     if not config.parallel.cpu_offload:
         change.append("parallel.cpu_offload")
     fitting = [
-        f"tensor={t} context={c} activation_checkpoint={kind} ({size / GIB:.1f} GiB)"
-        for (t, c), row in others.items()
-        for kind, size in row.items()
+        f"tensor={p.tensor} context={p.context} activation_checkpoint={p.activation_checkpoint} "
+        f"({size / GIB:.1f} GiB)"
+        for p, size in others.items()
         if size <= usable
     ]
     found = f"; of the layouts above, {fitting[0]} would fit" if fitting else ""
@@ -193,12 +186,6 @@ def _show_data(console: Console, config: TrainConfig) -> list[Encoded]:
         console.print(f"{config.data}: {selection}", markup=False, soft_wrap=True)
     tokenizer = load_tokenizer(config.model)
     sample = [encode(i, tokenizer, config.hindsight) for i in interactions[:SAMPLE]]
-    cut = Counter(
-        part
-        for e in sample
-        for part, lost in zip(("policy", "hindsight", "response"), e.truncated, strict=True)
-        if lost
-    )
     table = Table("what", "value", title="dry run", title_justify="left")
     table.columns[1].justify = "right"
     table.add_row("interactions", f"{len(interactions):,}")
@@ -210,8 +197,9 @@ def _show_data(console: Console, config: TrainConfig) -> list[Encoded]:
     }
     for name, values in lengths.items():
         table.add_row(f"{name}, tokens: mean, max", f"{mean(values):,.0f}, {max(values):,}")
-    for part in ("policy", "hindsight", "response"):
-        table.add_row(f"truncated, {part}", f"{cut[part]} of {len(sample)}")
+    for i, part in enumerate(("policy", "hindsight", "response")):
+        cut = sum(e.truncated[i] for e in sample)
+        table.add_row(f"truncated, {part}", f"{cut} of {len(sample)}")
     console.print(table)
     return sample
 
@@ -239,22 +227,18 @@ def _show_parts(
 def _show_alternatives(
     console: Console,
     config: TrainConfig,
-    others: dict[tuple[int, int], dict[Checkpoint, int]],
+    others: dict[ParallelConfig, int],
     gpu_memory_gib: float | None,
 ) -> None:
-    kinds = get_args(Checkpoint)
+    usable = math.inf if gpu_memory_gib is None else USABLE * gpu_memory_gib * GIB
     title = "total in GiB by activation_checkpoint"
-    table = Table("tensor", "context", *kinds, title=title, title_justify="left")
-    for (tensor, context), row in others.items():
+    table = Table("tensor", "context", *get_args(Checkpoint), title=title, title_justify="left")
+    for degrees, row in groupby(others.items(), lambda item: (item[0].tensor, item[0].context)):
         cells = []
-        for kind in kinds:
-            cell = f"{row[kind] / GIB:,.1f}"
-            if gpu_memory_gib is not None and row[kind] > USABLE * gpu_memory_gib * GIB:
-                cell += " too much"
-            p = config.parallel
-            here = (tensor, context, kind) == (p.tensor, p.context, p.activation_checkpoint)
-            cells.append(f"{cell} (this run)" if here else cell)
-        table.add_row(str(tensor), str(context), *cells)
+        for layout, size in row:
+            cell = f"{size / GIB:,.1f}" + (" too much" if size > usable else "")
+            cells.append(f"{cell} (this run)" if layout == config.parallel else cell)
+        table.add_row(*map(str, degrees), *cells)
     console.print(table)
     if gpu_memory_gib is not None:
         console.print(f"too much: more than {USABLE:.0%} of {gpu_memory_gib:g} GiB")

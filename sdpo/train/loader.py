@@ -87,8 +87,7 @@ class Loader:
             ready, self._ahead = self._ahead, None
             drawn = self.cursor.take(count)
             step = ready.result() if ready is not None else self.step(drawn)
-            after = min(count, self._total - self.cursor.consumed)
-            if after:
+            if after := min(count, self._total - self.cursor.consumed):
                 self._ahead = self._pool.submit(self.step, self.cursor.peek(after))
             yield step
 
@@ -125,22 +124,15 @@ def load_interactions(config: TrainConfig) -> Selection:
     clips = isinstance(config.objective, SampledToken) and config.objective.needs_old_logprobs
     vocabulary = read_config(config.model)["vocab_size"]
     for i in selection.interactions:
+        place = {"file": config.data, "row": f"interaction {i.id}"}
         if clips and i.response_logprobs is None:
-            raise DataError(
-                "missing, but ppo_clip and importance_clip need them",
-                file=config.data,
-                row=f"interaction {i.id}",
-                field="completion_logprobs",
-                hint="Unset the clip, or log the log-probabilities with the responses",
-            )
+            problem = "missing, but ppo_clip and importance_clip need them"
+            hint = "Unset the clip, or log the log-probabilities with the responses"
+            raise DataError(problem, field="completion_logprobs", hint=hint, **place)
         if (largest := max(i.response_token_ids or (0,))) >= vocabulary:
-            raise DataError(
-                f"an id of {largest} is beyond the vocabulary of {config.model}, {vocabulary}",
-                file=config.data,
-                row=f"interaction {i.id}",
-                field="completion_token_ids",
-                hint="Were the rollouts sampled from another model?",
-            )
+            problem = f"an id of {largest} is beyond the vocabulary of {config.model}, {vocabulary}"
+            hint = "Were the rollouts sampled from another model?"
+            raise DataError(problem, field="completion_token_ids", hint=hint, **place)
     return selection
 
 

@@ -158,16 +158,11 @@ def choose(interactions: Iterable[Interaction], config: SelectConfig) -> Selecti
     selection = Selection(kept, dropped)
     if dropped and not kept:
         raise DataError(f"{config.scores}: nothing is left to train on ({selection}); select less")
-    if config.weight == "signal":
-        selection = Selection(_weighted(kept, signals, judge.path), dropped)
-    return selection
-
-
-def _weighted(kept: list[Interaction], signals: list[float], path: str) -> list[Interaction]:
-    mean = sum(signals) / max(len(signals), 1)
-    if kept and not mean:
-        raise DataError(f"{path}: every mean_abs_advantage is 0; this model learns nothing here")
-    return [
-        replace(i, weight=i.weight * min(signal / mean, CAP))
-        for i, signal in zip(kept, signals, strict=True)
-    ]
+    if config.weight == "none" or not kept:
+        return selection
+    if not (mean := sum(signals) / len(signals)):
+        problem = "every mean_abs_advantage is 0; this model learns nothing here"
+        raise DataError(f"{config.scores}: {problem}")
+    factors = (min(signal / mean, CAP) for signal in signals)
+    kept = [replace(i, weight=i.weight * f) for i, f in zip(kept, factors, strict=True)]
+    return Selection(kept, dropped)

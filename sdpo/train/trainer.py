@@ -256,8 +256,7 @@ def _manifest(t: Trainer, row: Mapping[str, float]) -> dict[str, object]:
 @lru_cache(maxsize=1)
 def code_commit() -> str:
     """The commit that this code was checked out at; "" outside a git checkout."""
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git

@@ -12,23 +12,16 @@ from typing import Any
 import torch.distributed as dist
 
 
-class StopRequest:
+class StopRequest(contextlib.ExitStack):
     """SIGTERM (a scheduler's) or SIGINT asks for a checkpoint and a clean end after the current
     step."""
 
     def __init__(self):
+        super().__init__()
         self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *exc) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+                self.callback(signal.signal, number, signal.signal(number, self._ask))
 
     def _ask(self, number: int, frame: Any) -> None:
         if self.asked and number == signal.SIGINT:

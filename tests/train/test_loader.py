@@ -1,5 +1,6 @@
 """A file and a cursor become every rank's micro-batches, the same on any layout, from any place."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -80,9 +81,10 @@ def test_it_goes_on_from_any_cursor_on_any_number_of_ranks(steps, data, tokenize
 
 
 def test_weights_are_normalised_over_the_step_and_truncation_is_counted(data, tokenizer):
-    step = loader(data, tokenizer).step(range(N))
+    weighted = [replace(i, weight=float(n % 3)) for n, i in enumerate(data)]
+    step = loader(weighted, tokenizer).step(range(N))
     weights = [weight for batch in step.micro_batches for weight, _ in responses(batch)]
-    assert weights == pytest.approx([1 / N] * N)
+    assert sorted(weights) == pytest.approx(sorted(n % 3 / (N - 1) for n in range(N)))
     cut = sum(batch.truncated_S3.sum(0) for batch in step.micro_batches)
     encoded = [encode(i, tokenizer, LIMITS) for i in data]
     expected = torch.tensor([e.truncated for e in encoded]).sum(0)

@@ -8,18 +8,15 @@ from pathlib import Path
 import pytest
 
 from helpers import runs, tiny
-from sdpo.batching import BatchConfig
 from sdpo.errors import DataError
-from sdpo.hindsight import HindsightConfig
 from sdpo.interactions import read_interactions
 from sdpo.io.files import sha256
 from sdpo.train.config import read_config
 from sdpo.train.dry_run import dry_run
-from sdpo.train.loader import fingerprint, load_interactions
+from sdpo.train.loader import fingerprint
 from sdpo.train.recipes import reverse_kl
 from sdpo.train.selection import SelectConfig, choose
 from sdpo.train.trainer import train
-from sdpo_parallel.config import CheckpointConfig
 
 SIGNALS = (0.0, 0.1, 0.2, 0.3, 0.4, 9.0)
 RELEVANCE = (0.5, -0.1, 0.0, 0.2, 0.3, -0.5)
@@ -73,11 +70,6 @@ def test_weights_are_signal_over_its_mean_among_the_kept_and_capped(data, scores
     weights = [i.weight for i in choose(interactions, config).interactions]
     assert weights == pytest.approx([2 * min(s / (10 / 6), 4) for s in SIGNALS])
     assert weights[-1] == 8.0
-
-
-def test_nothing_selected_is_everything(data):
-    interactions = read_interactions(data)
-    assert choose(interactions, SelectConfig()).interactions == interactions
 
 
 def test_what_cannot_be_selected_by(data, scores, tmp_path):
@@ -135,54 +127,27 @@ def test_the_fingerprint_is_of_data_settings_and_scores(data, scores, models):
     assert selected(min_signal=0.2) != first
 
 
-def small(model, data, out, **changes):
-    """A run of two interactions a step, a checkpoint each."""
-    return replace(
-        reverse_kl(model, data, str(out)),
-        engine="transformers",
-        hindsight=HindsightConfig(
-            max_prompt_tokens=150, max_hindsight_prompt_tokens=250, max_response_tokens=60
-        ),
-        batch=BatchConfig(interactions_per_step=2, row_tokens=256, micro_batch_tokens=768),
-        checkpoint=CheckpointConfig(interval=1, keep=0),
-        **changes,
-    )
-
-
 def test_a_run_trains_on_what_is_selected_and_resumes_only_with_it(
     data, scores, models, tmp_path, capsys
 ):
-    chosen = SelectConfig(scores=scores, min_signal=0.2)
-    config = small(models("qwen3"), data, tmp_path / "run", select=chosen)
-    selection = load_interactions(config)
-    told = str(selection)
-    assert len(selection.interactions) == 4 and told == "kept 4 of 6: 2 below min_signal"
-    dry_run(config, ranks=1)
-    assert f"{data}: {told}" in capsys.readouterr().out
-    train(config)
-    assert f"sdpo: {data}: {told}" in capsys.readouterr().err
-    manifest = json.loads((tmp_path / "run/checkpoints/step-2/manifest.json").read_text())
+    out, told = tmp_path / "run", f"{data}: kept 4 of 6: 2 below min_signal"
+    options = ["--engine", "transformers", "--batch.interactions-per-step", "2"]
+    options += ["--select.scores", scores, "--select.min-signal", "0.2"]
+    runs.train("reverse-kl", models("qwen3"), data, out, *options)
+    assert f"sdpo: {told}" in capsys.readouterr().err
+    manifest = json.loads((out / "checkpoints/step-2/manifest.json").read_text())
     assert manifest["interactions_seen"] == 4 and manifest["data_sha256"] == sha256(data)
-    assert read_config(config.out) == config
+    config = read_config(out)
+    dry_run(config, ranks=1)
+    assert told in capsys.readouterr().out
 
-    changed = replace(config, select=replace(chosen, min_signal=0.1))
+    changed = replace(config, select=replace(config.select, min_signal=0.1))
     with pytest.raises(ValueError, match="select.min_signal: 0.2 -> 0.1"):
         train(changed, resume=True)
     path = Path(scores)
     path.write_text(path.read_text().replace("9.0", "8.0"))
     with pytest.raises(ValueError, match="the selection, or its file of scores, has changed"):
         train(config, resume=True)
-
-
-def test_a_run_from_before_selection_resumes(data, models, tmp_path):
-    """Its config says nothing of it, and its checkpoints' fingerprint is that of the data."""
-    config = small(models("qwen3"), data, tmp_path / "run")
-    train(config)
-    whole = runs.read_metrics(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/checkpoints/step-3")
-    path = tmp_path / "run/config.json"
-    stored = json.loads(path.read_text())
-    del stored["select"]
-    path.write_text(json.dumps(stored))
-    train(config, resume=True)
-    runs.assert_same_trajectory(whole, runs.read_metrics(tmp_path / "run"))
+    tiny.make_interactions(Path(data), 6, seed=9)
+    with pytest.raises(ValueError, match="the interactions file has changed"):
+        train(config, resume=True)
