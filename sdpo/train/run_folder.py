@@ -182,7 +182,11 @@ class Logger(ExitStack):
         if log.wandb:
             import wandb  # the optional extra
 
-            where = {"project": log.wandb, "id": run.wandb_id(), "dir": str(run.path)}
+            where: dict[str, Any] = {
+                "project": log.wandb,
+                "id": run.wandb_id(),
+                "dir": str(run.path),
+            }
             self._wandb = self.enter_context(wandb.init(**where, config=run.config, resume="allow"))
         self.console = Console()
         self._progress = Progress(

@@ -35,9 +35,10 @@ WAYS = ("kill one", "kill all", "SIGTERM", *DAMAGES, "full disk")
 class Run:
     """A training run that others disturb."""
 
-    def __init__(self, model: str, data: str, out: Path):
-        self.model, self.data, self.out = model, data, out
-        self.argv = runs.command("reverse-kl", model, data, out, *OPTIONS, "--resume", ranks=RANKS)
+    def __init__(self, model: str, data: str, out: Path, *options: str, ranks: int = RANKS):
+        self.out = out
+        options = (*OPTIONS, *options, "--resume")
+        self.argv = runs.command("reverse-kl", model, data, out, *options, ranks=ranks)
 
     @property
     def metrics(self) -> list[dict]:
@@ -71,17 +72,15 @@ class Run:
 
     def until(self, process: subprocess.Popen, step: int, delay: float) -> None:
         """Wait until a step is logged, or the process ends; then a little longer."""
-        while process.poll() is None and (len(self.metrics) < step):
+        while process.poll() is None and len(self.metrics) < step:
             time.sleep(0.005)
         time.sleep(delay)
 
 
 def workers(process: subprocess.Popen) -> list[int]:
     """torchrun's children."""
-    listed = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
-    return [int(pid) for pid in listed]
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in listed.stdout.split()]
 
 
 def kill(pids: list[int]) -> None:
@@ -153,8 +152,6 @@ def check(run: Run, undisturbed: list[dict], disturbances: list[str], rng: rando
     """Disturb, resume, compare; one line of report."""
     lost = 0
     for way in disturbances:
-        if run.done:
-            break
         disturb(run, way, rng)
         if run.done:  # it was faster
             break
@@ -171,8 +168,6 @@ def check(run: Run, undisturbed: list[dict], disturbances: list[str], rng: rando
     if not run.done:
         run.finish()
     runs.assert_same_trajectory(undisturbed, run.metrics)
-    for mine, theirs in zip(run.metrics, undisturbed, strict=True):
-        assert mine["response/tokens"] == theirs["response/tokens"]
     newest = run.out / "checkpoints" / f"step-{STEPS}" / "manifest.json"
     assert json.loads(newest.read_text())["interactions_seen"] == STEPS * 6
     assert not list(run.out.rglob("*.partial"))
@@ -192,14 +187,13 @@ def prepare(folder: Path) -> tuple[str, str, list[dict]]:
 def main() -> None:
     """Random points."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--points", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, data, undisturbed = prepare(folder)
-        for point in range(args.first, args.points):
+        for point in range(args.points):
             rng = random.Random(f"{args.seed} {point}")
             ways = [WAYS[point % len(WAYS)]]
             if rng.random() < 0.3:

@@ -4,15 +4,16 @@ import os
 import random
 import re
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from helpers import forked, kill, runs, tiny
-from sdpo.cli import main
+from helpers import kill, runs, tiny
+from sdpo.errors import SdpoError
 from sdpo.train.watchdog import PHASES, Watchdog
+from sdpo_parallel.config import ParallelConfig
+from sdpo_parallel.torchtitan.mesh import check_layout
 
 
 @pytest.fixture(scope="module")
@@ -27,22 +28,28 @@ def test_a_broken_run_goes_on_as_if_undisturbed(way, undisturbed, tmp_path, seed
     kill.check(run, trajectory, [way], random.Random(seed))
 
 
-def test_a_stalled_rank_is_named(models, tmp_path):
+def test_a_killed_run_goes_on_on_one_device(undisturbed, tmp_path):
+    model, data, _ = undisturbed
+    options = ["--engine", "transformers", "--batch.epochs", "2"]
+    whole = runs.train("reverse-kl", model, data, tmp_path / "whole", *kill.OPTIONS, *options)
+    run = kill.Run(model, data, tmp_path / "run", *options, ranks=0)
+    process = run.start()
+    run.until(process, step=5, delay=0)
+    kill.kill([process.pid])
+    process.communicate()
+    assert 5 <= len(run.metrics) < len(whole), "it was killed too late to show anything"
+    run.finish()
+    runs.assert_same_trajectory(whole, run.metrics)
+
+
+def test_a_stalled_rank_is_named(undisturbed, tmp_path, monkeypatch):
     """One of two ranks stops answering: the other says so, and the job ends."""
-    data = tiny.make_interactions(tmp_path / "i.jsonl", 200)
-    options = ["--safeguard.stall-seconds", "6", "--checkpoint.interval", "1000"]
-    argv = runs.command("reverse-kl", models("qwen3"), data, tmp_path / "run", *options, ranks=2)
-    process = subprocess.Popen(
-        argv,
-        env={**runs.ENV, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    )
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < 3:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    model, data, _ = undisturbed
+    monkeypatch.setitem(runs.ENV, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3")
+    options = ["--safeguard.stall-seconds", "6", "--batch.epochs", "3"]
+    run = kill.Run(model, data, tmp_path / "run", *options)
+    process = run.start()
+    run.until(process, step=3, delay=0)
     ranks = {_rank(pid): pid for pid in kill.workers(process)}
     os.kill(ranks["1"], signal.SIGSTOP)
     _, told = process.communicate(timeout=120)
@@ -56,25 +63,9 @@ def _rank(pid: int) -> str:
     return next(e.decode()[5:] for e in environment if e.startswith(b"RANK="))
 
 
-class Store:
-    """What ``Watchdog`` asks of torch's."""
-
-    def __init__(self):
-        self.kept: dict[str, bytes] = {}
-
-    def set(self, key: str, value: str) -> None:
-        self.kept[key] = value.encode()
-
-    def check(self, keys: list[str]) -> bool:
-        return all(k in self.kept for k in keys)
-
-    def get(self, key: str) -> bytes:
-        return self.kept[key]
-
-
 def test_the_ranks_behind_are_those_that_others_wait_for(monkeypatch):
     """Four ranks answer: one still gathers data while three wait in their passes."""
-    store, watchdogs = Store(), []
+    store, watchdogs = dist.HashStore(), []
     for rank in range(4):
         watchdog = Watchdog(0, rank, 4)
         watchdog.seconds, watchdog._store = 60.0, store
@@ -91,56 +82,43 @@ def test_the_ranks_behind_are_those_that_others_wait_for(monkeypatch):
     assert "all ranks hang in its passes phase" in watchdogs[0].message()
     answering.remove(watchdogs[3])
     assert "no longer answer: rank 3 on" in watchdogs[0].message()
-    del store.kept["sdpo/watch/3"]
+    store.delete_key("sdpo/watch/3")
     assert "no longer answer: rank 3 (never heard of)" in watchdogs[0].message()
 
 
-IMPOSSIBLE = [
-    (["--parallel.pipeline", "2"], "and SDPO needs two"),
-    (["--parallel.tensor", "2"], "does not divide 1 ranks"),
-    (["--engine", "transformers", "--parallel.tensor", "2"], "one device"),
-    (["--engine", "transformers", "--lora.rank", "2"], "lora"),
-    (["--lora.rank", "2", "--lora.targets", "q_proj"], "wkv"),
-    (["--teacher", "ema:1.5"], "decay"),
-    (["--teacher", "best"], "live"),
-    (["--teacher", "frozen:nowhere"], "nowhere"),
-]
-IMPOSSIBLE_ON_RANKS = [
-    (["--parallel.tensor", "4"], 4, "num_key_value_heads=2"),
-    (["--parallel.context", "2", "--parallel.attention", "varlen"], 2, "varlen"),
-    (["--engine", "transformers"], 2, "2 ranks"),
-]
-
-
-def broken_model(folder: Path) -> str:
-    """Everything but weights that can be read."""
-    tiny.make_model(folder, "qwen3")
-    (folder / "model.safetensors").write_bytes(b"loading this fails in another way")
-    return str(folder)
-
-
-@pytest.mark.parametrize(("options", "names"), IMPOSSIBLE)
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ("--parallel.pipeline 2", "and SDPO needs two"),
+        ("--parallel.tensor 2", "does not divide 1 ranks"),
+        ("--parallel.attention varlen", "varlen"),
+        ("--engine transformers --parallel.tensor 2", "one device"),
+        ("--engine transformers --lora.rank 2", "lora"),
+        ("--lora.rank 2 --lora.targets q_proj", "wkv"),
+        ("--teacher ema:1.5", "decay"),
+        ("--teacher best", "live"),
+        ("--teacher frozen:nowhere", "nowhere"),
+    ],
+)
 def test_impossible_combinations_are_refused_before_any_weights_load(
     options, names, tmp_path, capsys
 ):
-    model = broken_model(tmp_path / "model")
+    model = tiny.make_model(tmp_path / "model")
+    Path(model, "model.safetensors").write_bytes(b"loading this fails in another way")
     data = tiny.make_interactions(tmp_path / "i.jsonl", 6)
-    argv = runs.command("reverse-kl", model, data, tmp_path / "run", *options)
-    with pytest.raises(SystemExit) as stop:
-        main(argv[argv.index("train") :])
-    assert stop.value.code == 2
-    captured = capsys.readouterr()
-    assert names in " ".join((captured.out + captured.err).replace("\u2502", " ").split())
+    run = runs.arguments("reverse-kl", model, data, tmp_path / "run", *options.split())
+    told = runs.refused(capsys, "train", *run)
+    assert names in " ".join(told.replace("\u2502", " ").split())
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("options", "ranks", "names"), IMPOSSIBLE_ON_RANKS)
-def test_impossible_combinations_of_ranks(options, ranks, names, tmp_path):
-    model = broken_model(tmp_path / "model")
+def test_impossible_combinations_of_ranks(models, tmp_path, capsys, monkeypatch):
+    with pytest.raises(SdpoError, match="tensor=4 does not divide .*num_key_value_heads=2"):
+        check_layout(models("qwen3"), ParallelConfig(tensor=4), 4)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     data = tiny.make_interactions(tmp_path / "i.jsonl", 6)
-    argv = runs.command("reverse-kl", model, data, tmp_path / "run", *options)
-    result = forked.run(ranks, "-m", "sdpo.train", *argv[argv.index("train") + 1 :])
-    assert result.returncode != 0 and "Traceback" not in runs.cause(result.stderr)
-    told = " ".join((result.stdout + result.stderr).split())
-    assert names in told, told[-3000:]
-    assert not (tmp_path / "run").exists()
+    options = ["--engine", "transformers"]
+    run = runs.arguments("reverse-kl", models("qwen3"), data, tmp_path / "run", *options)
+    told = runs.refused(capsys, "train", *run)
+    assert "rank 0: " in told and "2 ranks" in told and not (tmp_path / "run").exists()
