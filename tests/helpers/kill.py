@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from helpers import runs, tiny  # noqa: E402
+from helpers import forked, runs, tiny  # noqa: E402
 
 INTERVAL, STEPS, RANKS = 3, 14, 2
 OPTIONS = ["--checkpoint.interval", str(INTERVAL), "--checkpoint.keep", "2"]
@@ -36,9 +36,9 @@ class Run:
     """A training run that others disturb."""
 
     def __init__(self, model: str, data: str, out: Path, *options: str, ranks: int = RANKS):
-        self.out = out
-        options = (*OPTIONS, *options, "--resume")
-        self.argv = runs.command("reverse-kl", model, data, out, *options, ranks=ranks)
+        self.out, self.ranks = out, ranks
+        given = ("reverse-kl", model, data, out, *OPTIONS, *options, "--resume")
+        self.arguments, self.argv = runs.arguments(*given), runs.command(*given, ranks=ranks)
 
     @property
     def metrics(self) -> list[dict]:
@@ -66,8 +66,8 @@ class Run:
 
     def finish(self) -> str:
         """Resume to the end; what it said."""
-        result = subprocess.run(self.argv, env=runs.ENV, capture_output=True, text=True)
-        assert result.returncode == 0, runs.cause(result.stderr)
+        result = forked.run(self.ranks or 1, "-m", "sdpo.train", *self.arguments)
+        runs.succeeded(result)
         return result.stderr
 
     def until(self, process: subprocess.Popen, step: int, delay: float) -> None:
