@@ -51,21 +51,15 @@ from .world import (
 
 PACKED_LENGTH = 192
 """Tokens in a row of packed lessons; the longest lessons have about 140."""
-
 TURN_WEIGHTS = (5, 5, 1)
 """Weights of lessons with one, two and three exchanges."""
-
 CONTEXT_WEIGHTS = {"none": 1, "irrelevant": 7, "correction": 5}
 """Weights of the hindsight contexts at a lesson's end: the hardest are the most frequent."""
-
 CARELESS_SHARE = 0.6
 """Share of the answers to a correction that have a random style; half of these slip (`Lesson`)."""
-
 N_RIGHT = len(STYLES) * max(map(len, THINGS.values()))
 """Targets per word: as many as a question has right answers."""
-
 IGNORED = -100
-
 VOCAB_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this, so that its tensor-parallel shards are equal."""
 

@@ -32,13 +32,10 @@ from .world import (
 
 MAX_ANSWERS = 2
 """Answers that a user gets in one conversation before leaving."""
-
 LEAVING_SHARE = 0.6
 """Probability that a user leaves after reacting to an answer."""
-
 NOISE = 0.1
 """Share of follow-ups that have nothing to do with the answer before them."""
-
 FIRST_MESSAGE_AT = datetime(2024, 1, 1, tzinfo=UTC)
 
 
