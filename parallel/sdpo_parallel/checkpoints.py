@@ -88,12 +88,11 @@ class SummedWriter(FileSystemWriter):
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run. Every rank of the process group takes part, where there is one.
 
     Args:
         run_folder: the checkpoints are ``run_folder/checkpoints/step-N``.
         state: what a checkpoint holds, by name; DCP asks each for its state, and gives it back.
-        distributed: every rank of the default process group takes part; False: there is no group.
     """
 
     def __init__(
@@ -101,12 +100,10 @@ class Checkpoints:
         run_folder: str | Path,
         config: CheckpointConfig,
         state: Mapping[str, Stateful | torch.nn.Module],
-        *,
-        distributed: bool,
     ):
         self.folder, self.config = Path(run_folder) / "checkpoints", config
         self.state: dict[str, Any] = dict(state)
-        self.distributed = distributed
+        self.distributed = distributed = dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
         # of its own: a background save must not mix its messages with training's
@@ -163,8 +160,8 @@ class Checkpoints:
     def load(self, step: int) -> None:
         """Bring the state to where a verified checkpoint has it; what the checkpoint holds beside
         ``state`` is not read."""
-        reader, alone = FileSystemReader(self.folder / f"step-{step}"), not self.distributed
-        load(self.state, storage_reader=reader, process_group=self.group, no_dist=alone)
+        reader = FileSystemReader(self.folder / f"step-{step}")
+        load(self.state, storage_reader=reader, process_group=self.group)
 
     def due(self, step: int) -> bool:
         """``step`` ends an interval."""
@@ -183,9 +180,8 @@ class Checkpoints:
             assert isinstance(future, Future)
             self._saving = step, future
             return
-        alone = not self.distributed
         try:
-            save(self.state, storage_writer=writer, process_group=self.group, no_dist=alone)
+            save(self.state, storage_writer=writer, process_group=self.group)
         except FAILURES as error:
             raise self._failed(step, error) from error
         self._saved()

@@ -103,7 +103,6 @@ class Engine(abc.ABC):
     device: torch.device
     ranks = Ranks()
     row_multiple = ROW_MULTIPLE
-    _distributed = False
 
     def __init__(
         self,
@@ -119,9 +118,7 @@ class Engine(abc.ABC):
         self.optimizer = optimizer
         parts = {"model": self.module, "optimizer": optimizer_state}
         parts |= {"teacher": teacher, "run": state}
-        self.checkpoints = Checkpoints(
-            config.run_folder, config.checkpoint, parts, distributed=self._distributed
-        )
+        self.checkpoints = Checkpoints(config.run_folder, config.checkpoint, parts)
 
     @staticmethod
     @abc.abstractmethod
@@ -142,9 +139,7 @@ class Engine(abc.ABC):
         """See `sdpo_parallel.build.export_checkpoint`."""
         policy = cls.build_policy(config)
         parts = {"model": policy.module}
-        checkpoints = Checkpoints(
-            config.run_folder, config.checkpoint, parts, distributed=cls._distributed
-        )
+        checkpoints = Checkpoints(config.run_folder, config.checkpoint, parts)
         checkpoints.load(checkpoints.undamaged(step))
         cls.export_policy(policy, config, folder, adapters=adapters)
 

@@ -25,9 +25,9 @@ class Counter:
 
 
 def checkpoints(folder: Path, keep: int = 3) -> Checkpoints:
-    config = CheckpointConfig(interval=2, keep=keep)
+    config = CheckpointConfig(interval=2, keep=keep, asynchronous=False)
     state = {"model": torch.nn.Linear(4, 3), "run": Counter()}
-    return Checkpoints(folder, config, state, distributed=False)
+    return Checkpoints(folder, config, state)
 
 
 def saved(folder: Path, *steps: int, keep: int = 3) -> Checkpoints:
@@ -54,7 +54,7 @@ def test_what_is_saved_is_loaded_with_its_manifest(tmp_path):
 def test_a_part_is_loaded_without_the_others(tmp_path):
     saved(tmp_path, 2)
     model = torch.nn.Linear(4, 3)
-    weights = Checkpoints(tmp_path, CheckpointConfig(), {"model": model}, distributed=False)
+    weights = Checkpoints(tmp_path, CheckpointConfig(), {"model": model})
     weights.load(weights.undamaged(None))
     assert (model.weight == 2).all()
 

@@ -39,7 +39,6 @@ class TorchtitanEngine(Engine):
     """
 
     policy: TorchtitanModel  # pyright: ignore[reportIncompatibleVariableOverride]
-    _distributed = True
 
     def __init__(self, config: EngineConfig, state: Stateful):
         policy = self.build_policy(config)
