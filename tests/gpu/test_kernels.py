@@ -1,4 +1,7 @@
-"""The kernels on a GPU: the oracle rule, real sizes, no waiting, capture, compilation, memory."""
+"""The kernels on a GPU: the oracle rule, real sizes, no waiting, capture, compilation, memory.
+
+CUDA_VISIBLE_DEVICES=0 python -m pytest -m gpu tests/gpu   (torch >= 2.11, triton >= 3.6)
+"""
 
 import pytest
 import torch
@@ -28,9 +31,16 @@ def on_gpu(*args, **kwargs) -> Problem:
 
 
 @pytest.fixture(autouse=True)
-def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oracle rule for float32 is about float32, not TF32."""
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    """Skipped where there is none; each test begins with empty caches. The oracle rule for float32
+    is about float32, not TF32."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("options", [{}, TRANSFORM], ids=["plain", "transformed"])

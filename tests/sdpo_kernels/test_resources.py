@@ -1,18 +1,15 @@
 """The Triton kernels compile for GPUs that are not here, without spills, within shared memory."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 triton = pytest.importorskip("triton")
 
 from benchmarks.resources import MEASURED  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
+from helpers.environment import ENV  # noqa: E402
 
 
 @pytest.mark.slow
@@ -21,22 +18,13 @@ def test_no_kernel_spills_or_asks_for_too_much_shared_memory(sm, tmp_path):
     """With a release of Triton that nobody has measured yet, spills are reported as an expected
     failure: a compiler's news must not turn a newcomer's first run red."""
     out = tmp_path / "resources.jsonl"
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.resources", "--sm", str(sm), "--out", str(out)],
-        cwd=ROOT,
-        env={**env, "PYTHONPATH": str(ROOT / "kernels")},
-        capture_output=True,
-        text=True,
-    )
+    argv = [sys.executable, "-m", "benchmarks.resources", "--sm", str(sm), "--out", str(out)]
+    env = {k: v for k, v in ENV.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(argv, env=env, capture_output=True, text=True)
     assert out.exists(), result.stdout + result.stderr[-4000:]  # every kernel compiles
     found = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {r["kernel"] for r in found} == {
-        "stats_kernel",
-        "divergence_kernel",
-        "softmax_grad_kernel",
-        "fused_stats_kernel",
-    }
+    names = {"stats_kernel", "divergence_kernel", "softmax_grad_kernel", "fused_stats_kernel"}
+    assert {r["kernel"] for r in found} == names
     assert all(r["sm"] == sm and r["registers"] > 0 for r in found)
     if result.returncode and not measured(triton.__version__):
         pytest.xfail(f"Triton {triton.__version__} was never measured:\n{result.stdout}")

@@ -1,5 +1,6 @@
 """Tensor parallelism: shards of the vocabulary on real process groups, and the merge itself."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_a_vocabulary_split_anywhere_merges_to_the_whole(v, cuts, regroup, scale
         return rows_torch.stats(PLAIN, z[:, columns].clone(), u[:, columns].clone(), local)
 
     borders = sorted({0, v, *(c for c in cuts if c < v)})
-    parts = [of(slice(a, b)) for a, b in zip(borders, borders[1:], strict=False)]
+    parts = [of(slice(*ends)) for ends in itertools.pairwise(borders)]
     parts.append(of(slice(v, v)))  # an empty shard
     if regroup and len(parts) > 2:
         parts = [parts[0], partials.merge(torch.stack(parts[1:]))]

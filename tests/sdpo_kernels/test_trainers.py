@@ -20,12 +20,11 @@ from helpers import tiny  # noqa: E402
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def example(name: str, *argv: str, monkeypatch: pytest.MonkeyPatch | None = None) -> dict:
+def example(name: str, *argv: str) -> dict:
     """The names that a program defines; with arguments, it also runs."""
-    if monkeypatch is None:
-        return runpy.run_path(str(EXAMPLES / name))
-    monkeypatch.setattr(sys, "argv", [name, *argv])
-    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *argv])
+        return runpy.run_path(str(EXAMPLES / name), run_name="__main__" if argv else None)
 
 
 def load(folder: str) -> PreTrainedModel:
@@ -33,7 +32,7 @@ def load(folder: str) -> PreTrainedModel:
 
 
 def arguments(kind: type[TrainingArguments], folder: Path, **options) -> TrainingArguments:
-    common = dict(
+    return kind(
         output_dir=str(folder),
         max_steps=1,
         optim="sgd",
@@ -47,21 +46,15 @@ def arguments(kind: type[TrainingArguments], folder: Path, **options) -> Trainin
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
+        **options,
     )
-    return kind(**common, **options)
 
 
-def mean_reverse_kl(
-    model: PreTrainedModel,
-    prompts: list[list[int]],
-    hindsight_prompts: list[list[int]],
-    responses: list[list[int]],
-) -> Tensor:
-    """By full logits, a sequence at a time, without padding."""
+def mean_reverse_kl(model: PreTrainedModel, *sequences: list[list[int]]) -> Tensor:
+    """By full logits, a sequence at a time, without padding. Prompts, hindsight prompts and
+    responses."""
     values = []
-    for prompt, hindsight_prompt, response in zip(
-        prompts, hindsight_prompts, responses, strict=True
-    ):
+    for prompt, hindsight_prompt, response in zip(*sequences, strict=True):
         logp, logq = (
             model(torch.tensor([p + response])).logits[0, len(p) - 1 : -1].log_softmax(-1)
             for p in (prompt, hindsight_prompt)
@@ -77,8 +70,8 @@ def step_of(before: PreTrainedModel, after: PreTrainedModel) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama-tied"])
-def test_the_loop_is_the_full_logits_loss_and_lowers_it(kind, models, monkeypatch, capsys):
-    scope = example("plain_loop.py", "--model", models(kind), monkeypatch=monkeypatch)
+def test_the_loop_is_the_full_logits_loss_and_lowers_it(kind, models, capsys):
+    scope = example("plain_loop.py", "--model", models(kind))
     lines = capsys.readouterr().out.splitlines()
     losses = [float(line.rpartition(" ")[2]) for line in lines if line.startswith("step ")]
     tokenizer = transformers.AutoTokenizer.from_pretrained(models(kind))
@@ -123,32 +116,21 @@ def test_a_trainer_step_is_the_full_logits_step_however_it_is_accumulated(
     assert abs(trainer.evaluate()["eval_loss"] - loss) < 1e-5 * loss
     trainer.train()
     loss.backward()
-    expected = copy.deepcopy(model)
-    with torch.no_grad():
-        for p, q in zip(expected.parameters(), model.parameters(), strict=True):
-            p -= 0.1 * q.grad
-    assert rel_err(step_of(model, trained), step_of(model, expected)) < 1e-4
+    expected = torch.cat([-0.1 * p.grad.flatten() for p in model.parameters()]).double()
+    assert rel_err(step_of(model, trained), expected) < 1e-4
     assert abs(trainer.state.log_history[-2]["loss"] - loss) < 1e-4 * loss
 
 
-def losses_of(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def test_the_trainer_lowers_the_loss(models, tmp_path, monkeypatch):
-    pytest.importorskip("accelerate")
-    argv = ("--model", models("qwen3"), "--out", str(tmp_path), "--steps", "5")
-    losses = losses_of(example("hf_trainer.py", *argv, monkeypatch=monkeypatch)["trainer"])
-    assert len(losses) == 5 and losses[-1] < losses[0]
-
-
-def test_the_gkd_program_lowers_the_loss(models, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["hf_trainer.py", "trl_gkd.py"])
+def test_the_program_lowers_the_loss(name, models, tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    pytest.importorskip("trl.experimental.gkd")
-    student, teacher = models("qwen3"), models("qwen3", seed=1)
-    argv = ("--student", student, "--teacher", teacher, "--out", str(tmp_path), "--steps", "3")
-    losses = losses_of(example("trl_gkd.py", *argv, monkeypatch=monkeypatch)["trainer"])
-    assert len(losses) == 3 and losses[-1] < losses[0]
+    pytest.importorskip("accelerate" if name == "hf_trainer.py" else "trl.experimental.gkd")
+    argv = ["--model", models("qwen3")]
+    if name == "trl_gkd.py":
+        argv = ["--student", models("qwen3"), "--teacher", models("qwen3", seed=1)]
+    trainer = example(name, *argv, "--out", str(tmp_path), "--steps", "4")["trainer"]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 4 and losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("items", [None, 7])
@@ -157,14 +139,9 @@ def test_trl_loss_and_step_are_trls_own(items, models, tmp_path, monkeypatch):
     gkd = pytest.importorskip("trl.experimental.gkd")
     datasets = pytest.importorskip("datasets")
     scope = example("trl_gkd.py")
-    tokenizer = tiny.make_tokenizer()
-    conversation = [{"role": "user", "content": "tell me a story"}]
-    data = datasets.Dataset.from_list(
-        [
-            {"messages": [*conversation, {"role": "assistant", "content": "the red fox " * k}]}
-            for k in (1, 2, 5, 3)
-        ]
-    )
+    question = {"role": "user", "content": "tell me a story"}
+    answers = [{"role": "assistant", "content": "the red fox " * k} for k in (1, 2, 5, 3)]
+    data = datasets.Dataset.from_list([{"messages": [question, a]} for a in answers])
     start, losses, trained = load(models("qwen3")), [], []
     for trainer_of in (gkd.GKDTrainer, scope["FusedGKDTrainer"]):
         student = copy.deepcopy(start)
@@ -182,7 +159,7 @@ def test_trl_loss_and_step_are_trls_own(items, models, tmp_path, monkeypatch):
             args=args,
             train_dataset=data,
             eval_dataset=data,
-            processing_class=tokenizer,
+            processing_class=tiny.make_tokenizer(),
         )
         batch = next(iter(trainer.get_eval_dataloader()))
         assert (batch["labels"] == -100).any(1).all() and len(batch["labels"]) > 1
@@ -191,7 +168,6 @@ def test_trl_loss_and_step_are_trls_own(items, models, tmp_path, monkeypatch):
         losses.append(trainer.evaluate()["eval_loss"])
         trainer.train()
         trained.append(student)
-    theirs, ours = losses[:2], losses[2:]
-    for a, b in zip(theirs, ours, strict=True):
-        assert abs(a - b) < 1e-5 * a
+    for theirs, ours in zip(losses[:2], losses[2:], strict=True):
+        assert abs(theirs - ours) < 1e-5 * theirs
     assert rel_err(step_of(start, trained[1]), step_of(start, trained[0])) < 1e-4
