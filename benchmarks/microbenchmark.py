@@ -120,8 +120,8 @@ def _compare(
             timed[contender.name] = loss
     del oracle
     _empty_cache()
-    products = floor(kind, x)
-    tasks: dict[str, Timed] = {"floor": lambda _: products()}
+    matmuls = floor(kind, x)
+    tasks: dict[str, Timed] = {"floor": lambda _: matmuls()}
     for name, loss in timed.items():
         tasks[f"{name}/forward"] = _forward(loss, x)
         tasks[f"{name}/both"] = _both(loss, x)

@@ -1,7 +1,7 @@
 """Everybody who computes these losses, each behind one adapter: ``Problem`` -> the mean loss.
 
 A contender that cannot run here says why, by name; see ``Contender.missing``. The floor is no
-contender: it is the matrix products that none can do without.
+contender: it is the matmuls that none can do without.
 """
 
 import importlib
@@ -206,17 +206,17 @@ def chosen(only: tuple[str, ...], kind: Kind) -> list[Contender]:
 
 
 def floor(kind: Kind, x: Problem) -> Callable[[], None]:
-    """The bare products in the inputs' dtype: both logits (log p(y): one), dH and dW; their outputs
+    """The bare matmuls in the inputs' dtype: both logits (log p(y): one), dH and dW; their outputs
     are there before."""
     h, w, g = x.hidden.detach(), x.weight.detach(), x.teacher
     z_NV = h.new_empty((h.shape[0], w.shape[0]))
     dh_ND, dw_VD = torch.empty_like(h), torch.empty_like(w)
 
-    def products() -> None:
+    def matmuls() -> None:
         if kind != "logprob":
             torch.mm(g, w.T, out=z_NV)
         torch.mm(h, w.T, out=z_NV)
         torch.mm(z_NV, w, out=dh_ND)
         torch.mm(z_NV.T, h, out=dw_VD)
 
-    return products
+    return matmuls

@@ -147,7 +147,7 @@ def rates(found: Fit) -> list[str]:
     """The objective's coefficients for people, and the fit's errors."""
     a, b, c, d = found.coefficients
     told = (
-        f"{8e-9 / a:,.1f} Gflop/s (8 flops each, in four products)" if a else "",
+        f"{8e-9 / a:,.1f} Gflop/s (8 flops each, in four matmuls)" if a else "",
         f"{1e9 * b:,.2f} ns for each logit of both streams" if b else "",
         f"{4e-9 / c:,.2f} GB/s, at the 4 bytes of its float32 gradient" if c else "",
         f"{d * 1e6:,.0f} us a call" if d else "",

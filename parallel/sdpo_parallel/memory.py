@@ -239,7 +239,7 @@ class _Rank:
             return self.saved()
         items, single = self.residual, 0.0
         if mode == "selective":
-            items += sum(self._products()[::2])
+            items += sum(self._matmul_widths()[::2])
             if not self.dense:
                 items += m.q / t
                 single = m.heads / t
@@ -247,14 +247,14 @@ class _Rank:
                 items += 2 * self.residual
         return self.tokens * (self.item * items + 4 * single)
 
-    def _products(self) -> list[float]:
-        """Output widths of a layer's matrix products, in order."""
+    def _matmul_widths(self) -> list[float]:
+        """Output widths of a layer's matmuls, in order."""
         t, rank = self.parallel.tensor, self.lora.rank
         widths = {
             name: out / t if split else float(out)
             for name, (_, out, split) in self.model.linears().items()
         }
-        if not rank:  # Q, K and V are one product
+        if not rank:  # Q, K and V are one matmul
             qkv = widths.pop("wq") + widths.pop("wk") + widths.pop("wv")
             return [qkv, *widths.values()]
         names = adapted(self.lora)
@@ -276,7 +276,7 @@ class _Rank:
         }
 
     def rotary_tables(self) -> float:
-        """Of every layer, and of a teacher's."""
+        """Bytes for every layer, and for a teacher's."""
         m, models = self.model, 2 if self.own_teacher else 1
         return models * m.layers * 4 * (2 if m.qk_norm else 1) * m.head_dim * self.load.max_tokens
 

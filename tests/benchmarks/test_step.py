@@ -69,7 +69,7 @@ def test_a_contender_that_raises_is_named_and_the_others_go_on(monkeypatch):
     assert failed["note"] == "TypeError: no such argument"
 
 
-def test_flops_are_those_of_the_products():
+def test_flops_are_those_of_the_matmuls():
     model = build("check", TINY, torch.float32)
     (item,) = interactions(TINY, 512)[:1]
     linear = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
