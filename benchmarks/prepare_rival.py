@@ -13,7 +13,6 @@ rows are equal. Only needed columns are loaded, and there is no cache from anoth
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from itertools import dropwhile, groupby
 from pathlib import Path
@@ -35,44 +34,40 @@ PER_USER = 1000
 SIMILARITY = 0.8
 
 
-@dataclass(frozen=True, kw_only=True)
-class RivalConfig:
-    """Files to read and write, and how."""
-
-    files: tyro.conf.Positional[tuple[str, ...]]
-    out: str
-    batched: bool = False
-    guardrails: bool = False
-    workers: int = 2
-
-
-def prepare(config: RivalConfig) -> None:
+def prepare(
+    files: tyro.conf.Positional[tuple[str, ...]],
+    *,
+    out: Path,
+    batched: bool = False,
+    guardrails: bool = False,
+    workers: int = 2,
+) -> None:
     """Writes the interactions of logs as JSONL."""
-    num_proc = config.workers if config.workers > 1 else None
-    with tempfile.TemporaryDirectory(dir=Path(config.out).parent) as cache:
+    num_proc = workers if workers > 1 else None
+    with tempfile.TemporaryDirectory(dir=out.parent) as cache:
         data = load_dataset(
             "parquet",
-            data_files=list(config.files),
+            data_files=list(files),
             split="train",
-            columns=COLUMNS + MARKS * config.guardrails,
+            columns=COLUMNS + MARKS * guardrails,
             cache_dir=cache,
             num_proc=num_proc,
         )
         assert isinstance(data, Dataset)
-        if not config.batched:
+        if not batched:
             data = data.map(with_messages, num_proc=num_proc)
             data = data.filter(has_messages, num_proc=num_proc)
-        elif config.guardrails:
+        elif guardrails:
             drop = data.column_names
             data = data.map(kept, batched=True, remove_columns=drop, num_proc=num_proc)
-        if config.guardrails:
+        if guardrails:
             data = data.map(sketched, batched=True, num_proc=num_proc)
             data = data.select(first_ones(data))
-        drop, find = data.column_names, partial(interactions, guardrails=config.guardrails)
+        drop, find = data.column_names, partial(interactions, guardrails=guardrails)
         data = data.map(find, batched=True, remove_columns=drop, num_proc=num_proc)
         ids = data["id"][:]
         data = data.remove_columns("id").add_column("id", unique(ids))  # pyright: ignore
-        data.to_json(config.out, num_proc=num_proc)
+        data.to_json(out, num_proc=num_proc)
 
 
 # From rows of the log to messages that count.
@@ -224,4 +219,4 @@ def unique(ids: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    prepare(tyro.cli(RivalConfig, description=__doc__))
+    tyro.cli(prepare, description=__doc__)

@@ -11,8 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +30,6 @@ MEASURED = ("3.6", "3.7", "3.8", "3.9")
 """Releases of Triton with which every kernel was compiled and found to fit. With others, a kernel
 that does not fit is news about the compiler, not a mistake here."""
 TYPES = {"targets_ptr": "*i64", "cap": "fp32", "temperature": "fp32", "beta": "fp32"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resources:
-    """Resources of one compiled kernel."""
-
-    kernel: str
-    variant: str
-    sm: int
-    registers: int
-    """Per thread."""
-    spill_bytes: int
-    """Local memory per thread."""
-    shared_bytes: int
-    """Per block."""
-    warps: int
-
-    @property
-    def fits(self) -> bool:
-        return not self.spill_bytes and self.shared_bytes <= SHARED_LIMIT[self.sm]
 
 
 def kernels(sm: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
@@ -129,24 +108,23 @@ def compile_for(sm: int, kernel, types: dict, constants: dict, options: dict):
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 
-def measure(sm: int) -> list[Resources]:
-    """Every kernel's resources on one architecture."""
+def measure(sm: int) -> list[dict[str, Any]]:
+    """Every kernel's resources on one architecture: registers and spills (local memory) of a
+    thread, shared memory of a block."""
     found = []
     for variant, *kernel in kernels(sm):
         compiled = compile_for(sm, *kernel)
         account = _account(compiled.asm["cubin"])
-        found.append(
-            Resources(
-                kernel=compiled.metadata.name,
-                variant=variant,
-                sm=sm,
-                registers=account["REG"],
-                spill_bytes=account["LOCAL"] + account["STACK"],
-                shared_bytes=compiled.metadata.shared,
-                warps=compiled.metadata.num_warps,
-            )
-        )
+        row = dict(kernel=compiled.metadata.name, variant=variant, sm=sm, registers=account["REG"])
+        row |= dict(spill_bytes=account["LOCAL"] + account["STACK"])
+        row |= dict(shared_bytes=compiled.metadata.shared, warps=compiled.metadata.num_warps)
+        found.append(row)
     return found
+
+
+def fits(row: Mapping[str, Any]) -> bool:
+    """Nothing spills, and a block may have its shared memory."""
+    return not row["spill_bytes"] and row["shared_bytes"] <= SHARED_LIMIT[row["sm"]]
 
 
 def _account(cubin: bytes) -> dict[str, int]:
@@ -174,12 +152,13 @@ def main(out: Path | None = None, sm: tuple[int, ...] = tuple(SHARED_LIMIT)) -> 
     numbers = "sm", "warps", "registers", "spills, B", "shared, KiB", ""
     table = grid(f"Triton {triton.__version__}", "kernel", "variant", *numbers, left=2)
     for r in found:
-        shared = f"{r.shared_bytes / 1024:.0f} of {SHARED_LIMIT[r.sm] // 1024}"
-        cells = (r.sm, r.warps, r.registers, r.spill_bytes, shared)
-        table.add_row(r.kernel, r.variant, *map(str, cells), "" if r.fits else "does not fit")
+        shared = f"{r['shared_bytes'] / 1024:.0f} of {SHARED_LIMIT[r['sm']] // 1024}"
+        cells = (r["sm"], r["warps"], r["registers"], r["spill_bytes"], shared)
+        verdict = "" if fits(r) else "does not fit"
+        table.add_row(r["kernel"], r["variant"], *map(str, cells), verdict)
     Console(width=150).print(table)
-    Output(out=out).keep(map(asdict, found))
-    sys.exit(not all(r.fits for r in found))
+    Output(out=out).keep(found)
+    sys.exit(not all(map(fits, found)))
 
 
 if __name__ == "__main__":
