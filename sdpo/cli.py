@@ -1,43 +1,60 @@
-"""`sdpo …`: each command is a module's `main`, imported when it is called."""
+"""`sdpo …`: each command is a module's function, imported when it is called."""
 
-import importlib
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
+
+import tyro
 
 from .errors import SdpoError
 
 COMMANDS = {
-    "data": (
-        "sdpo.data.cli",
-        "conversation logs to interactions: prepare, inspect, validate, score, trace",
-    ),
-    "train": (
-        "sdpo.train.command",
-        "train a model on interactions; run it under torchrun on many GPUs",
-    ),
-    "export": ("sdpo.train.export", "write a checkpoint of a run as a Hugging Face folder"),
+    "data": ("", "conversation logs to interactions: prepare, inspect, validate, score, trace"),
+    "train": ("train.command:main", "train a model on interactions; under torchrun on many GPUs"),
+    "export": ("train.export:export", "write a checkpoint of a run as a Hugging Face folder"),
     "check-hindsight": (
-        "sdpo.analysis.check_hindsight",
-        "whether a model makes use of follow-ups at all",
+        "analysis.check_hindsight:command",
+        "whether a model uses follow-ups at all",
     ),
-    "signal": ("sdpo.analysis.signal", "what each follow-up says about each token of a response"),
-    "demo": ("sdpo.demo.main", "the whole method on a tiny chat world, on any machine"),
+    "signal": (
+        "analysis.signal:command",
+        "what each follow-up says about each token of a response",
+    ),
+    "demo": ("demo.main:command", "the whole method on a tiny chat world, on any machine"),
 }
+DATA_COMMANDS = {
+    "prepare": ("data.prepare.command:prepare_command", "turn logs into interactions"),
+    "inspect": ("data.inspect.command:inspect_command", "look at interactions or logs"),
+    "validate": ("data.validate:validate_command", "check every row against what training needs"),
+    "score": ("analysis.score:score_command", "how much each follow-up says about its answer"),
+    "trace": (
+        "analysis.trace:trace_command",
+        "where data went, and which checkpoints have read it",
+    ),
+}
+"""Name -> function in this package, and what it does."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Dispatch to a command; what the user can mend ends in one line and exit status 2."""
     args = sys.argv[1:] if args is None else list(args)
-    if not args or args[0] not in COMMANDS:
+    prog, commands = "sdpo", COMMANDS
+    if args[:1] == ["data"]:
+        prog, commands, args = "sdpo data", DATA_COMMANDS, args[1:]
+    if not args or args[0] not in commands:
         asked_for_help = bool(args) and args[0] in ("-h", "--help")
         out = sys.stdout if asked_for_help else sys.stderr
-        print("usage: sdpo COMMAND …   (sdpo COMMAND --help tells more)\n", file=out)
-        for name, (_, says) in COMMANDS.items():
+        print(f"usage: {prog} COMMAND …   ({prog} COMMAND --help tells more)\n", file=out)
+        for name, (_, says) in commands.items():
             print(f"  {name:15} {says}", file=out)
         raise SystemExit(0 if asked_for_help else 2)
-    module = importlib.import_module(COMMANDS[args[0]][0])
-    run(lambda: module.main(args[1:]))
+    name, *rest = args
+    command = pkgutil.resolve_name(f"{__package__}.{commands[name][0]}")
+    if name == "train":  # its arguments depend on the recipe
+        run(lambda: command(rest))
+    else:
+        run(lambda: tyro.cli(command, prog=f"{prog} {name}", args=rest))
 
 
 def run(command: Callable[[], object]) -> None:

@@ -1,7 +1,5 @@
 """Errors that the user can mend: the base class, and the one that names file, row and field."""
 
-from typing import Any
-
 from sdpo_parallel.errors import SdpoError
 
 __all__ = ["DataError", "SdpoError"]
@@ -32,18 +30,7 @@ class DataError(SdpoError):
         return type(self)(self.problem, hint=self.hint, field=self.field, **place)
 
     def __str__(self) -> str:
-        place = ", ".join(
-            filter(None, (self.file, self.row, self.field and f"field `{self.field}`"))
-        )
+        known = self.file, self.row, self.field and f"field `{self.field}`"
+        place = ", ".join(filter(None, known))
         message = f"{place}: {self.problem}" if place else self.problem
         return f"{message}. {self.hint}." if self.hint else message
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Errors cross process borders whole."""
-        return _rebuilt, (type(self), self.problem, self.hint, self.field, self.row, self.file)
-
-
-def _rebuilt(
-    error: type[DataError], problem: str, hint: str, field: str, row: str, file: str
-) -> DataError:
-    return error(problem, hint=hint, field=field, row=row, file=file)

@@ -3,8 +3,6 @@
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,27 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import tiny
+from helpers import runs, tiny
 from sdpo.cli import main, run
 from sdpo.errors import DataError
 
 
 def answer(capsys: pytest.CaptureFixture, *args: object) -> str:
-    """stderr of a command that must fail with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in args])
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert err.startswith("sdpo: error: ") and "Traceback" not in err
-    return err
+    """The last line of a command that must fail with status 2."""
+    *_, last = runs.refused(capsys, *args).splitlines()
+    assert last.startswith("sdpo: error: ")
+    return last
 
 
 def training(model, data, out, *more) -> list:
-    limits = "--hindsight.max-prompt-tokens 100 --hindsight.max-hindsight-prompt-tokens 200 "
-    limits += "--hindsight.max-response-tokens 60 --engine transformers"
-    files = ["--model", model, "--data", data, "--out", out]
-    return ["train", "reverse-kl", *files, *limits.split(), *more]
+    small = runs.arguments("reverse-kl", model, data, out)
+    return ["train", *small, "--engine", "transformers", *more]
 
 
 @pytest.fixture
@@ -41,19 +33,11 @@ def data(tmp_path):
     return tiny.make_interactions(tmp_path / "i.jsonl", 4)
 
 
-def rewrite(path: str, line: int, **fields) -> None:
-    rows = Path(path).read_text().splitlines()
-    rows[line - 1] = json.dumps({**json.loads(rows[line - 1]), **fields})
-    Path(path).write_text("\n".join(rows) + "\n")
-
-
 def test_prepare_and_inspect(tmp_path, capsys):
     log = tmp_path / "log.jsonl"
     turns = [("user", "hi there"), ("assistant", "hello"), ("user", "longer please")]
-    for i in (0, 1, 2, 0):
-        row = {"messages": [{"role": role, "content": f"{text} {i}"} for role, text in turns]}
-        with log.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    talks = [[{"role": r, "content": f"{text} {i}"} for r, text in turns] for i in (0, 1, 2, 0)]
+    log.write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
     out = tmp_path / "out" / "interactions.jsonl"
     main(["data", "prepare", str(log), "--preset", "all-turns", "--out", str(out)])
     assert len(out.read_text().splitlines()) == 3
@@ -102,17 +86,21 @@ def test_empty_conversations_give_no_interactions(tmp_path, capsys, models):
     assert "o.jsonl" in err and "empty" in err
 
 
-def test_an_interaction_whose_response_is_empty(data, models, tmp_path, capsys):
-    rewrite(data, 3, completion={"role": "assistant", "content": "  "})
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("completion", {"role": "assistant", "content": "  "}),
+        ("weight", float("nan")),
+        ("weight", -1.0),
+        ("weight", float("inf")),
+    ],
+)
+def test_a_row_that_is_no_interaction(field, value, data, models, tmp_path, capsys):
+    rows = Path(data).read_text().splitlines()
+    rows[2] = json.dumps({**json.loads(rows[2]), field: value})
+    Path(data).write_text("\n".join(rows))
     err = answer(capsys, *training(models("qwen3"), data, tmp_path / "run"))
-    assert "line 3" in err and "completion" in err and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("weight", [float("nan"), -1.0, float("inf")])
-def test_a_weight_that_is_no_weight(weight, data, models, tmp_path, capsys):
-    rewrite(data, 2, weight=weight)
-    err = answer(capsys, *training(models("qwen3"), data, tmp_path / "run"))
-    assert "line 2" in err and "weight" in err
+    assert "line 3" in err and field in err and not (tmp_path / "run").exists()
 
 
 def test_clips_need_the_sampling_logprobs(data, models, tmp_path, capsys):
@@ -122,64 +110,37 @@ def test_clips_need_the_sampling_logprobs(data, models, tmp_path, capsys):
     assert "c0" in err and "completion_logprobs" in err
 
 
-def test_a_model_folder_without_tokenizer(data, models, tmp_path, capsys):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(Path(models("qwen3")) / name, folder)
-    err = answer(capsys, *training(folder, data, tmp_path / "run"))
-    assert str(folder) in err and "tokenizer.json" in err
-
-
 def test_a_model_folder_that_is_not_there(data, tmp_path, capsys):
     err = answer(capsys, *training(tmp_path / "no", data, tmp_path / "run"))
     assert "no such model folder" in err
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-def test_a_model_folder_without_a_part(missing, data, models, tmp_path, capsys):
+@pytest.mark.parametrize("part", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_model_folder_without_a_part(part, data, models, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(models("qwen3"), folder)
-    (folder / missing).unlink()
+    (folder / part).unlink()
     err = answer(capsys, *training(folder, data, tmp_path / "run"))
-    assert missing.rpartition(".")[2] in err
+    assert str(folder) in err and part.removeprefix("model.") in err
 
 
-@pytest.mark.parametrize("engine", ["transformers", "torchtitan"])
-def test_nan_in_a_models_weight(engine, data, models, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("engine", "weight"), [("transformers", "mlp.up_proj"), ("torchtitan", "feed_forward.w3")]
+)
+def test_nan_in_a_models_weight(engine, weight, data, models, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(models("qwen3"), folder)
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    args = training(folder, data, tmp_path / "run", "--engine", engine)
-    if engine == "torchtitan":  # a process group of its own
-        result = subprocess.run(
-            [sys.executable, "-m", "sdpo", *map(str, args)], capture_output=True, text=True
-        )
-        assert result.returncode == 2
-        err = result.stderr
-        assert "layers.1.feed_forward.w3.weight" in err
-    else:
-        err = answer(capsys, *args)
-        assert "layers.1.mlp.up_proj.weight" in err
-    assert "1 of" in err and str(folder) in err
+    err = answer(capsys, *training(folder, data, tmp_path / "run", "--engine", engine))
+    assert f"layers.1.{weight}.weight" in err and "1 of" in err and str(folder) in err
 
 
 def test_limits_beyond_the_models_positions(data, models, tmp_path, capsys):
     args = training(models("qwen3"), data, tmp_path / "run", "--hindsight.max-prompt-tokens", 5000)
     err = answer(capsys, *args)
     assert "max_position_embeddings=1024" in err
-
-
-def test_a_run_is_not_overwritten_and_not_resumed_as_another(data, models, tmp_path, capsys):
-    args = training(models("qwen3"), data, tmp_path / "run")
-    main([str(a) for a in args])
-    assert "--resume" in answer(capsys, *args)
-    err = answer(capsys, *args, "--resume", "--optimizer.lr", "0.5")
-    assert "optimizer.lr" in err and "0.5" in err
-    tiny.make_interactions(Path(data), 4, seed=9)
-    assert "has changed" in answer(capsys, *args, "--resume")
 
 
 def test_a_dry_run_trains_nothing(data, models, tmp_path, capsys):
@@ -193,8 +154,6 @@ def test_a_dry_run_trains_nothing(data, models, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_no_command_and_an_unknown_one(capsys):
-    for args in ([], ["trian"]):
-        with pytest.raises(SystemExit) as stop:
-            main(args)
-        assert stop.value.code == 2 and "train" in capsys.readouterr().err
+@pytest.mark.parametrize("args", [[], ["trian"]])
+def test_no_command_and_an_unknown_one(args, capsys):
+    assert "train" in runs.refused(capsys, *args)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sdpo.cli import COMMANDS, main
-from sdpo.data.cli import COMMANDS as DATA_COMMANDS
+from sdpo.cli import COMMANDS, DATA_COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PLACES = (ROOT, ROOT / "kernels", ROOT / "parallel", ROOT / "kernels" / "sdpo_kernels")

@@ -213,7 +213,7 @@ def command(
     sample_size: Annotated[int, tyro.conf.arg(name="sample")] = 256,
     seed: int = 0,
     json_out: Annotated[str | None, tyro.conf.arg(name="json")] = None,
-) -> bool:
+) -> None:
     """Whether a model makes use of hindsight under a template; exit status 0 if it does, else 1.
 
     Args:
@@ -234,7 +234,7 @@ def command(
         row |= {"model": model, "interactions": interactions, "template": template}
         with written_whole(json_out) as file:
             json.dump(row | asdict(found), file, indent=2, allow_nan=False)
-    return found.uses_hindsight
+    raise SystemExit(0 if found.uses_hindsight else 1)
 
 
 def _show(found: Findings, model: str, template: str) -> None:
@@ -257,9 +257,3 @@ def _show(found: Findings, model: str, template: str) -> None:
         console.print(f"- {reason}", markup=False, highlight=False)
     verdict = "makes use of hindsight" if found.uses_hindsight else "does not make use of hindsight"
     console.print(f"{model} {verdict} under template {template!r}", markup=False, soft_wrap=True)
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Parse the command line and run."""
-    if not tyro.cli(command, prog="sdpo check-hindsight", args=args):
-        raise SystemExit(1)

@@ -21,7 +21,6 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 import numpy as np
@@ -181,7 +180,11 @@ def score_command(
     from .advantages import Reader  # torch and transformers: seconds, which --help need not pay
 
     with tempfile.TemporaryFile() as file:
-        ids, conversations, texts = _first_look(interactions, FollowUps(file))
+        ids, conversations, texts = [], [], FollowUps(file)
+        for i in iter_interactions(interactions):
+            ids.append(i.id)
+            conversations.append(conversation_of(i))
+            texts.append(i.followup)
         partner = partners(conversations, seed, interactions)
         reader = Reader.load(model, options)
         data = zip(iter_interactions(interactions), partner, strict=True)
@@ -189,30 +192,15 @@ def score_command(
         rows = track(rows, description="reading three times", total=len(ids))
         table = np.fromiter(rows, FIGURES, count=len(ids))
     flags = outliers(table["mean_abs_advantage"])
-    _write(Path(out), ids, table, flags)
+    with written_whole(out) as file:
+        for id, values, flag in zip(ids, table, flags, strict=True):
+            figures = dict(zip(FIGURES.names or (), values.item(), strict=True))
+            row = {"id": id, **figures, "outlier": flag}
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     console = Console()
     _show(console, table, conversations, seed)
     _name_outliers(console, interactions, table, flags)
     console.print(f"{len(ids):,} rows -> {out}", markup=False, soft_wrap=True)
-
-
-def _first_look(path: str, texts: FollowUps) -> tuple[list[str], list[str], FollowUps]:
-    """Ids, conversations and follow-ups of a file of interactions."""
-    ids, conversations = [], []
-    for i in iter_interactions(path):
-        ids.append(i.id)
-        conversations.append(conversation_of(i))
-        texts.append(i.followup)
-    return ids, conversations, texts
-
-
-def _write(out: Path, ids: Sequence[str], table: NDArray, flags: Sequence[str | None]) -> None:
-    """Write all rows or no file."""
-    names = FIGURES.names or ()
-    with written_whole(out) as file:
-        for id, values, flag in zip(ids, table, flags, strict=True):
-            row = {"id": id, **dict(zip(names, values.item(), strict=True)), "outlier": flag}
-            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def share(means: NDArray) -> float:

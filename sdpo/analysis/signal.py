@@ -5,7 +5,6 @@ interaction and prints the first few in colour.
 """
 
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import tyro
@@ -47,15 +46,12 @@ def signal_of(reading: "Reading", tokenizer: "PreTrainedTokenizerBase") -> Signa
     )
 
 
-def coloured(row: Signal, scale: float = 2.0) -> Text:
-    """Tokens on green where hindsight makes them likelier, on red where less likely.
-
-    Args:
-        scale: nats of the strongest colour.
-    """
+def coloured(row: Signal) -> Text:
+    """Tokens on green where hindsight makes them likelier, on red where less likely; from 2 nats on
+    the colour is as strong as it gets."""
     out = Text()
     for token, advantage in zip(row["tokens"], row["advantage"], strict=True):
-        strength = round(160 * min(abs(advantage) / scale, 1.0))
+        strength = round(160 * min(abs(advantage) / 2, 1.0))
         colour = f"0,{strength},0" if advantage > 0 else f"{strength},0,0"
         out.append(token, style=f"on rgb({colour})")
     return out
@@ -96,8 +92,3 @@ def command(
         console.rule(Text(row["id"]))
         console.print(coloured(row))
     console.print(f"{total:,} rows -> {out}", markup=False, soft_wrap=True)
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Parse the command line and run."""
-    tyro.cli(command, prog="sdpo signal", args=args)

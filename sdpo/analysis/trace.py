@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -70,34 +70,20 @@ class RunTrace:
         return clean[-1] if clean else None
 
 
-# Runs
-
-
-class _Stored(NamedTuple):
-    """A checkpoint's folder and its manifest."""
-
-    folder: Path
-    manifest: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return int(self.folder.name.split("-")[1].split(".")[0])
-
-
 def find_runs(folders: Iterable[str]) -> list[Path]:
     """Every run at or under the folders.
 
     Raises:
         DataError: a folder holds none.
     """
-    runs: dict[Path, None] = {}
+    runs: list[Path] = []
     for folder in folders:
         found = [p.parent for p in sorted(Path(folder).rglob("config.json")) if _is_run(p)]
         if not found:
             hint = "Give the folder of a run, or one that holds runs"
             raise DataError("no run there", file=folder, hint=hint)
-        runs |= dict.fromkeys(found)
-    return list(runs)
+        runs += found
+    return list(dict.fromkeys(runs))
 
 
 def _is_run(config: Path) -> bool:
@@ -121,23 +107,26 @@ def trace_run(run: Path, data: str, digest: str, wanted: Sequence[str]) -> RunTr
         digest: SHA-256 of the data file.
         wanted: ids of interactions.
     """
-    config, stored = _json(run / "config.json"), _checkpoints(run)
-    note, trained_on_it, kept = "", False, []
-    if not stored:
-        note = f"no checkpoint, so it is not known what it read; its data is {config['data']}"
-    elif (theirs := stored[-1].manifest["data_sha256"]) != digest:
-        note = (
+    config, manifests = _json(run / "config.json"), _manifests(run)
+
+    def unknown(note: str, *, trained_on_it: bool = False) -> RunTrace:
+        return RunTrace(run=str(run), data=data, trained_on_it=trained_on_it, note=note)
+
+    if not manifests:
+        return unknown(
+            f"no checkpoint, so it is not known what it read; its data is {config['data']}"
+        )
+    *_, newest = manifests.values()
+    if (theirs := newest["data_sha256"]) != digest:
+        return unknown(
             f"trained on other data: {config['data']} (sha256 {theirs[:12]}), not on {data} as it "
             f"is ({digest[:12]}); trace there, or the file as it was then"
         )
-    else:
-        trained_on_it = True
-        try:
-            kept = _kept(data, stored[-1].manifest)
-        except DataError as error:
-            note = f"trained on this file, by a selection that is not known any more ({error})"
-    if note:
-        return RunTrace(run=str(run), data=data, trained_on_it=trained_on_it, note=note)
+    try:
+        kept = _kept(data, newest)
+    except DataError as error:
+        note = f"trained on this file, by a selection that is not known any more ({error})"
+        return unknown(note, trained_on_it=True)
     place = {id: i for i, id in enumerate(kept)}
     traced = {place[id]: id for id in wanted if id in place}
     monitored = drift_places(len(kept), config["safeguard"]["probe_interactions"])
@@ -147,15 +136,16 @@ def trace_run(run: Path, data: str, digest: str, wanted: Sequence[str]) -> RunTr
         trained_on_it=True,
         left_out=tuple(id for id in wanted if id not in place),
         probe=tuple(traced[i] for i in monitored if i in traced),
-        checkpoints=tuple(_read_by(run, stored, len(kept), traced)),
+        checkpoints=tuple(_read_by(run, manifests, len(kept), traced)),
     )
 
 
-def _checkpoints(run: Path) -> list[_Stored]:
-    """All by step, also those set aside as damaged, whose weights still exist."""
+def _manifests(run: Path) -> dict[str, dict[str, Any]]:
+    """Manifests by checkpoint, in the order of steps; also of those set aside as damaged, whose
+    weights still exist."""
     paths = (run / "checkpoints").glob("step-*/manifest.json")
-    whole = [p for p in paths if not p.parent.name.endswith(".partial")]
-    return sorted((_Stored(p.parent, _json(p)) for p in whole), key=lambda s: s.step)
+    names = {p.parent.name: _json(p) for p in paths if p.parent.suffix != ".partial"}
+    return dict(sorted(names.items(), key=lambda item: item[1]["step"]))
 
 
 def _kept(data: str, manifest: dict[str, Any]) -> list[str]:
@@ -173,11 +163,12 @@ def _kept(data: str, manifest: dict[str, Any]) -> list[str]:
 
 
 def _read_by(
-    run: Path, stored: Sequence[_Stored], n: int, traced: dict[int, str]
+    run: Path, manifests: dict[str, dict[str, Any]], n: int, traced: dict[int, str]
 ) -> Iterator[Checkpoint]:
     """What each checkpoint of a run on ``n`` interactions has read of those traced."""
-    batch = stored[-1].manifest["config"]["batch"]
-    seen = {s.folder.name: s.manifest["interactions_seen"] for s in stored}
+    *_, newest = manifests.values()
+    batch = newest["config"]["batch"]
+    seen = {name: manifest["interactions_seen"] for name, manifest in manifests.items()}
     if (run / "export").is_dir():  # written at a run's end
         seen["export"] = total_interactions(n, BatchConfig(epochs=batch["epochs"]))
     drawn = np.array(Cursor(n, batch["seed"]).peek(max(seen.values())))
@@ -197,16 +188,15 @@ def descendants(runs: Sequence[Path], traces: Sequence[RunTrace]) -> dict[str, s
     Weights that were copied or exported out of a run's folder are not recognised.
     """
     tainted = {str(Path(t.run).resolve()) for t in traces if t.has_read}
-    out: dict[str, str] = {}
-    grown = True
-    while grown:
-        grown = False
-        for run in (run for run in runs if str(run) not in out):
-            if origin := _origin(_json(run / "config.json"), tainted):
-                out[str(run)] = origin
-                tainted.add(str(run.resolve()))
-                grown = True
-    return out
+    origins: dict[str, str] = {}
+    while found := [
+        (run, origin)
+        for run in runs
+        if str(run) not in origins and (origin := _origin(_json(run / "config.json"), tainted))
+    ]:
+        origins |= {str(run): origin for run, origin in found}
+        tainted |= {str(run.resolve()) for run, _ in found}
+    return origins
 
 
 def _origin(config: dict[str, Any], tainted: set[str]) -> str | None:
@@ -215,9 +205,6 @@ def _origin(config: dict[str, Any], tainted: set[str]) -> str | None:
         if folder and any(str(p) in tainted for p in Path(folder).resolve().parents):
             return folder
     return None
-
-
-# The command
 
 
 def trace_command(
@@ -248,24 +235,14 @@ def trace_command(
             traces += [trace_run(run, file, digest, wanted) for run in folders]
     inherited = descendants(folders, traces)
     if json_out is not None:
-        _write(json_out, id, hits, traces, inherited)
-    _show(id, hits, traces, inherited)
-
-
-def _write(
-    path: str, id: str, hits: list[Hit], traces: list[RunTrace], inherited: dict[str, str]
-) -> None:
-    found = {
-        "id": id,
-        "hits": [asdict(hit) for hit in hits],
-        "runs": [
+        told = [
             asdict(t) | {"newest_before": None if t.run in inherited else t.newest_before}
             for t in traces
-        ],
-        "inherited": inherited,
-    }
-    with written_whole(path) as file:
-        json.dump(found, file, indent=2, ensure_ascii=False)
+        ]
+        found = {"id": id, "hits": list(map(asdict, hits)), "runs": told, "inherited": inherited}
+        with written_whole(json_out) as file:
+            json.dump(found, file, indent=2, ensure_ascii=False)
+    _show(id, hits, traces, inherited)
 
 
 def _show(id: str, hits: list[Hit], traces: list[RunTrace], inherited: dict[str, str]) -> None:

@@ -13,14 +13,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
@@ -121,18 +120,18 @@ class Demo:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         recipe = {"reverse-kl": "demo", "sampled-token": "demo-sampled-token"}[self.objective]
         names = ["--model", str(model), "--data", str(data), "--out", str(out)]
-        subprocess.run(
-            [sys.executable, *launch, "-m", "sdpo.train", recipe, *names],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            check=True,
-        )
+        argv = [sys.executable, *launch, "-m", "sdpo.train", recipe, *names]
+        subprocess.run(argv, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
         return out / "export"
 
     def _signal(self, model: Path, data: Path) -> tuple[dict[str, float], dict]:
         """Mean |advantage| under users' corrections and under irrelevant follow-ups in their place;
         and the first follow-ups of both kinds with their signals."""
         judged = ["--model", str(model), "--interactions", str(data)]
-        self.makes_use_of_hindsight = _passes(["check-hindsight", *judged])
+        try:
+            sdpo(["check-hindsight", *judged])
+        except SystemExit as verdict:
+            self.makes_use_of_hindsight = not verdict.code
         sdpo(["data", "score", *judged, "--out", str(self.folder / "scores.jsonl")])
         rng = random.Random(self.seed)
         relevant = [i for i in read_interactions(data) if world.is_correction(i.followup)]
@@ -195,15 +194,6 @@ class Demo:
         }
 
 
-def _passes(command: list[str]) -> bool:
-    """Whether a command that ends with a verdict passes."""
-    try:
-        sdpo(command)
-    except SystemExit as verdict:
-        return not verdict.code
-    return True
-
-
 def command(
     *,
     out: str = "runs/demo",
@@ -223,9 +213,7 @@ def command(
     """
     disable_progress_bar()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same demo everywhere: two gloo ranks, float32
-    torch.set_num_threads(
-        1
-    )  # tensors this small gain little from more, which hurt on a busy machine
+    torch.set_num_threads(1)  # tensors this small gain little from more, and nothing when busy
     _make_room(Path(out))
     report = Demo(Path(out), seed, preference, objective).run()
     raise SystemExit(0 if reports.all_met(report) else 1)
@@ -243,8 +231,3 @@ def _make_room(folder: Path) -> None:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Parse the command line and run."""
-    tyro.cli(command, prog="sdpo demo", args=args)

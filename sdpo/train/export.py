@@ -3,9 +3,8 @@
 One process does, whatever layout wrote the checkpoint; under torchrun, the ranks share the work.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Literal
 
 import tyro
 
@@ -18,52 +17,39 @@ from .config import read_config
 from .trainer import engine_config
 
 
-@dataclass(frozen=True)
-class ExportCommand:
-    """Write a checkpoint as a folder that transformers loads."""
+def export(
+    run: tyro.conf.Positional[str],
+    /,
+    *,
+    out: str,
+    step: int | None = None,
+    adapters: bool = False,
+    model: str | None = None,
+    dtype: Literal["source", "float32", "bfloat16"] | None = None,
+) -> None:
+    """Write a checkpoint as a folder that transformers loads.
 
-    run: Annotated[str, tyro.conf.Positional]
-    """The run's folder, ``--out`` of ``sdpo train``."""
-    out: str
-    """Folder to write; replaced only when the new one is complete."""
-    step: int | None = None
-    """Step of the checkpoint; None: the newest undamaged one."""
-    adapters: bool = False
-    """Write a PEFT folder of the adapters alone; for runs with ``lora.rank``."""
-    model: str | None = None
-    """The folder that the run started from, where it has moved."""
-    dtype: Literal["source", "float32", "bfloat16"] | None = None
-    """Dtype of the weights; None: as the run's config says."""
-
-
-def export(command: ExportCommand) -> None:
-    """Load the weights and write them.
+    Args:
+        run: the run's folder, ``--out`` of ``sdpo train``.
+        out: folder to write; replaced only when the new one is complete.
+        step: step of the checkpoint; None: the newest undamaged one.
+        adapters: write a PEFT folder of the adapters alone; for runs with ``lora.rank``.
+        model: the folder that the run started from, where it has moved.
+        dtype: dtype of the weights; None: as the run's config says.
 
     Raises:
         SdpoError: no run, no undamaged checkpoint, or no adapters where they were asked for.
     """
-    stored = read_config(command.run)
-    if command.adapters and not stored.lora.rank:
-        raise SdpoError(f"{command.run}: its lora.rank is 0, there are no adapters to export")
-    checkpoint = stored.checkpoint
-    if command.dtype is not None:
-        checkpoint = replace(checkpoint, export_dtype=command.dtype)
+    stored = read_config(run)
+    if adapters and not stored.lora.rank:
+        raise SdpoError(f"{run}: its lora.rank is 0, there are no adapters to export")
     config = replace(
         stored,
-        model=resolve_model(command.model or stored.model),
-        out=command.run,
-        checkpoint=checkpoint,
+        model=resolve_model(model or stored.model),
+        out=run,
+        checkpoint=replace(stored.checkpoint, export_dtype=dtype or stored.checkpoint.export_dtype),
         parallel=ParallelConfig(compute_dtype=stored.parallel.compute_dtype),
     )
     export_checkpoint(
-        config.engine,
-        engine_config(config, total_steps=1),
-        command.step,
-        command.out,
-        adapters=command.adapters,
+        config.engine, engine_config(config, total_steps=1), step, out, adapters=adapters
     )
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Parse and run."""
-    export(tyro.cli(ExportCommand, prog="sdpo export", args=args))

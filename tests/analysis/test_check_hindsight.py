@@ -8,8 +8,9 @@ import pytest
 
 from helpers import tiny
 from sdpo.analysis.advantages import Reader
-from sdpo.analysis.check_hindsight import CONTEXTS, _findings, check, main, sample
+from sdpo.analysis.check_hindsight import CONTEXTS, _findings, check, sample
 from sdpo.analysis.options import ReaderOptions
+from sdpo.cli import main
 from sdpo.errors import DataError
 from sdpo.interactions import read_interactions, write_interactions
 
@@ -29,9 +30,9 @@ def data(tmp_path):
 @pytest.mark.parametrize("kind", ["qwen3", "llama-tied"])
 def test_random_weights_make_no_use_of_hindsight(kind, data, models, tmp_path, capsys):
     out = tmp_path / "check.json"
-    with pytest.raises(SystemExit) as ended:
-        main(["--model", models(kind), "--interactions", data, "--json", str(out)])
-    assert ended.value.code == 1
+    asked = ["--model", models(kind), "--interactions", data, "--json", str(out)]
+    with pytest.raises(SystemExit, match="1"):
+        main(["check-hindsight", *asked])
     shown, found = capsys.readouterr().out, json.loads(out.read_text())
     assert not found["uses_hindsight"] and "does not make use of hindsight" in shown
     assert found["interactions"] == N // 2 and set(found["size"]) == set(CONTEXTS)

@@ -8,21 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from helpers import tiny
+from helpers import runs, tiny
 from sdpo.analysis.trace import trace_command
-from sdpo.batching import BatchConfig, Cursor
+from sdpo.batching import Cursor
 from sdpo.data.manifest import find, manifest_path
 from sdpo.data.prepare.write import MANIFEST
 from sdpo.errors import DataError
-from sdpo.hindsight import HindsightConfig
 from sdpo.interactions import read_interactions, write_interactions
 from sdpo.train.config import read_config
 from sdpo.train.loader import load_interactions
-from sdpo.train.recipes import reverse_kl
-from sdpo.train.safeguards import SafeguardConfig
-from sdpo.train.selection import SelectConfig
-from sdpo.train.trainer import train
-from sdpo_parallel.config import CheckpointConfig
 
 N = 12
 
@@ -44,15 +38,8 @@ def data(tmp_path_factory):
     write_interactions(path, interactions)
     rows = [{"conversation_id": "c0", "user": "u1", "interaction_ids": ["c0", "c0_3"]}]
     rows += [{"conversation_id": f"c{n}", "interaction_ids": [f"c{n}"]} for n in range(2, N)]
-    rows.append(
-        {
-            "conversation_id": "again",
-            "user": "u1",
-            "decision": "exact duplicate",
-            "duplicate_of": "logs/a.jsonl:2",
-        }
-    )
-    manifest(path, rows)
+    duplicate = {"decision": "exact duplicate", "duplicate_of": "logs/a.jsonl:2"}
+    manifest(path, [*rows, {"conversation_id": "again", "user": "u1", **duplicate}])
     return path
 
 
@@ -62,24 +49,16 @@ def run(data, models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     scores = folder / "scores.jsonl"
     lost = {2, 5, 6, 9}
-    scores.write_text(
-        "".join(
-            json.dumps({"id": i.id, "mean_abs_advantage": 0.1 if n in lost else 0.5}) + "\n"
-            for n, i in enumerate(read_interactions(data))
-        )
-    )
-    config = replace(
-        reverse_kl(models("qwen3"), data, str(folder / "first")),
-        engine="transformers",
-        hindsight=HindsightConfig(
-            max_prompt_tokens=150, max_hindsight_prompt_tokens=250, max_response_tokens=60
-        ),
-        batch=BatchConfig(interactions_per_step=4, epochs=1.5, seed=7, row_tokens=256),
-        checkpoint=CheckpointConfig(interval=1, keep=0),
-        safeguard=SafeguardConfig(probe_interactions=2),
-        select=SelectConfig(scores=str(scores), min_signal=0.2),
-    )
-    train(config)
+    rows = [
+        {"id": i.id, "mean_abs_advantage": 0.1 if n in lost else 0.5}
+        for n, i in enumerate(read_interactions(data))
+    ]
+    scores.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--engine", "transformers", "--checkpoint.interval", "1", "--checkpoint.keep", "0"]
+    options += ["--batch.interactions-per-step", "4", "--batch.epochs", "1.5", "--batch.seed", "7"]
+    options += ["--select.scores", str(scores), "--select.min-signal", "0.2"]
+    options += ["--safeguard.probe-interactions", "2"]
+    runs.train("reverse-kl", models("qwen3"), data, folder / "first", *options)
     return folder / "first"
 
 
@@ -95,7 +74,8 @@ def trace(tmp_path):
     return call
 
 
-def drawn(run, data) -> list[str]:
+@pytest.fixture(scope="module")
+def order(run, data) -> list[str]:
     """What the run's loop drew, in order, taken from the trainer's own parts."""
     config = read_config(str(run))
     interactions = load_interactions(config).interactions
@@ -103,12 +83,10 @@ def drawn(run, data) -> list[str]:
     return [interactions[i].id for i in cursor.take(4) + cursor.take(4) + cursor.take(4)]
 
 
-def test_every_interaction_is_read_by_the_checkpoints_that_drew_it(data, run, trace):
-    order = drawn(run, data)
+def test_every_interaction_is_read_by_the_checkpoints_that_drew_it(data, run, order, trace):
     assert len(set(order)) == 8
     for i in read_interactions(data):
-        found = trace(i.id, data, str(run.parent))["runs"]
-        (one,) = found
+        (one,) = trace(i.id, data, str(run.parent))["runs"]
         assert one["trained_on_it"] and (i.id in one["left_out"]) == (i.id not in order)
         told = {c["name"]: c["read"].get(i.id, 0) for c in one["checkpoints"]}
         counts = {f"step-{s}": order[: 4 * s].count(i.id) for s in (1, 2, 3)}
@@ -153,8 +131,7 @@ def test_a_duplicate_says_how_it_was_found(data):
     assert via == {"c3": "asked for", "again": "duplicate of"}
 
 
-def test_it_says_what_to_do(data, run, trace, capsys):
-    order = drawn(run, data)
+def test_it_says_what_to_do(data, run, order, trace, capsys):
     late = next(id for id in order[4:8] if id not in order[:4])
     trace(late, data, str(run))
     shown = capsys.readouterr().out
@@ -163,11 +140,10 @@ def test_it_says_what_to_do(data, run, trace, capsys):
     assert "train again from the run's own model" in capsys.readouterr().out
 
 
-def test_a_checkpoint_set_aside_still_holds_what_it_read(data, run, trace, tmp_path):
+def test_a_checkpoint_set_aside_still_holds_what_it_read(data, run, order, trace, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     (copy / "checkpoints" / "step-1").rename(copy / "checkpoints" / "step-1.damaged")
-    order = drawn(run, data)
     late = next(id for id in order[4:8] if id not in order[:4])
     (one,) = trace(late, data, str(copy))["runs"]
     assert one["checkpoints"][0]["name"] == "step-1.damaged" and one["newest_before"] is None

@@ -53,9 +53,8 @@ def test_answers_are_read_back_by_style_and_thing():
 
 
 def test_users_write_a_wildchat_log_that_prepare_reads(untrained, tmp_path):
-    log = simulate_logs(
-        untrained, tmp_path / "log.parquet", preference="terse", n_conversations=40, seed=1
-    )
+    settings = {"preference": "terse", "n_conversations": 40, "seed": 1}
+    log = simulate_logs(untrained, tmp_path / "log.parquet", **settings)
     columns = set(pq.read_schema(log).names)
     assert {"conversation_hash", "conversation", "language", "toxic", "redacted"} <= columns
     conversations = list(read_conversations(log))
@@ -65,9 +64,7 @@ def test_users_write_a_wildchat_log_that_prepare_reads(untrained, tmp_path):
     assert report.counts["conversations_kept"] > 0
     assert len(read_interactions(out)) == report.counts["interactions"] > 0
     # the same users, model and seed say the same
-    again = simulate_logs(
-        untrained, tmp_path / "again.parquet", preference="terse", n_conversations=40, seed=1
-    )
+    again = simulate_logs(untrained, tmp_path / "again.parquet", **settings)
     assert pq.read_table(log).equals(pq.read_table(again))
 
 
