@@ -73,19 +73,17 @@ class HindsightTrainer(Trainer):
 def dataset(tokenizer) -> list[dict[str, list[int]]]:
     """Token ids of every conversation's prompt, prompt with hindsight, and response."""
 
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
-
     def prompt(text: str) -> list[int]:
         messages = [{"role": "user", "content": text}]
         chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return encode(chat)
+        return tokenizer.encode(chat, add_special_tokens=False)
 
     return [
         {
             "prompt": prompt(asked),
             "hindsight_prompt": prompt(f"{asked}\n\nA later message of the user:\n{followup}"),
-            "response": encode(response) + [tokenizer.eos_token_id],
+            "response": tokenizer.encode(response, add_special_tokens=False)
+            + [tokenizer.eos_token_id],
         }
         for asked, response, followup in CONVERSATIONS
     ]

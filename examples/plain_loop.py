@@ -16,11 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sdpo_kernels import linear_reverse_kl
 
 CONVERSATIONS = [  # (what the user asked, the response, the follow-up)
-    (
-        "Tell me about foxes.",
-        "The red fox is a mammal of the family Canidae, and ...",
-        "Shorter, please.",
-    ),
+    ("Tell me about foxes.", "The red fox is a mammal, and ...", "Shorter, please."),
     ("List five fruits.", "Apples.", "I said five!"),
 ]
 

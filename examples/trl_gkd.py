@@ -53,17 +53,11 @@ class FusedGKDTrainer(GKDTrainer):
 
 def dataset() -> Dataset:
     """Conversations as TRL expects them."""
-    return Dataset.from_list(
-        [
-            {
-                "messages": [
-                    {"role": "user", "content": asked},
-                    {"role": "assistant", "content": response},
-                ]
-            }
-            for asked, response in CONVERSATIONS
-        ]
-    )
+    conversations = [
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": response}]
+        for asked, response in CONVERSATIONS
+    ]
+    return Dataset.from_dict({"messages": conversations})
 
 
 if __name__ == "__main__":

@@ -5,21 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import runs, tiny
+from helpers import tiny
 from sdpo.cli import main
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def test_one_gpu_trains_on_the_sample_log(models, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    main(["data", "prepare", str(EXAMPLES / "log.jsonl"), "--out", "interactions.jsonl"])
-    small = ["--hindsight.max-prompt-tokens", "200", "--hindsight.max-response-tokens", "200"]
-    small += ["--hindsight.max-hindsight-prompt-tokens", "600", "--batch.row-tokens", "1024"]
-    config = str(EXAMPLES / "one_gpu" / "run.toml")
-    main(["train", "--config", config, "--model", models("qwen3"), *small])
-    assert len(runs.read_metrics("runs/one-gpu")) == 6
-    assert Path("runs/one-gpu/export/config.json").is_file()
 
 
 @pytest.mark.parametrize(
