@@ -167,8 +167,8 @@ def _built(kind: Any, value: Any, base: Any, where: str, *path: str) -> Any:
         field = ".".join((*path, *inner))
         return SdpoError(f"{where}, field {field}: {problem}" if field else f"{where}: {problem}")
 
-    kinds: tuple[type, ...] = get_args(kind) or (kind,)
-    classes = {c.__name__: c for c in kinds if is_dataclass(c)}
+    kinds = get_args(kind) or (kind,)
+    classes = {c.__name__: c for c in kinds if isinstance(c, type) and is_dataclass(c)}
     if not classes:
         if not _fits(value, kind):
             raise wrong(f"expected {_name(kind)}, found {value!r}")
