@@ -167,7 +167,7 @@ def _built(kind: Any, value: Any, base: Any, where: str, *path: str) -> Any:
         field = ".".join((*path, *inner))
         return SdpoError(f"{where}, field {field}: {problem}" if field else f"{where}: {problem}")
 
-    kinds: tuple[type, ...] = get_args(kind) or (kind,)
+    kinds = get_args(kind) or (kind,)
     classes = {c.__name__: c for c in kinds if isinstance(c, type) and is_dataclass(c)}
     if not classes:
         if not _fits(value, kind):
