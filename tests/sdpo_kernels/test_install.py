@@ -66,7 +66,7 @@ def test_the_folder_kernels_does_not_hide_hugging_faces_package(tmp_path):
     """A folder without __init__.py gives way to a package of its name, wherever that is found."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").touch()
-    code = "import sys; sys.path.append(sys.argv[1]); import kernels; print(kernels.__file__)"
+    code = "import sys; sys.path.insert(1, sys.argv[1]); import kernels; print(kernels.__file__)"
     argv = [sys.executable, "-c", code, str(tmp_path)]
     out = subprocess.run(argv, env=ENV, cwd=KERNELS.parent, capture_output=True, text=True).stdout
     assert out.strip() == str(tmp_path / "kernels" / "__init__.py")
