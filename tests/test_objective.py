@@ -14,6 +14,7 @@ from sdpo.objective import (
     total_loss,
 )
 from sdpo_kernels.reference import policy_gradient
+from sdpo_kernels.sampled_token import centred
 
 LENGTHS = [4, 1, 6, 2]
 WEIGHTS = [0.5, 0.125, 0.25, 0.125]
@@ -113,6 +114,15 @@ def test_gradcheck(name):
     )
 
 
+def test_gradcheck_of_the_sampled_token_loss_at_fixed_advantages():
+    logp = (-torch.rand(N, dtype=torch.float64) - 0.1).requires_grad_()
+    advantage, old = torch.randn(N, dtype=torch.float64), logp.detach() + 0.3
+    for options in ({}, {"ppo_clip": 0.2}):
+        assert torch.autograd.gradcheck(
+            lambda x, o=options: policy_gradient(x, advantage, old, **o), logp
+        )
+
+
 def test_ppo_clip_is_the_clipped_surrogate():
     logp = torch.tensor([0.0, 0.5, -0.5, 0.5, -0.5], dtype=torch.float64, requires_grad=True)
     advantage = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
@@ -145,6 +155,12 @@ def test_token_weights_are_a_mean_over_tokens_then_sequences():
     weights = token_weights(layout, ignore_first=2).split(LENGTHS)
     expected = [0, 0, 1 / 4, 1 / 4], [0], [0, 0, *[1 / 16] * 4], [0, 0]
     assert [w.tolist() for w in weights] == list(expected)
+
+
+def test_centred_advantages_have_no_mean():
+    _, layout = setup()
+    out = centred(torch.randn(N, dtype=torch.float64), layout.sequence_N, None)
+    assert all(abs(part.mean()) < 1e-12 for part in out.split(LENGTHS))
 
 
 def test_an_empty_share_has_no_loss_and_zero_gradients():

@@ -9,11 +9,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from helpers import kill, runs, tiny
-from sdpo.errors import SdpoError
+from helpers import forked, kill, runs, tiny
 from sdpo.train.watchdog import PHASES, Watchdog
-from sdpo_parallel.config import ParallelConfig
-from sdpo_parallel.torchtitan.mesh import check_layout
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +83,13 @@ def test_the_ranks_behind_are_those_that_others_wait_for(monkeypatch):
     assert "no longer answer: rank 3 (never heard of)" in watchdogs[0].message()
 
 
+def broken_model(folder: Path) -> str:
+    """Everything but weights that can be read."""
+    model = tiny.make_model(folder)
+    Path(model, "model.safetensors").write_bytes(b"loading this fails in another way")
+    return model
+
+
 @pytest.mark.parametrize(
     ("options", "names"),
     [
@@ -103,8 +107,7 @@ def test_the_ranks_behind_are_those_that_others_wait_for(monkeypatch):
 def test_impossible_combinations_are_refused_before_any_weights_load(
     options, names, tmp_path, capsys
 ):
-    model = tiny.make_model(tmp_path / "model")
-    Path(model, "model.safetensors").write_bytes(b"loading this fails in another way")
+    model = broken_model(tmp_path / "model")
     data = tiny.make_interactions(tmp_path / "i.jsonl", 6)
     run = runs.arguments("reverse-kl", model, data, tmp_path / "run", *options.split())
     told = runs.refused(capsys, "train", *run)
@@ -112,13 +115,20 @@ def test_impossible_combinations_are_refused_before_any_weights_load(
     assert not (tmp_path / "run").exists()
 
 
-def test_impossible_combinations_of_ranks(models, tmp_path, capsys, monkeypatch):
-    with pytest.raises(SdpoError, match="tensor=4 does not divide .*num_key_value_heads=2"):
-        check_layout(models("qwen3"), ParallelConfig(tensor=4), 4)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize(
+    ("options", "ranks", "names"),
+    [
+        ("--parallel.tensor 4", 4, "num_key_value_heads=2"),
+        ("--parallel.context 2 --parallel.attention varlen", 2, "varlen"),
+        ("--engine transformers", 2, "2 ranks"),
+    ],
+)
+def test_impossible_combinations_of_ranks(options, ranks, names, tmp_path):
+    model = broken_model(tmp_path / "model")
     data = tiny.make_interactions(tmp_path / "i.jsonl", 6)
-    options = ["--engine", "transformers"]
-    run = runs.arguments("reverse-kl", models("qwen3"), data, tmp_path / "run", *options)
-    told = runs.refused(capsys, "train", *run)
-    assert "rank 0: " in told and "2 ranks" in told and not (tmp_path / "run").exists()
+    run = runs.arguments("reverse-kl", model, data, tmp_path / "run", *options.split())
+    result = forked.run(ranks, "-m", "sdpo.train", *run)
+    assert result.returncode != 0 and "Traceback" not in runs.cause(result.stderr)
+    told = " ".join((result.stdout + result.stderr).split())
+    assert "rank 0: " in told and names in told, told[-3000:]
+    assert not (tmp_path / "run").exists()
