@@ -73,6 +73,16 @@ def step(engine: TorchtitanEngine, job: dict[str, Any], batch: Batch) -> None:
     engine.update(0)
 
 
+def second_step(engine: TorchtitanEngine, job: dict[str, Any], batch: Batch) -> list[tuple]:
+    """The collectives of a step after the first, which sets up what later ones reuse."""
+    step(engine, job, batch)
+    collectives = Collectives()
+    with collectives:
+        step(engine, job, batch)
+    collectives.restore()
+    return collectives.seen
+
+
 def axis_of(engine: TorchtitanEngine, ranks: tuple[int, ...], dimensions: int, nested: bool) -> str:
     """The mesh's axis that a collective belongs to. A group may serve two: FSDP2's buffers are
     flat, activations are not."""
@@ -117,17 +127,12 @@ def gathers(rounds: int = 7) -> list[tuple[float, float]]:
 
 
 def main(job: dict[str, Any]) -> None:
-    """Count the second step: the first sets up what later ones reuse."""
+    """Count a step, and time all-gathers."""
     with tempfile.TemporaryDirectory() as folder:
         engine = engine_of(job, Path(folder))
     batch = batch_of(job, engine.row_multiple)
     assert batch.policy.tokens_BT.numel() == job["interactions"] * (job["prompt"] + job["response"])
-    step(engine, job, batch)
-    collectives = Collectives()
-    with collectives:
-        step(engine, job, batch)
-    collectives.restore()
-    found = {"sent": counted(engine, collectives.seen), "gathers": gathers()}
+    found = {"sent": counted(engine, second_step(engine, job, batch)), "gathers": gathers()}
     if engine.ranks.is_main:
         print(json.dumps(found))
     engine.close()

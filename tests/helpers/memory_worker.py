@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 
 from torch._C._profiler import _EventType
-from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.counting_worker import batch_of
@@ -21,6 +20,7 @@ from sdpo.step import two_pass_loss
 from sdpo.train.trainer import RunState
 from sdpo_parallel.config import LoraConfig, ParallelConfig
 from sdpo_parallel.engine import EngineConfig
+from sdpo_parallel.model import local
 from sdpo_parallel.torchtitan.engine import TorchtitanEngine
 
 
@@ -29,7 +29,7 @@ def local_bytes(tensors) -> int:
     storages = {}
     for t in tensors:
         if t is not None:
-            t = t.to_local() if isinstance(t, DTensor) else t
+            t = local(t)
             storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
     return sum(storages.values())
 
