@@ -5,6 +5,7 @@ their turns are worth training on.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,6 +14,10 @@ class Message:
 
     role: str
     content: str
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates read it."""
+        return {"role": self.role, "content": self.content}
 
 
 @dataclass(frozen=True, slots=True)

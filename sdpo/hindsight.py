@@ -109,7 +109,7 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]
     Raises:
         DataError: the template does not accept these messages.
     """
-    chat = [{"role": m.role, "content": m.content} for m in messages]
+    chat = [message.for_template() for message in messages]
     try:
         text = tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
