@@ -17,8 +17,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +29,8 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_SECONDS = 10.0
 """A part is not started with less than this left."""
+GRACE_SECONDS = 8.0
+"""From a part's limit to its kill: time to say what had failed."""
 IMPORTS = (
     sys.executable,
     "-c",
@@ -44,6 +48,8 @@ for name in names.split():
 )
 """Prints which contenders can be imported."""
 TESTS = (sys.executable, *["-m", "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"])
+SIDE_BY_SIDE = ("-n", "6", "--dist", "worksteal") if find_spec("xdist") else ()
+"""Compiling is most of the GPU tests' time, and runs on as many cores as there are."""
 METRICS = (
     "gpu__time_duration.sum",
     "dram__bytes.sum.per_second",
@@ -97,7 +103,8 @@ def parts(out: Path) -> list[Part]:
         benchmark(
             "reverse KL, Qwen3-8B", 90, f"{divergence} 0.5 {reverse} {quick} {qwen} 4096 1024"
         ),
-        Part("gpu tests", 150, (*TESTS, "--maxfail=25", "--durations=10", "-q")),
+        benchmark("ceilings", 30, "ceilings"),
+        Part("gpu tests", 150, (*TESTS, *SIDE_BY_SIDE, "--durations=10", "-q")),
         benchmark(
             "reverse KL, Llama-3.2-1B", 40, f"{divergence} 0.5 {reverse} {quick} {llama} 8192"
         ),
@@ -131,6 +138,7 @@ def rehearsal(out: Path) -> list[Part]:
     return [
         Part("imports", 60, IMPORTS),
         benchmark("divergence", 300, f"divergence {tiny} --kinds reverse_kl"),
+        benchmark("ceilings", 60, "ceilings --seconds 0.01 --head 300x32 --tokens 32 --chunk 8"),
         Part("gpu tests", 120, (*TESTS, "--collect-only")),
         benchmark("step", 120, step),
         benchmark("logprob", 300, f"logprob {tiny} --only sdpo TRL linear"),
@@ -177,14 +185,23 @@ def run(part: Part, seconds: float, log: Path, dry: bool) -> Outcome:
         try:
             code = process.wait(min(part.seconds, seconds))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
             spent = time.monotonic() - begin
             return Outcome(part.name, "timed out", spent, "what it had written stays")
     spent = time.monotonic() - begin
     if code:
         return Outcome(part.name, "failed", spent, f"exit status {code}; see {log.name}")
     return Outcome(part.name, "ok", spent)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Interrupts a process group, so that pytest says what had failed, and kills what is left."""
+    os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def main(

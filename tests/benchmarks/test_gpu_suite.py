@@ -81,5 +81,5 @@ def test_the_rehearsal_passes(tmp_path):
     assert done.returncode == 0, f"{done.stdout}{done.stderr}{log[-4000:]}"
     assert {p["status"] for p in told} <= {"ok", "skipped"}
     assert [p["name"] for p in told if p["status"] == "skipped"] in ([], ["ncu"])
-    benchmarks = ["divergence", "logprob", "profiling", "step", "tuning"]
+    benchmarks = ["ceilings", "divergence", "logprob", "profiling", "step", "tuning"]
     assert set(os.listdir(out)) == {*(f"{b}.jsonl" for b in benchmarks), "suite.json", "suite.log"}
