@@ -48,7 +48,7 @@ for name in names.split():
 )
 """Prints which contenders can be imported."""
 TESTS = (sys.executable, *["-m", "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"])
-SIDE_BY_SIDE = ("-n", "6", "--dist", "worksteal") if find_spec("xdist") else ()
+SIDE_BY_SIDE = ("-n", "12", "--dist", "worksteal") if find_spec("xdist") else ()
 """Compiling is most of the GPU tests' time, and runs on as many cores as there are."""
 METRICS = (
     "gpu__time_duration.sum",

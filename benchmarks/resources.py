@@ -34,18 +34,20 @@ TYPES = {"targets_ptr": "*i64", "cap": "fp32", "temperature": "fp32", "beta": "f
 
 def kernels(sm: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """(variant, kernel, types, constants, options) of all kernels, as launched on ``sm``."""
-    options = tuning.row_tiles(tuning.ROW_BLOCK)
+    options, lanes = tuning.row_tiles(tuning.ROW_BLOCK), tuning.lane_tiles(tuning.LANES)
     rows = {"BLOCK": options.pop("BLOCK")}
+    tiles = {name: lanes.pop(name) for name in ("ROWS", "LANES")}
     for name, extra in (("plain", False), ("softcap, bias, temperature", True)):
         shape = {"CAP": extra, "SCALE": extra, **rows}
         for paired in (False, True):
             bias = dict(BIAS=extra, TEACHER_BIAS=extra and paired)
-            constants = dict(PAIRED=paired, TARGETS=True, **bias, **shape)
+            constants = dict(PAIRED=paired, TARGETS=True, WHOLE=True, CAP=extra, SCALE=extra)
+            constants |= bias | tiles
             variant = f"{'pair' if paired else 'one stream'}, {name}"
-            yield variant, rows_triton.stats_kernel, {}, constants, options
+            yield variant, rows_triton.stats_kernel, {}, constants, lanes
         for dtype in ("bf16", "fp32", None):
             types = {"grad_ptr": f"*{dtype or 'fp32'}"}
-            narrow = {"NARROW": dtype == "bf16", **shape}
+            narrow = {"IN_PLACE": dtype == "bf16", **shape}
             what = f"{dtype} gradient" if dtype else "values only"
             for kind, formula in rows_triton.FORMULAS.items():
                 two_passes = kind in rows_triton.TWO_PASSES

@@ -22,12 +22,14 @@ from benchmarks.measure import OnDevice, Spread, interleaved, machine, relative_
 from benchmarks.problems import head, problem
 from benchmarks.report import first_line, grid, milliseconds
 from sdpo_kernels import linear_reverse_kl
-from sdpo_kernels._impl import fused_triton, partials, rows_triton, tuning
+from sdpo_kernels._impl import fused_triton, rows_triton, tuning
 from sdpo_kernels._impl.options import Spec
 
 ROW_VARIANTS = ((1024, 4), (1024, 8), (2048, 4), (2048, 8), (2048, 16), (4096, 8), (4096, 16))
 ROW_VARIANTS += ((8192, 16),)
 """Logits and warps."""
+LANE_VARIANTS = ((1024, 2, 8), (512, 4, 4), (1024, 4, 8), (2048, 2, 16), (1024, 1, 8), (256, 8, 2))
+"""Lanes, rows of logits that each takes in at a time, and warps."""
 FUSED_VARIANTS = tuple(
     tuning.FusedTiles(*tiles)
     for tiles in (
@@ -155,29 +157,31 @@ def _rows_variants(
     z = torch.randn(c, v, device=device, generator=generator) * 3
     u = z + 0.1 * torch.randn(c, v, device=device, generator=generator)
     targets = torch.randint(v, (c,), device=device, generator=generator)
-    norm, gap, _ = partials.finish(rows_triton.stats(SPEC, z, u, targets))
+    found = torch.empty(6, c, device=device)
+    norm, gap = rows_triton.whole_stats(SPEC, z, u, targets, None, None, found)
     weights = torch.full((c,), 1 / c, device=device)
-    scratch = z.clone()
+    grad = torch.empty(c, v, device=device, dtype=torch.bfloat16)
 
     def stats() -> Tensor:
-        return rows_triton.stats(SPEC, z, u, targets)
+        rows_triton.whole_stats(SPEC, z, u, targets, None, None, found)
+        return found
 
     def divergence() -> Tensor:
-        """The gradient takes the logits' place: a second call reads what is no logit, and costs
-        the same."""
-        values, _ = rows_triton.divergence(SPEC, scratch, u, norm, gap, weights, torch.bfloat16)
-        return values
+        return rows_triton.divergence(SPEC, z, u, norm, gap, weights, grad)
 
-    def afresh() -> Tensor:
-        scratch.copy_(z)
-        return divergence()
-
-    check, call = (stats, stats) if which == "stats" else (afresh, divergence)
+    call = stats if which == "stats" else divergence
     word_bytes = 8 if which == "stats" else 10
-    for block, warps in ROW_VARIANTS if device.type == "cuda" else ROW_VARIANTS[:2]:
+    few = slice(None) if device.type == "cuda" else slice(2)
+    if which == "stats":
+        for lanes, rows, warps in LANE_VARIANTS[few]:
+            values = {"LANES": lanes, "LANE_ROWS": rows, "LANE_WARPS": warps}
+            name = f"{lanes} lanes, {rows} rows, {warps} warps"
+            yield Variant(name, tuning, values, call, call, word_bytes * c * v)
+        return
+    for block, warps in ROW_VARIANTS[few]:
         values = {"ROW_BLOCK": block, "ROW_WARPS": warps}
         name = f"block {block}, {warps} warps"
-        yield Variant(name, tuning, values, check, call, word_bytes * c * v)
+        yield Variant(name, tuning, values, call, call, word_bytes * c * v)
 
 
 def _fused_variants(settings: Settings, v: int, d: int, device: torch.device) -> Iterator[Variant]:

@@ -13,3 +13,11 @@ def on_gpu():
     torch.cuda.reset_peak_memory_stats()
     yield
     torch.cuda.set_sync_debug_mode("default")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A failure is told at once: a run on a borrowed GPU may be cut short."""
+    if report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        said = str(crash.message if crash else report.longrepr).strip().splitlines() or [""]
+        print(f"\nFAILED {report.nodeid}: {said[0][:300]}", flush=True)

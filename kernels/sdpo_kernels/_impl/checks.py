@@ -105,6 +105,8 @@ def _check_spec(x: Inputs, spec: Spec) -> None:
         raise ValueError(f"temperature must be positive, got {spec.temperature}")
     if spec.chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be positive, got {spec.chunk_bytes}")
+    if spec.grad_bytes < 0:
+        raise ValueError(f"grad_bytes must not be negative, got {spec.grad_bytes}")
     if spec.impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {spec.impl!r}")
     if spec.impl in ("triton", "fused"):

@@ -1,14 +1,21 @@
-"""The chunk loop: hidden states -> per-token values and statistics, and, if the token weights are
-known, the gradients of the weighted sum. (N, V) logits never exist as a whole.
+"""The chunk loop: hidden states -> per-token values and statistics and, if asked for, gradients.
+(N, V) logits never exist as a whole.
 
 Shapes: N tokens, C tokens of a chunk, V rows of this rank's lm_head, D hidden size.
   z_CV = h_CD @ w_VD.T   student logits, float32,  p = softmax(z)
   u_CV = g_CD @ v_VD.T   teacher logits, float32,  q = softmax(u)
 
 Per chunk: one matmul for the logits (both streams stacked if they share an lm_head), row statistics
-(merged over tensor-parallel ranks), values and the gradient in the logits' own memory, and two
-matmuls for dH and dW. Logits, statistics and dW are float32 whatever the inputs' dtype (float64
-stays float64). Oracle: reference.py. Derivations: kernels/README.md.
+(merged over tensor-parallel ranks), values, and the gradient G with respect to the logits. What
+becomes of G depends on how much of it there is:
+
+  run_kept  G of all tokens is kept, in the inputs' dtype, for the backward, where the upstream
+            gradient is known: ``products`` makes dH and dW of it by one matmul each
+  run       G of a chunk is left in the logits' own memory, and becomes dH and an addend of dW at
+            once: all that can be done for more tokens than that, if their weights are known
+
+Logits, statistics and sums of dW are float32 whatever the inputs' dtype (float64 stays float64).
+Oracle: reference.py. Derivations: kernels/README.md.
 """
 
 import functools
@@ -20,7 +27,15 @@ from torch import Tensor
 
 from .. import vocab_parallel as vocab
 from . import partials, rows_torch
-from .matmul import accumulation_dtype, add_weight_gradient, chunks, hidden_gradient, logits
+from .matmul import (
+    accumulation_dtype,
+    add_weight_gradient,
+    chunks,
+    hidden_gradient,
+    logits,
+    narrow,
+    weight_gradient,
+)
 from .options import Inputs, Spec
 from .partials import TokenStats
 from .topk_rows import topk_divergence
@@ -28,6 +43,10 @@ from .topk_rows import topk_divergence
 FUSED_BYTES_PER_ROW = 0.25
 """Memory of the fused kernel's partials for one token and one row of the lm_head: 16 bytes for a
 tile of at least 64 rows."""
+CHUNK_MULTIPLE = 128
+"""Tokens of a chunk are a multiple of the matmuls' tiles, where a chunk holds several."""
+ROW_MULTIPLE = 16
+"""Rows of logits start at addresses that a vector access may have, whatever the vocabulary."""
 
 
 class Result(NamedTuple):
@@ -46,6 +65,41 @@ class Result(NamedTuple):
     """(V,)"""
     scale: Tensor
     """()"""
+
+
+class Kept(NamedTuple):
+    """Values, statistics and the gradients with respect to the logits, divided by ``scale``: of
+    sum token_weights * value if token weights are given, else of each token's value."""
+
+    value: Tensor
+    """(N,)"""
+    stats: Tensor
+    """(6, N)"""
+    grad: Tensor
+    """(N, V and what fills its rows up), in the inputs' dtype."""
+    scale: Tensor
+    """()"""
+
+
+def empty_kept(x: Inputs) -> Kept:
+    """The tensors of a ``Kept``, for the loop to fill."""
+    value, stats, *_, scale = empty_result(x)
+    n, vocabulary = x.student_hidden.shape[0], x.lm_head_weight.shape[0]
+    return Kept(value, stats, x.student_hidden.new_empty((n, row_length(vocabulary))), scale)
+
+
+def row_length(vocabulary: int) -> int:
+    """Numbers from the begin of one row of logits to that of the next."""
+    return -(-vocabulary // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def kept_bytes(x: Inputs, spec: Spec) -> int:
+    """What ``run_kept`` would keep; with a shard, of an even one, as all ranks must agree."""
+    vocabulary = x.lm_head_weight.shape[0]
+    if spec.group:
+        vocabulary = -(-spec.total // vocab.size(spec.group))
+    n, item = x.student_hidden.shape[0], x.student_hidden.element_size()
+    return n * row_length(vocabulary) * item
 
 
 def empty_result(x: Inputs, wanted: Sequence[bool] = (), zero: bool = False) -> Result:
@@ -86,13 +140,56 @@ def run(
         tiny = torch.finfo(result.scale.dtype).tiny
         torch.amax(weights_N.abs().to(result.scale.dtype).clamp_(min=tiny), 0, out=result.scale)
         weights_N = weights_N / result.scale
-    with torch.autocast(x.student_hidden.device.type, enabled=False):
-        loop = _Loop(x, spec, weights_N, any(wanted), result)
-        for c in chunks(n, loop.chunk_rows):
-            loop.run_chunk(c)
-    if spec.group and loop.values_are_partial:
-        vocab.sum_(spec.group, result.value)
+    _Loop(x, spec, weights_N if any(wanted) else None, result).run()
     return result
+
+
+@torch.no_grad()
+def run_kept(x: Inputs, spec: Spec, weights_N: Tensor | None = None) -> Kept:
+    """Values, statistics and the gradients with respect to the logits of all tokens."""
+    kept = empty_kept(x)
+    value, stats, grad, scale = kept
+    vocabulary = x.lm_head_weight.shape[0]
+    grad[:, vocabulary:] = 0
+    scale.fill_(1)
+    if weights_N is not None and len(weights_N):
+        # a power of two, so that multiplying by it rounds nothing
+        torch.exp2(torch.frexp(weights_N.abs().amax())[1], out=scale)
+        scale.clamp_(min=torch.finfo(scale.dtype).tiny)
+        weights_N = weights_N / scale
+    known = weights_N is not None
+    if not known:
+        weights_N = torch.ones_like(value)
+    result = empty_result(x)._replace(value=value, stats=stats)
+    _Loop(x, spec, weights_N, result, grad, finite=not known).run()
+    return kept
+
+
+@torch.no_grad()
+def products(
+    grad_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, scale_N: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """diag(s) G W, G^T diag(s) H and G^T s, in the inputs' dtype; empty if not wanted.
+
+    Args:
+        scale_N: s, in float32 (float64 for float64); a row of 0 gives nothing.
+    """
+    outs = [hidden_ND.new_empty(0)] * 3
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        grad_NV = grad_NV[:, : weight_VD.shape[0]]
+        if wanted[0]:
+            dhidden = hidden_gradient(grad_NV, weight_VD, scale_N.dtype)
+            out = torch.empty_like(dhidden, dtype=hidden_ND.dtype)
+            outs[0] = torch.mul(dhidden, scale_N[:, None], out=out)
+            del dhidden
+        if wanted[1]:
+            outs[1] = weight_gradient(grad_NV, hidden_ND, scale_N)
+        if wanted[2]:
+            dbias = scale_N.new_zeros(weight_VD.shape[0])
+            for c in chunks(len(scale_N), CHUNK_MULTIPLE):
+                dbias += scale_N[c] @ grad_NV[c].to(scale_N.dtype)
+            outs[2] = dbias
+    return outs[0], outs[1], outs[2]
 
 
 def _run_masked(
@@ -122,10 +219,22 @@ class _Loop:
     """The buffers that the chunks of a call share, and what is done with each chunk."""
 
     def __init__(
-        self, x: Inputs, spec: Spec, weights_N: Tensor | None, gradient: bool, result: Result
+        self,
+        x: Inputs,
+        spec: Spec,
+        weights_N: Tensor | None,
+        result: Result,
+        grad: Tensor | None = None,
+        finite: bool = False,
     ):
-        self.spec, self.result = spec, result
-        self.weights_N = weights_N if gradient else None
+        """
+        Args:
+            weights_N: factors of G; None: no G.
+            grad: where G is kept; None: it becomes dH and dW.
+            finite: rows of G whose value is infinite are 0, where G would be NaN.
+        """
+        self.spec, self.result, self.kept, self.finite = spec, result, grad, finite
+        self.weights_N = weights_N
         self.dtype = result.value.dtype
         self.fused = spec.impl == "fused" and not spec.paired
         self.rows = _row_operations(spec.impl)
@@ -136,14 +245,15 @@ class _Loop:
         streams = 2 if x.teacher_hidden is not None and not self.fused else 1
         if self.fused and self.weights_N is None:
             self.chunk_rows = _chunk_rows(x, spec, FUSED_BYTES_PER_ROW)
-        else:
-            self.chunk_rows = _chunk_rows(x, spec, streams * self.dtype.itemsize)
-            # rows start at aligned addresses, whatever the vocabulary
-            vocabulary = x.lm_head_weight.shape[0]
-            columns = -(-vocabulary // 8) * 8
-            self.buffer = x.student_hidden.new_empty(
-                (streams * self.chunk_rows, columns), dtype=self.dtype
-            )[:, :vocabulary]
+            return
+        self.chunk_rows = _chunk_rows(x, spec, streams * self.dtype.itemsize)
+        self.vocabulary = x.lm_head_weight.shape[0]
+        shape = (streams * self.chunk_rows, row_length(self.vocabulary))
+        self.buffer = x.student_hidden.new_empty(shape, dtype=self.dtype)
+        # Triton's kernels read rows to their end, where -inf is no logit; transformed it would be
+        plain = spec.temperature == 1 and not spec.softcap and x.bias is x.teacher_bias is None
+        self.read = shape[1] if plain and spec.impl in ("triton", "fused") else self.vocabulary
+        self.buffer[:, self.vocabulary :] = -torch.inf
 
     def _prepared(self, x: Inputs) -> Inputs:
         """Vectors in the logits' dtype, targets among this rank's rows, the teacher's bias."""
@@ -157,47 +267,81 @@ class _Loop:
             x = x._replace(teacher_bias=x.bias)
         return x
 
+    def run(self) -> None:
+        with torch.autocast(self.x.student_hidden.device.type, enabled=False):
+            for c in chunks(self.x.student_hidden.shape[0], self.chunk_rows):
+                self.run_chunk(c)
+        if self.spec.group and self.values_are_partial:
+            vocab.sum_(self.spec.group, self.result.value)
+
     def run_chunk(self, c: slice) -> None:
         x = self.x.map_tokens(lambda t: t[c])
         weight_C = None if self.weights_N is None else self.weights_N[c]
-        z_CV, u_CV, part_FC = self._read(x)
+        z_CV, u_CV, norm, gap = self._read(x, c)
+        grad_CV = None if weight_C is None else self._place_of_grad(c, z_CV)
+        if not self.spec.paired:
+            value_C = self._function_of_logp(x, c, z_CV, norm, weight_C, grad_CV)
+        elif self.spec.k:
+            assert z_CV is not None and u_CV is not None
+            value_C = self._topk(z_CV, u_CV, weight_C, grad_CV)
+        else:
+            value_C = self._divergence(z_CV, u_CV, norm, gap, weight_C, grad_CV)
+        self.result.value[c] = value_C
+        if grad_CV is not None and self.kept is None:
+            self._accumulate(c, grad_CV[:, : self.vocabulary])
+            if grad_CV.dtype == self.dtype:  # G has overwritten what fills the rows up
+                self.buffer[:, self.vocabulary :] = -torch.inf
+
+    def _place_of_grad(self, c: slice, z_CV: Tensor | None) -> Tensor:
+        """Its rows of what is kept, or the memory of the student's logits."""
+        if self.kept is not None:
+            return self.kept[c, : self.read]
+        assert z_CV is not None
+        return narrow(z_CV, self.x.student_hidden.dtype)
+
+    def _read(
+        self, x: Inputs, c: slice
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """Both streams' transformed logits, where they are needed, norm and gap; statistics."""
+        out_6C = self.result.stats[:, c]
+        given = (x.targets, x.bias, x.teacher_bias)
+        z = u = None
+        if self.fused:
+            z, part_FC = self._read_fused(x)
+        else:
+            z, u = self._logits(x)
+            if not self.spec.group:
+                return z, u, *self.rows.whole_stats(self.spec, z, u, *given, out_6C)
+            part_FC = self.rows.stats(self.spec, z, u, *given)
         if self.spec.group:
             part_FC = partials.merge(vocab.gather(self.spec.group, part_FC))
         norm, gap, stats = partials.finish(part_FC)
-        torch.stack(stats, out=self.result.stats[:, c])
+        torch.stack(stats, out=out_6C)
         if x.targets is None:
-            self.result.stats[:2, c] = torch.nan
-        if not self.spec.paired:
-            value_C, grad_CV = self._function_of_logp(x, z_CV, norm, stats, weight_C)
-        elif self.spec.k:
-            assert z_CV is not None and u_CV is not None
-            dtype = x.student_hidden.dtype
-            value_C, grad_CV = topk_divergence(self.rows, self.spec, z_CV, u_CV, weight_C, dtype)
-        else:
-            value_C, grad_CV = self._divergence(z_CV, u_CV, norm, gap, weight_C)
-        self.result.value[c] = value_C
-        if grad_CV is not None:
-            self._accumulate(c, grad_CV)
+            out_6C[:2] = torch.nan
+        return z, u, norm, gap
 
-    def _read(self, x: Inputs) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """Both streams' transformed logits, where they are needed, and their partials."""
-        if self.fused:
-            return self._read_fused(x)
+    def _logits(self, x: Inputs) -> tuple[Tensor, Tensor | None]:
+        """Raw logits of the student and, if there is one, of the teacher."""
         n = x.student_hidden.shape[0]
         z, u = self.buffer[:n], None
         if x.teacher_hidden is None:
-            logits(x.student_hidden, x.lm_head_weight, z)
+            self._multiply(x.student_hidden, x.lm_head_weight, z)
         else:
             u = self.buffer[n : 2 * n]
             if x.teacher_lm_head_weight is None:
                 both = torch.cat([x.student_hidden, x.teacher_hidden])
-                logits(both, x.lm_head_weight, self.buffer[: 2 * n])
+                self._multiply(both, x.lm_head_weight, self.buffer[: 2 * n])
             else:
-                logits(x.student_hidden, x.lm_head_weight, z)
-                logits(x.teacher_hidden, x.teacher_lm_head_weight, u)
-        return z, u, self.rows.stats(self.spec, z, u, x.targets, x.bias, x.teacher_bias)
+                self._multiply(x.student_hidden, x.lm_head_weight, z)
+                self._multiply(x.teacher_hidden, x.teacher_lm_head_weight, u)
+            u = u[:, : self.read]
+        return z[:, : self.read], u
 
-    def _read_fused(self, x: Inputs) -> tuple[Tensor | None, None, Tensor]:
+    def _multiply(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+        logits(hidden, weight, out[:, : self.vocabulary])
+
+    def _read_fused(self, x: Inputs) -> tuple[Tensor | None, Tensor]:
         """One stream at a time, and logits of the student's only if it gets a gradient."""
         from .fused_triton import stream_stats  # Triton is optional
 
@@ -205,45 +349,51 @@ class _Loop:
         if self.weights_N is None:
             part = stream_stats(self.spec, x.student_hidden, x.lm_head_weight, x.bias, x.targets)
         else:
-            z = self.buffer[: x.student_hidden.shape[0]]
-            logits(x.student_hidden, x.lm_head_weight, z)
+            z, _ = self._logits(x._replace(teacher_hidden=None))
             part = self.rows.stats(self.spec, z, None, x.targets, x.bias)
         if x.teacher_hidden is not None:
             weight = x.teacher_lm_head_weight
             weight = x.lm_head_weight if weight is None else weight
             other = stream_stats(self.spec, x.teacher_hidden, weight, x.teacher_bias, x.targets)
             part = torch.cat([part, other, torch.zeros_like(part[:1])])
-        return z, None, part
+        return z, part
 
-    def _divergence(self, z, u, norm, gap, weight_C) -> tuple[Tensor, Tensor | None]:
-        """Values (C,) and, given weights, the gradient with respect to raw logits (C, V)."""
-        dtype = self.x.student_hidden.dtype
+    def _divergence(self, z, u, norm, gap, weight_C, grad_CV) -> Tensor:
+        """Values (C,); given weights, G into ``grad_CV``."""
         if self.spec.kind not in rows_torch.TWO_PASSES:
-            sums, grad = self.rows.divergence(self.spec, z, u, norm, gap, weight_C, dtype)
-            return sums[0], grad
-        sums, grad = self.rows.divergence(self.spec, z, u, norm, None, None, dtype)
+            if self.finite and self.spec.kind == "reverse_kl":
+                weight_C = weight_C * gap.isfinite()
+            return self.rows.divergence(self.spec, z, u, norm, gap, weight_C, grad_CV)[0]
+        sums = self.rows.divergence(self.spec, z, u, norm, None)
         if self.spec.group:
             vocab.sum_(self.spec.group, sums)
         if weight_C is not None:
-            _, grad = self.rows.divergence(self.spec, z, u, norm, sums[1], weight_C, dtype)
-        return sums[0], grad
+            self.rows.divergence(self.spec, z, u, norm, sums[1], weight_C, grad_CV)
+        return sums[0]
+
+    def _topk(self, z, u, weight_C, grad_CV) -> Tensor:
+        """The same over a few buckets."""
+        return topk_divergence(self.rows, self.spec, z, u, weight_C, grad_CV, self.finite)
 
     def _function_of_logp(
-        self, x: Inputs, z: Tensor | None, norm: Tensor, stats: TokenStats, weight_C: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Inputs, c: slice, z, norm, weight_C: Tensor | None, grad_CV: Tensor | None
+    ) -> Tensor:
         """The same for a value that depends on the student's logits through log p(y) alone."""
-        logp, advantage_C = stats.logp_student, x.advantage
+        logp, logp_teacher = self.result.stats[:2, c]
+        advantage_C = x.advantage
         if self.spec.kind == "logprob":
             value, slope = logp, torch.ones_like(logp)
         else:
             if advantage_C is None:
-                advantage_C = stats.logp_teacher - logp
+                advantage_C = logp_teacher - logp
             value, slope = policy_gradient(logp, advantage_C, x.old_logp, *self.spec.parameters)
         if weight_C is None:
-            return value, None
-        assert z is not None
-        by, dtype = torch.where(weight_C == 0, 0, weight_C * slope), x.student_hidden.dtype
-        return value, self.rows.softmax_grad(self.spec, z, norm, -by, by, x.targets, dtype)
+            return value
+        if self.finite:
+            weight_C = weight_C * slope.isfinite()
+        by = torch.where(weight_C == 0, 0, weight_C * slope)
+        self.rows.softmax_grad(self.spec, z, norm, -by, by, x.targets, grad_CV)
+        return value
 
     def _accumulate(self, c: slice, grad_CV: Tensor) -> None:
         """dH = G W, dW += G^T H, db += sum G."""
@@ -285,7 +435,9 @@ def _chunk_rows(x: Inputs, spec: Spec, bytes_per_row: float) -> int:
     if spec.group:
         vocabulary = -(-spec.total // vocab.size(spec.group))
     most = max(1, int(spec.chunk_bytes / (bytes_per_row * max(1, vocabulary))))
-    return max(1, -(-n // -(-n // most))) if n else 1
+    rows = max(1, -(-n // -(-n // most))) if n else 1
+    rounded = -(-rows // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+    return rounded if rounded <= most else rows
 
 
 def _row_operations(impl: str):

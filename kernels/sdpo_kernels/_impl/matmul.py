@@ -75,6 +75,22 @@ def add_weight_gradient(dweight_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) 
             dweight_VD[v].addmm_(grad_CV[:, v].T.to(dtype), hidden_CD)
 
 
+def weight_gradient(grad_NV: Tensor, hidden_ND: Tensor, scale_N: Tensor) -> Tensor:
+    """G^T diag(s) H, (V, D) in the hidden states' dtype; s H is rounded to it.
+
+    float16 has too few exponents for s H, and too few to be summed in: there s is relative to its
+    largest, and the sum float32.
+    """
+    dtype = hidden_ND.dtype
+    if dtype == scale_N.dtype or (dtype == torch.bfloat16 and hidden_ND.is_cuda):
+        return grad_NV.T @ (hidden_ND * scale_N[:, None]).to(dtype)
+    top = scale_N.abs().amax().clamp_(min=torch.finfo(scale_N.dtype).tiny)
+    scaled_ND = (hidden_ND * (scale_N / top)[:, None]).to(dtype)
+    sum_VD = scale_N.new_zeros((grad_NV.shape[1], hidden_ND.shape[1]))
+    add_weight_gradient(sum_VD, grad_NV, scaled_ND)
+    return torch.mul(sum_VD, top, out=torch.empty_like(sum_VD, dtype=dtype))
+
+
 def narrow(z_CV: Tensor, dtype: torch.dtype) -> Tensor:
     """(C, V) of ``dtype`` in the memory of (C, V) logits, each row at its row's start."""
     if dtype == z_CV.dtype or not z_CV.shape[1]:

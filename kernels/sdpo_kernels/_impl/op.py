@@ -1,7 +1,11 @@
 """The custom operators, and the one call that every public function ends in.
 
-``sdpo_kernels::values``     values and statistics; its backward forms the logits again, so that any
-                             per-token upstream gradient is right.
+``sdpo_kernels::kept``       values and statistics, and the gradients with respect to the logits, of
+                             which the backward (``products``) makes those of hidden states and
+                             lm_head, for any upstream gradient of the values or, if the token
+                             weights are known, of their weighted sum.
+``sdpo_kernels::values``     values and statistics; if there is too much to keep, its backward forms
+                             the logits again.
 ``sdpo_kernels::gradients``  the same and, as the token weights are known, the gradients of the
                              weighted sum, formed while the logits are there; its backward scales
                              them.
@@ -16,7 +20,7 @@ from torch import Tensor
 from ..vocab_parallel import VocabShard
 from . import tuning
 from .checks import check
-from .chunked import Result, empty_result, run
+from .chunked import Kept, Result, empty_kept, empty_result, kept_bytes, products, run, run_kept
 from .full_logits import full_logits
 from .matmul import accumulation_dtype
 from .options import DIFFERENTIABLE, Impl, Inputs, Options, Spec
@@ -62,17 +66,58 @@ def call(
         statistics = not any(wanted) and not spec.paired
         impl = tuning.choose_impl(hidden.device, hidden.dtype, hidden.shape[0], statistics)
         spec = spec._replace(impl=impl)
-    evaluate = full_logits if spec.impl == "reference" else _evaluate
-    if token_weights is None:
-        value, stats = evaluate(x, spec)
-        return value, TokenStats(*stats.detach().unbind()), None
-    token_weights = token_weights.to(accumulation_dtype(hidden.dtype))
-    if spec.impl != "reference" and any(wanted):
+    if token_weights is not None:
+        token_weights = token_weights.to(accumulation_dtype(hidden.dtype))
+    run_it = _reference
+    if spec.impl != "reference":
+        keeps = any(wanted) and kept_bytes(x, spec) <= spec.grad_bytes
+        run_it = _keep if keeps else _recompute
+    value, stats, loss = run_it(x, spec, token_weights, wanted)
+    if token_weights is not None:
+        value = value.detach()
+    return value, TokenStats(*stats.detach().unbind()), loss
+
+
+_Answer = tuple[Tensor, Tensor, Tensor | None]
+"""Values, statistics and, with token weights, the loss."""
+
+
+def _reference(x: Inputs, spec: Spec, token_weights: Tensor | None, _: list[bool]) -> _Answer:
+    value, stats = full_logits(x, spec)
+    return value, stats, _weighted_sum(value, token_weights)
+
+
+def _recompute(x: Inputs, spec: Spec, token_weights: Tensor | None, wanted: list[bool]) -> _Answer:
+    if token_weights is not None and any(wanted):
         loss, value, stats, *_ = _gradients(*x, token_weights, wanted, **spec._asdict())
-    else:
-        value, stats = evaluate(x, spec)
-        loss = _weighted_sum(value, token_weights)
-    return value.detach(), TokenStats(*stats.detach().unbind()), loss
+        return value, stats, loss
+    value, stats = _values(*x, **spec._asdict())
+    return value, stats, _weighted_sum(value, token_weights)
+
+
+def _keep(x: Inputs, spec: Spec, token_weights: Tensor | None, _: list[bool]) -> _Answer:
+    mask, n = x.mask, x.student_hidden.shape[0]
+    if mask is None:
+        loss, value, stats, *_ = _kept(*x, token_weights, **spec._asdict())
+        return value, stats, None if token_weights is None else loss
+    device = x.student_hidden.device
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        # rows are dropped; a mask on the device would have to be waited for
+        index = mask.nonzero()[:, 0]
+        if device.type == "cuda":
+            index = index.pin_memory()  # other memory cannot be copied without waiting, either
+        index = index.to(device, non_blocking=True)
+        if token_weights is not None:
+            token_weights = token_weights[index]
+        part = x.map_tokens(lambda t: t.index_select(0, index))
+        value, stats, loss = _keep(part, spec, token_weights, [])
+        value = value.new_zeros(n).index_copy(0, index, value)
+        return value, stats.new_zeros(len(stats), n).index_copy(1, index, stats), loss
+    mask = mask.to(device, non_blocking=True)
+    if token_weights is not None:
+        token_weights = torch.where(mask, token_weights, 0)
+    value, stats, loss = _keep(x.silenced(mask), spec, token_weights, [])
+    return torch.where(mask, value, 0), torch.where(mask, stats, 0), loss
 
 
 def _detached(x: Tensor | None) -> Tensor | None:
@@ -87,6 +132,7 @@ def _spec(
     softcap: float | None = None,
     shard: VocabShard | None = None,
     chunk_bytes: int | None = None,
+    grad_bytes: int | None = None,
     impl: Impl = "auto",
     **own,
 ) -> Spec:
@@ -94,12 +140,15 @@ def _spec(
         raise ValueError(f"softcap must be positive, or None for no softcap; got {softcap}")
     if chunk_bytes is None:
         chunk_bytes = tuning.chunk_bytes(x.student_hidden.device)
+    if grad_bytes is None:
+        grad_bytes = tuning.grad_bytes(x.student_hidden.device)
     return Spec(
         kind=kind,
         impl=impl,
         temperature=float(temperature),
         softcap=float(softcap or 0.0),
         chunk_bytes=int(chunk_bytes),
+        grad_bytes=int(grad_bytes),
         group="" if shard is None else shard.group.group_name,
         start=0 if shard is None else shard.start,
         total=x.lm_head_weight.shape[0] if shard is None else shard.total,
@@ -107,13 +156,11 @@ def _spec(
     )
 
 
-def _weighted_sum(value: Tensor, token_weights: Tensor) -> Tensor:
+def _weighted_sum(value: Tensor, token_weights: Tensor | None) -> Tensor | None:
     """A weight of 0 silences whatever the value is."""
+    if token_weights is None:
+        return None
     return torch.where(token_weights == 0, 0, value * token_weights).sum()
-
-
-def _evaluate(x: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
-    return _values(*x, **spec._asdict())
 
 
 @torch.library.custom_op(
@@ -146,8 +193,44 @@ def _(*args, **spec):
     return _with_loss(empty_result(Inputs(*tensors), wanted), token_weights)
 
 
-def _with_loss(result: Result, token_weights: Tensor) -> tuple[Tensor, ...]:
-    return _weighted_sum(result.value, token_weights), *result
+def _with_loss(result: Result | Kept, token_weights: Tensor | None) -> tuple[Tensor, ...]:
+    loss = _weighted_sum(result.value, token_weights)
+    return result.scale.new_zeros(()) if loss is None else loss, *result
+
+
+@torch.library.custom_op(
+    "sdpo_kernels::kept",
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor? token_weights, *, {_SPEC}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _kept(*args, **spec):
+    *tensors, token_weights = args
+    return _with_loss(run_kept(Inputs(*tensors), Spec(**spec), token_weights), token_weights)
+
+
+@_kept.register_fake
+def _(*args, **spec):
+    *tensors, token_weights = args
+    return _with_loss(empty_kept(Inputs(*tensors)), token_weights)
+
+
+@torch.library.custom_op(
+    "sdpo_kernels::products",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor scale, bool[] wanted) -> "
+    "(Tensor, Tensor, Tensor)",
+)
+def _products(grad, hidden, weight, scale, wanted):
+    return products(grad, hidden, weight, scale, wanted)
+
+
+@_products.register_fake
+def _(grad, hidden, weight, scale, wanted):
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dtypes = (hidden.dtype, hidden.dtype, scale.dtype)
+    every = zip(shapes, dtypes, wanted, strict=True)
+    return tuple(hidden.new_empty(s if w else 0, dtype=t if w else None) for s, t, w in every)
 
 
 def _values_setup(ctx, inputs, keyword_only_inputs, output):
@@ -179,6 +262,43 @@ def _gradients_backward(ctx, upstream, *_):
     return *_to_inputs(ctx.dtypes, ctx.wanted, grads, scale * upstream), None, None
 
 
+INFINITE = ("reverse_kl", "sampled_token")
+"""Kinds whose gradient is not a number where the value is infinite, as is every top K's."""
+
+
+def _kept_setup(ctx, inputs, keyword_only_inputs, output):
+    x, token_weights = Inputs(*inputs[:-1]), inputs[-1]
+    _, value, _, grad, scale = output
+    ctx.known = token_weights is not None
+    ctx.bias_dtype = None if x.bias is None else x.bias.dtype
+    ctx.silent = ctx.known or not (
+        keyword_only_inputs["kind"] in INFINITE or keyword_only_inputs["k"]
+    )
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:], *((value,) if ctx.known else (output[0],)))
+    ctx.save_for_backward(grad, x.student_hidden, x.lm_head_weight, value, scale)
+
+
+def _kept_backward(ctx, upstream_loss, upstream_value, *_):
+    _refuse_double_backward()
+    out: list[Tensor | None] = [None] * (len(Inputs._fields) + 1)
+    upstream = upstream_loss if ctx.known else upstream_value
+    if upstream is None:
+        return tuple(out)
+    grad, hidden, weight, value, scale = ctx.saved_tensors
+    factor = (upstream * scale).expand_as(value)
+    if not ctx.silent:  # G is 0 there
+        factor = torch.where(value.isfinite() | (factor == 0), factor, torch.nan)
+    wanted = [ctx.needs_input_grad[i] for i in _POSITIONS]
+    found = _products(grad, hidden, weight, factor.contiguous(), wanted)
+    for i, want, gradient in zip(_POSITIONS, wanted, found, strict=True):
+        if want:
+            out[i] = gradient
+    if out[_POSITIONS[2]] is not None:
+        out[_POSITIONS[2]] = found[2].to(ctx.bias_dtype)
+    return tuple(out)
+
+
 def _refuse_double_backward() -> None:
     if torch.is_grad_enabled():  # as under create_graph=True; silence would be a wrong gradient
         raise NotImplementedError("these operators have no second derivative: no create_graph=True")
@@ -194,4 +314,5 @@ def _to_inputs(dtypes, wanted, grads, scale: Tensor) -> list[Tensor | None]:
 
 
 _values.register_autograd(_values_backward, setup_context=_values_setup)
+_kept.register_autograd(_kept_backward, setup_context=_kept_setup)
 _gradients.register_autograd(_gradients_backward, setup_context=_gradients_setup)

@@ -37,6 +37,12 @@ class Options(TypedDict, total=False):
     chunk_bytes: int | None
     """Upper limit for the float32 logits, of both streams, that are alive at once, in bytes. With a
     shard, the size of an even shard counts. None: a default for the device."""
+    grad_bytes: int | None
+    """Upper limit for the gradients with respect to logits, in the inputs' dtype, that a call keeps
+    until its backward, in bytes; with a shard, the size of an even shard counts. A call that stays
+    below it costs four matmuls whatever its upstream gradient is. One that does not forms dH and dW
+    in its forward if ``token_weights`` are given; if not, its backward forms the logits again.
+    None: a default for the device."""
     impl: Impl
     """Forces an implementation; see ``Impl``. Default "auto"."""
 
@@ -94,6 +100,7 @@ class Spec(NamedTuple):
     softcap: float = 0.0
     """0: none."""
     chunk_bytes: int = 0
+    grad_bytes: int = 0
     group: str = ""
     """Name of the tensor-parallel process group; empty if this rank holds the whole vocabulary."""
     start: int = 0

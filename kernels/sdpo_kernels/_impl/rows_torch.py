@@ -1,11 +1,14 @@
 """Operations on rows of logits in memory, by torch operators: any device, float32 and float64.
 
 Shapes: C tokens of a chunk, V columns (the vocabulary, or this rank's shard of it).
-``rows_triton`` has the same three functions as one kernel each:
+``rows_triton`` has the same functions as one kernel each:
 
   stats         logits -> partials; afterwards the buffers hold the *transformed* logits
-  divergence    both logits and row statistics -> sums; the gradient replaces the student's logits
-  softmax_grad  logits and row statistics -> a p + b onehot(y), in the logits' place
+  whole_stats   the same, and what ``partials.finish`` makes of partials of the whole vocabulary
+  divergence    both logits and row statistics -> sums, and the gradient
+  softmax_grad  logits and row statistics -> a p + b onehot(y)
+
+A gradient may be left in the memory of the student's logits: see ``matmul.narrow``.
 
 A few rows are processed at a time, so that temporaries stay in the cache and cost no memory.
 ``FORMULAS`` has the divergences: docs/adding-an-objective.md.
@@ -16,9 +19,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .matmul import chunks, narrow
+from .matmul import chunks
 from .options import Spec
-from .partials import PAIR, SINGLE, weighted
+from .partials import PAIR, SINGLE, finish, weighted
 
 BLOCK_ELEMENTS = 2**18
 """Logits processed at a time: with their temporaries a few MB, about the size of an L2 cache."""
@@ -47,6 +50,24 @@ def stats(
             _stream_stats(u, targets, out[4:8, r])
             out[8, r] = _dot(e, (z - u).sub_((out[0, r] - out[4, r])[:, None]))
     return out
+
+
+def whole_stats(
+    spec: Spec,
+    z_CV: Tensor,
+    u_CV: Tensor | None,
+    targets_C: Tensor | None,
+    bias_V: Tensor | None,
+    teacher_bias_V: Tensor | None,
+    out_6C: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``stats`` of the whole vocabulary, finished: (norm, gap) of ``partials.finish``, and the
+    fields of ``TokenStats`` in ``out_6C``; NaN for log-probabilities without targets."""
+    norm, gap, found = finish(stats(spec, z_CV, u_CV, targets_C, bias_V, teacher_bias_V))
+    torch.stack(found, out=out_6C)
+    if targets_C is None:
+        out_6C[:2] = torch.nan
+    return norm, gap
 
 
 def _transform_(spec: Spec, x: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -78,11 +99,11 @@ def divergence(
     u_CV: Tensor,
     norm_4C: Tensor,
     centre_C: Tensor | None,
-    weight_C: Tensor | None,
-    grad_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """Sums over these columns and, given weights, ``weight * d value / d raw logits`` (C, V) in
-    ``grad_dtype``, in the logits' memory.
+    weight_C: Tensor | None = None,
+    grad_CV: Tensor | None = None,
+) -> Tensor:
+    """Sums over these columns and, given weights, ``weight * d value / d raw logits`` in
+    ``grad_CV``, of any dtype, which may be in the student's logits' memory.
 
     Args:
         z_CV, u_CV: transformed logits.
@@ -94,7 +115,6 @@ def divergence(
         sums: (1, C): the value; or (2, C): the value, and what centres the gradient.
     """
     sums = z_CV.new_empty((2 if spec.kind in TWO_PASSES else 1, z_CV.shape[0]))
-    out_CV = None if weight_C is None else narrow(z_CV, grad_dtype)
     for r in _blocks(z_CV):
         z, u = z_CV[r], u_CV[r]
         norm = norm_4C[:, r, None].unbind()
@@ -104,13 +124,13 @@ def divergence(
         if spec.kind in ("reverse_kl", "forward_kl") and z.device.type == "cpu":
             found = _moderate_kl(spec.kind, z, u, norm, centre)
         sums[:, r], grad = found or _evaluate(spec, z, u, norm, centre)
-        if out_CV is not None:
+        if grad_CV is not None:
             assert weight_C is not None
             grad.mul_(weight_C[r, None])
             if found is None:  # an infinite value has no gradient, but a weight of 0 silences it
                 grad.masked_fill_(weight_C[r, None] == 0, 0)
-            out_CV[r] = _through_transform_(spec, grad, z)
-    return sums, out_CV
+            grad_CV[r] = _through_transform_(spec, grad, z)
+    return sums
 
 
 def _moderate_kl(kind: str, z, u, norm, centre) -> tuple[Tensor, Tensor] | None:
@@ -190,11 +210,10 @@ def softmax_grad(
     a_C: Tensor,
     b_C: Tensor | None,
     targets_C: Tensor | None,
-    grad_dtype: torch.dtype,
-) -> Tensor:
-    """a p + b onehot(y) with respect to raw logits, (C, V) in ``grad_dtype``, in the memory of
-    transformed ones."""
-    out_CV = narrow(z_CV, grad_dtype)
+    grad_CV: Tensor,
+) -> None:
+    """a p + b onehot(y) with respect to raw logits, into ``grad_CV``, from transformed ones, whose
+    memory it may be."""
     for r in _blocks(z_CV):
         z = z_CV[r]
         grad = (z - norm_2C[0, r, None]).sub_(norm_2C[1, r, None]).exp_().mul_(a_C[r, None])
@@ -202,8 +221,7 @@ def softmax_grad(
             assert targets_C is not None
             at = torch.where(targets_C[r] >= 0, b_C[r], 0)[:, None]
             grad.scatter_add_(1, targets_C[r].clamp(min=0)[:, None], at)
-        out_CV[r] = _through_transform_(spec, grad, z)
-    return out_CV
+        grad_CV[r] = _through_transform_(spec, grad, z)
 
 
 def transform_grad(spec: Spec, z: Tensor) -> Tensor | float:

@@ -16,13 +16,20 @@ from .options import Spec
 
 
 def topk_divergence(
-    rows, spec: Spec, z: Tensor, u: Tensor, weight_C: Tensor | None, grad_dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Values (C,) and, given weights, the gradient in raw logits (C, V), in z's memory.
+    rows,
+    spec: Spec,
+    z: Tensor,
+    u: Tensor,
+    weight_C: Tensor | None,
+    grad_CV: Tensor | None,
+    finite: bool,
+) -> Tensor:
+    """Values (C,) and, given weights, the gradient in raw logits in ``grad_CV``.
 
     Args:
         rows: ``rows_torch`` or ``rows_triton``.
         z, u: (C, V) transformed logits in this rank's part of the vocabulary; both are overwritten.
+        finite: a gradient is 0 where the value is infinite, where it would be NaN.
     """
     columns = _top_columns(z if spec.support == "student" else u, spec)
     here, safe = columns >= 0, columns.clamp(min=0)
@@ -48,16 +55,18 @@ def topk_divergence(
     z_CB = torch.cat([at[: spec.k].T, tail_z[:, None]], 1)
     u_CB = torch.cat([at[spec.k :].T, tail_u[:, None]], 1)
     value, grad = _bucket_divergence(plain, z_CB, u_CB, weight_C)
-    if grad is None:
-        return value, None
+    if grad is None or grad_CV is None:
+        return value
+    if finite:
+        grad.masked_fill_(~value.isfinite()[:, None], 0)
     # no other tokens: e^(-inf) of them
     norm = norm[:2].masked_fill(norm[:2].isinf(), 0)
     last = grad[:, -1].contiguous()
-    dz = rows.softmax_grad(spec, z, norm, last, None, None, grad_dtype)
-    if dz.shape[1]:
+    rows.softmax_grad(spec, z, norm, last, None, None, grad_CV)
+    if grad_CV.shape[1]:
         raw = grad[:, :-1] * rows_torch.transform_grad(spec, z_CB[:, :-1])
-        dz.scatter_add_(1, safe, torch.where(here, raw, 0).to(dz.dtype))
-    return value, dz
+        grad_CV.scatter_add_(1, safe, torch.where(here, raw, 0).to(grad_CV.dtype))
+    return value
 
 
 def _top_columns(x_CV: Tensor, spec: Spec) -> Tensor:
@@ -79,8 +88,8 @@ def _bucket_divergence(
 ) -> tuple[Tensor, Tensor | None]:
     """The divergence of two softmax distributions over few buckets, and the gradient in z."""
     norm, centre, _ = partials.finish(rows_torch.stats(spec, z_CB, u_CB, None))
-    given = (spec, z_CB.clone(), u_CB, norm)  # the gradient takes the logits' place
+    given = (spec, z_CB, u_CB, norm)
     if spec.kind in rows_torch.TWO_PASSES:
-        (_, centre), _ = rows_torch.divergence(*given, None, None, z_CB.dtype)
-    sums, grad = rows_torch.divergence(*given, centre, weight_C, z_CB.dtype)
-    return sums[0], grad
+        _, centre = rows_torch.divergence(*given, None)
+    grad = None if weight_C is None else torch.empty_like(z_CB)
+    return rows_torch.divergence(*given, centre, weight_C, grad)[0], grad

@@ -1,8 +1,9 @@
 """Block sizes and the choice of an implementation, by device and shape; nothing is timed at run
 time.
 
-Chosen by counting bytes and registers (`python -m benchmarks.resources` prints what the compiler
-reports); not yet measured on a GPU.
+Row kernels and chunks as measured on an H200 (benchmarks/LOG.md); the fused kernel's tiles are
+chosen by counting bytes and registers (`python -m benchmarks.resources` prints what the compiler
+reports).
 """
 
 import functools
@@ -16,14 +17,20 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 FUSED_MIN_TOKENS = 64
 
-CHUNK_BYTES = {"cuda": 2560 * 2**20, "cpu": 192 * 2**20}
-"""Logits alive at once, by device. On a GPU, 2048 tokens of two streams at V = 151,936: enough that
-adding to the lm_head's float32 gradient (8 V D bytes a chunk) takes far less time than the matmul
-itself."""
+CHUNK_BYTES = {"cuda": 1280 * 2**20, "cpu": 192 * 2**20}
+"""Logits alive at once, by device. On a GPU, 1024 tokens of two streams at V = 151,936."""
 
-ROW_BLOCK, ROW_WARPS, ROW_REGISTERS = 2048, 8, 128
+GRAD_BYTES = {"cuda": 2560 * 2**20, "cpu": 0}
+"""Gradients with respect to logits that a call may keep for its backward, by device. On a GPU, 8192
+tokens at V = 151,936 in half precision: no more than a float32 dW of D = 4096 would take."""
+
+ROW_BLOCK, ROW_WARPS, ROW_REGISTERS = 4096, 16, 128
 """Logits of a row that a program processes at a time, 8 per thread, and the registers a thread may
-have: two programs to a multiprocessor. Without a limit ptxas aims at more of them, and spills."""
+have at most."""
+
+LANES, LANE_ROWS, LANE_WARPS = 1024, 2, 8
+"""Running statistics of a row that the statistics kernel keeps apart until its end, 4 per thread,
+and the logits that each takes in at a time."""
 
 FP_FUSION = {"enable_fp_fusion": True}
 """Fused multiply-adds: Triton's default until 3.10, here whatever the release."""
@@ -62,6 +69,18 @@ def choose_impl(device: torch.device, dtype: torch.dtype, tokens: int, statistic
 def chunk_bytes(device: torch.device) -> int:
     """The default memory for logits on a device."""
     return CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
+
+
+def grad_bytes(device: torch.device) -> int:
+    """The default memory for kept gradients on a device."""
+    return GRAD_BYTES.get(device.type, GRAD_BYTES["cpu"])
+
+
+def lane_tiles(vocabulary: int) -> dict[str, int]:
+    """Tiles and launch options of the statistics kernel."""
+    lanes = min(LANES, max(128, 1 << (vocabulary - 1).bit_length()))
+    warps = max(1, lanes * LANE_WARPS // LANES)
+    return {"LANES": lanes, "ROWS": LANE_ROWS, "num_warps": warps, **FP_FUSION}
 
 
 def row_tiles(vocabulary: int) -> dict[str, int]:
