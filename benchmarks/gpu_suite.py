@@ -31,22 +31,6 @@ LEAST_SECONDS = 10.0
 """A part is not started with less than this left."""
 GRACE_SECONDS = 8.0
 """From a part's limit to its kill: time to say what had failed."""
-IMPORTS = (
-    sys.executable,
-    "-c",
-    """
-import importlib
-names = "tyro rich binpacking orjson rensa datasets liger_kernel.transformers fla.modules"
-names += " cut_cross_entropy quack trl.kernels.chunked_divergence trl.experimental.sdpo.loss_utils"
-for name in names.split():
-    try:
-        importlib.import_module(name)
-        print(name, "ok")
-    except Exception as error:
-        print(name, "is not there:", type(error).__name__, str(error)[:200])
-""",
-)
-"""Prints which contenders can be imported."""
 TESTS = (sys.executable, *["-m", "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"])
 SIDE_BY_SIDE = ("-n", "12", "--dist", "worksteal") if find_spec("xdist") else ()
 """Compiling is most of the GPU tests' time, and runs on as many cores as there are."""
@@ -93,28 +77,27 @@ def parts(out: Path) -> list[Part]:
     """The parts, most valuable first. What compiles for every shape has a part of its own."""
     benchmark = partial(_benchmark, out)
     divergence = "divergence --dtype bfloat16 --distances --seconds"
-    reverse, quick = "--kinds reverse_kl", "--only sdpo 'Liger fused' TRL fla"
+    reverse, quick = "--kinds reverse_kl", "--only sdpo upstream 'Liger fused' TRL fla"
     qwen, llama = "--heads qwen3-8b --tokens 8192", "--heads llama-3.2-1b --tokens"
     logprob = f"logprob --seconds 0.4 --dtype bfloat16 {qwen} --only sdpo"
-    step, few = "step --seconds 1 --models", "--no-liger --only sdpo 'full logits'"
+    step, few = "step --seconds 0.5 --models", "--no-liger --only sdpo 'full logits'"
     compiled = "--only sdpo torch.compile 'Liger chunked'"
     return [
-        Part("imports", 40, IMPORTS),
         benchmark(
-            "reverse KL, Qwen3-8B", 90, f"{divergence} 0.5 {reverse} {quick} {qwen} 4096 1024"
+            "reverse KL, Qwen3-8B", 90, f"{divergence} 0.4 {reverse} {quick} {qwen} 4096 1024"
         ),
-        benchmark("ceilings", 30, "ceilings"),
-        Part("gpu tests", 150, (*TESTS, *SIDE_BY_SIDE, "--durations=10", "-q")),
+        Part("gpu tests", 130, (*TESTS, *SIDE_BY_SIDE, "--durations=10", "-q", "--tb=short")),
         benchmark(
-            "reverse KL, Llama-3.2-1B", 40, f"{divergence} 0.5 {reverse} {quick} {llama} 8192"
+            "reverse KL, Llama-3.2-1B", 40, f"{divergence} 0.4 {reverse} {quick} {llama} 8192"
         ),
         benchmark("step, 0.6B", 70, f"{step} qwen3-0.6b {few}"),
+        benchmark("profile", 40, "profiling"),
         benchmark(
-            "the other divergences", 60, f"{divergence} 0.4 --kinds forward_kl jsd {qwen} {quick}"
+            "the other divergences", 60, f"{divergence} 0.3 --kinds jsd forward_kl {qwen} {quick}"
         ),
         benchmark("logprob", 45, f"{logprob} 'sdpo fused' Liger TRL"),
+        benchmark("ceilings", 30, "ceilings"),
         benchmark("tuning", 100, "tuning --seconds 0.2"),
-        benchmark("profile", 40, "profiling"),
         Part("ncu", 60, NCU),
         benchmark("step, 4B", 80, f"{step} qwen3-4b --checkpointing --interactions 8 {few}"),
         benchmark("compiled divergences", 90, f"{divergence} 0.4 {reverse} {qwen} {compiled}"),
@@ -136,7 +119,6 @@ def rehearsal(out: Path) -> list[Part]:
     step = "step --seconds 0.01 --models check --interactions 4 --prompt 16"
     tuning = benchmark("tuning", 300, f"tuning --seconds 0.01 {small} --chunk 8")
     return [
-        Part("imports", 60, IMPORTS),
         benchmark("divergence", 300, f"divergence {tiny} --kinds reverse_kl"),
         benchmark("ceilings", 60, "ceilings --seconds 0.01 --head 300x32 --tokens 32 --chunk 8"),
         Part("gpu tests", 120, (*TESTS, "--collect-only")),

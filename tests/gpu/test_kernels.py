@@ -25,7 +25,8 @@ pytestmark = pytest.mark.gpu
 
 HALF = [torch.bfloat16, torch.float16]
 KEEP = 2**40
-TRANSFORM = dict(temperature=0.8, softcap=6.0)
+TRANSFORM = dict(temperature=0.8, softcap=20.0)
+"""A lower softcap would leave float32 too few digits to be a baseline over so many words."""
 
 
 def on_gpu(*args, **kwargs) -> Problem:
@@ -207,19 +208,20 @@ def test_compile_fullgraph(known):
     torch.testing.assert_close(hidden.grad, evaluate("reverse_kl", p, known=known)["hidden"])
 
 
+@pytest.mark.parametrize("room", [0, KEEP])
 @pytest.mark.parametrize("known", [False, True])
-def test_peak_memory_stays_within_the_budget(known):
+def test_peak_memory_is_logits_and_what_is_kept(known, room):
     n, v, d, chunk = 4096, 50_257, 256, 64 * 2**20
-    p = on_gpu(n, v, d, 0.1)
+    p = on_gpu(n, v, d, 0.1, dtype=torch.bfloat16)
     hidden, weight = (t.requires_grad_() for t in (p.hidden, p.weight))
-
     for _ in range(2):  # the first compiles, and opens cuBLAS's workspace
         hidden.grad = weight.grad = None
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        loss_of("reverse_kl", p, known=known, chunk_bytes=chunk).backward()
-    gradients = 4 * (n * d + v * d)
-    assert torch.cuda.max_memory_allocated() - before - gradients < 2 * chunk
+        loss_of("reverse_kl", p, known=known, chunk_bytes=chunk, grad_bytes=room).backward()
+    extra = torch.cuda.max_memory_allocated() - before
+    kept = 2 * n * v if room else 4 * v * d  # G, or the sum of dW
+    assert kept < extra < kept + chunk + 4 * (n * d + v * d) + 8 * 2**20
 
 
 def test_scoring_takes_the_fused_kernel_and_little_memory():

@@ -13,3 +13,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "ROW_BLOCK", 128)
     monkeypatch.setattr(matmul, "HEAD_ROWS", 100)
     monkeypatch.setattr(rows_torch, "BLOCK_ELEMENTS", 700)
+
+
+@pytest.fixture(params=[0, 2**40], ids=["not kept", "kept"])
+def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default memory for the gradients with respect to logits: none, or enough for any test."""
+    monkeypatch.setitem(tuning.GRAD_BYTES, "cpu", request.param)

@@ -30,6 +30,10 @@ def test_opcheck(kind, dtype):
     torch.library.opcheck(ops.values, x, settings)
     for wanted in ([True, True, True], [True, False, False]):
         torch.library.opcheck(ops.gradients, (*x, p.upstream, wanted), settings)
+        kept = (torch.randn(7, 32, dtype=dtype), hidden.detach(), weight.detach(), p.upstream)
+        torch.library.opcheck(ops.products, (*kept, wanted))
+    for weights in (None, p.upstream):
+        torch.library.opcheck(ops.kept, (*x, weights), settings)
 
 
 def step(name: str, known: bool, p: Problem) -> Tensor:
@@ -48,6 +52,7 @@ def trainable_problem(n: int) -> Problem:
     return p._replace(hidden=p.hidden.requires_grad_(), weight=p.weight.requires_grad_())
 
 
+@pytest.mark.usefixtures("room")
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("name", COMPILED)
 def test_compile_fullgraph_with_double_use(name, known):
@@ -60,6 +65,7 @@ def test_compile_fullgraph_with_double_use(name, known):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.usefixtures("room")
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("name", COMPILED)
 def test_activation_checkpointing(name, known, reentrant):

@@ -45,6 +45,9 @@ FUSED_BYTES_PER_ROW = 0.25
 tile of at least 64 rows."""
 CHUNK_MULTIPLE = 128
 """Tokens of a chunk are a multiple of the matmuls' tiles, where a chunk holds several."""
+HEADROOM = {torch.float16: 2.0**7}
+"""What G is multiplied by before it is rounded, by dtype: most of its entries in a real vocabulary
+are too small for float16, and none is larger than the largest advantage."""
 ROW_MULTIPLE = 16
 """Rows of logits start at addresses that a vector access may have, whatever the vocabulary."""
 
@@ -139,6 +142,7 @@ def run(
         # relative to the largest weight: a mean over many tokens would underflow in float16
         tiny = torch.finfo(result.scale.dtype).tiny
         torch.amax(weights_N.abs().to(result.scale.dtype).clamp_(min=tiny), 0, out=result.scale)
+        result.scale.div_(HEADROOM.get(x.student_hidden.dtype, 1.0))
         weights_N = weights_N / result.scale
     _Loop(x, spec, weights_N if any(wanted) else None, result).run()
     return result
@@ -151,15 +155,15 @@ def run_kept(x: Inputs, spec: Spec, weights_N: Tensor | None = None) -> Kept:
     value, stats, grad, scale = kept
     vocabulary = x.lm_head_weight.shape[0]
     grad[:, vocabulary:] = 0
-    scale.fill_(1)
-    if weights_N is not None and len(weights_N):
-        # a power of two, so that multiplying by it rounds nothing
-        torch.exp2(torch.frexp(weights_N.abs().amax())[1], out=scale)
-        scale.clamp_(min=torch.finfo(scale.dtype).tiny)
-        weights_N = weights_N / scale
+    scale.fill_(1 / HEADROOM.get(grad.dtype, 1.0))
     known = weights_N is not None
-    if not known:
+    if weights_N is None:
         weights_N = torch.ones_like(value)
+    elif len(weights_N):
+        # a power of two, so that multiplying by it rounds nothing
+        scale.mul_(torch.exp2(torch.frexp(weights_N.abs().amax())[1]))
+        scale.clamp_(min=torch.finfo(scale.dtype).tiny)
+    weights_N = weights_N / scale
     result = empty_result(x)._replace(value=value, stats=stats)
     _Loop(x, spec, weights_N, result, grad, finite=not known).run()
     return kept
@@ -174,7 +178,7 @@ def products(
     Args:
         scale_N: s, in float32 (float64 for float64); a row of 0 gives nothing.
     """
-    outs = [hidden_ND.new_empty(0)] * 3
+    outs = [hidden_ND.new_empty(0) for _ in wanted]
     with torch.autocast(hidden_ND.device.type, enabled=False):
         grad_NV = grad_NV[:, : weight_VD.shape[0]]
         if wanted[0]:
