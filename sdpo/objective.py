@@ -181,8 +181,8 @@ def token_weights(layout: Layout, ignore_first: int = 0) -> Tensor:
 def total_loss(objective: Objective, streams: Streams, layout: Layout) -> tuple[Tensor, TokenStats]:
     """The micro-batch's share of the step's loss (a scalar) and per-token statistics.
 
-    The weights of all tokens are known before any value, so that the kernels form gradients while
-    the logits exist: four matmuls of N V D instead of six.
+    The weights of all tokens are known before any value, so that four matmuls of N V D suffice
+    however many tokens there are.
 
     Raises:
         SdpoError: a clip needs the sampling policy's log-probabilities, which are missing.

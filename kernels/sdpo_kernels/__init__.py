@@ -5,6 +5,7 @@ other people's trainers too. ``sdpo_kernels._impl`` is private; kernels/README.m
 """
 
 from ._impl.tuning import chunk_bytes as default_chunk_bytes
+from ._impl.tuning import grad_bytes as default_grad_bytes
 from .divergence import Divergence, TokenStats, linear_forward_kl, linear_jsd, linear_reverse_kl
 from .logprob import LogProb, linear_logprob
 from .sampled_token import linear_sampled_token
@@ -17,6 +18,7 @@ __all__ = [
     "TokenStats",
     "VocabShard",
     "default_chunk_bytes",
+    "default_grad_bytes",
     "linear_forward_kl",
     "linear_jsd",
     "linear_logprob",

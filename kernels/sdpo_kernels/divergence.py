@@ -52,8 +52,9 @@ def linear_reverse_kl(
         teacher_lm_head_weight: (V, D'). None: the student's own, as a constant, in one matmul with
             the student's.
         targets: (N,) token ids whose log-probabilities ``stats`` will hold.
-        token_weights: (N,) constants. If they are known up front, ``loss`` = sum of token_weights *
-            value costs four matmuls instead of six: its gradient is formed while the logits exist.
+        token_weights: (N,) constants, of ``loss`` = sum of token_weights * value. Where more tokens
+            than ``grad_bytes`` allows are to be differentiated, it costs four matmuls if they are
+            given, as gradients are formed while the logits exist, and six if not.
         options: see ``Options``.
 
     Returns:

@@ -27,7 +27,7 @@ def linear_sampled_token(
 ) -> Divergence:
     """-A log p(y) per token, A = sg[log q(y) - log p(y)] (arXiv:2603.12273), or a clipped form.
 
-    With token weights known up front it costs four matmuls, like a divergence: the advantage is
+    It costs four matmuls, like a divergence: the advantage is
     formed inside the chunk, between statistics and gradient. Centring needs every advantage of a
     sequence first, and so a pass of its own: five matmuls.
 

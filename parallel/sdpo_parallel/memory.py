@@ -31,8 +31,10 @@ gradient waits for the embeddings'.
 
 The peak is the largest of these moments; all but ``update`` include the gathered lm_head:
 
-    objective    all layers' kept tensors; the final norm's; h, g, dH (N, D); a chunk's logits, its
-                 rows of h, g and dH; dW (V / t, D) in float32
+    objective    all layers' kept tensors; the final norm's; h, g, dH (N, D); and what the kernels
+                 need: a chunk's logits, its rows of h, g and dH, and either the gradient with
+                 respect to all logits (N, V / t), which outlives the logits until dW is there, or
+                 dW (V / t, D) in float32
     head         the same with, in place of the chunk, dW in the compute dtype; then, in place of
                  the float32 one, FSDP2's float32 input of the reduce-scatter
     layer        the last layer's whole set, the others' kept tensors; gradients inside its MLP,
@@ -173,6 +175,8 @@ class Load:
     """The longest sequence: rows of the rotary tables."""
     chunk_bytes: int
     """Logits of both passes that may be alive at once."""
+    grad_bytes: int = 0
+    """Gradients with respect to logits that may be kept from the forward to the backward."""
 
 
 class _Rank:
@@ -295,6 +299,15 @@ class _Rank:
         temporaries = BLOCK_BYTES if self.on_cpu else 0
         return rows * (row + (4 + 2 * self.item) * m.hidden) + temporaries
 
+    def kernels(self) -> float:
+        """What the objective holds besides hidden states and their gradients."""
+        m, n, head = self.model, self.load.response_tokens, self.model.head(self.parallel.tensor)
+        kept = self.item * n * m.vocabulary / self.parallel.tensor
+        if kept > self.load.grad_bytes:
+            return self.chunk() + MASTER * head * self.trains_head
+        backward = self.item * head * self.trains_head + MASTER * n * m.hidden
+        return kept + max(self.chunk(), backward)
+
     def moments(self) -> dict[str, tuple[float, float, float]]:
         """Moment -> (gathered layers, activations, head): the second table of the module."""
         m, item, t = self.model, self.item, self.parallel.tensor
@@ -310,7 +323,7 @@ class _Rank:
         weight_gradient = item * m.hidden * m.intermediate / t * trains
         moving = (item if m.tied else MASTER) * head * trains
         return {
-            "objective": (gathered, ending + 3 * rows, self.chunk() + MASTER * head * trains),
+            "objective": (gathered, ending + 3 * rows, self.kernels()),
             "head": (gathered, ending + 2 * rows + whole, reducing),
             "layer": (
                 gathered + 2 * item * m.layer(t) + weight_gradient,

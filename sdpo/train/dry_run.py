@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sdpo_kernels import default_chunk_bytes
+from sdpo_kernels import default_chunk_bytes, default_grad_bytes
 from sdpo_parallel.config import Frozen, ParallelConfig
 from sdpo_parallel.huggingface import load_tokenizer
 from sdpo_parallel.memory import USABLE, Load, ModelShape, estimate, host_bytes
@@ -67,6 +67,7 @@ def load_of(config: TrainConfig, sample: Sequence[Encoded] = ()) -> Load:
         row_tokens=min(max(b.row_tokens, longest), tokens),
         max_tokens=config.max_tokens,
         chunk_bytes=config.objective.chunk_bytes or default_chunk_bytes(torch.device("cuda")),
+        grad_bytes=default_grad_bytes(torch.device("cuda")),
     )
 
 
