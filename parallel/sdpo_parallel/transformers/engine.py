@@ -38,6 +38,7 @@ from ..huggingface import (
     export_dtype,
     read_config,
     replace_folder,
+    two_heads,
 )
 from ..model import CausalModel, LMHead
 from ..teacher import TeacherState
@@ -203,7 +204,8 @@ def load_model(
         liger: Liger's RMSNorm, SwiGLU and rotary embeddings; see liger.py.
 
     Raises:
-        SdpoError: no such folder, no weights in it, or weights that are not finite.
+        SdpoError: no such folder, no weights in it, weights that are not finite, or a lm_head that
+            its config ties to the embeddings and that differs from them.
     """
     read_config(folder)
     disable_progress_bar()
@@ -215,6 +217,10 @@ def load_model(
         dtype=getattr(torch, dtype),
         attn_implementation=choose_attention(device, compute_dtype),
     )
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and head is not None and head.weight is not embeddings.weight:
+        raise two_heads(folder)  # transformers saw that they differ
     check_finite(model, folder)
     model = model.to(device).eval()  # pyright: ignore
     if liger:
