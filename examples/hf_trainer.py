@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from sdpo_kernels import linear_reverse_kl
+from sdpo_kernels import linear_reverse_kl, logit_options
 
 CONVERSATIONS = [  # (what the user asked, the response, the follow-up)
     ("Tell me about foxes.", "The red fox is a mammal, and ...", "Shorter, please."),
@@ -42,7 +42,9 @@ class HindsightTrainer(Trainer):
     """Minimises KL(student || teacher), where the teacher is the model with the follow-up."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        lm_head = self.accelerator.unwrap_model(model).get_output_embeddings().weight
+        unwrapped = self.accelerator.unwrap_model(model)
+        lm_head = unwrapped.get_output_embeddings().weight
+        options = logit_options(unwrapped.config)  # a softcap (Gemma) or scale (Cohere, Granite)
 
         def response_states(prefix):
             # through the model's own forward, which data parallel wrappers hook into; it
@@ -66,7 +68,8 @@ class HindsightTrainer(Trainer):
             token_weights = token_weights / num_items_in_batch
             if self.args.average_tokens_across_devices:  # counted over ranks, whose mean is taken
                 token_weights = token_weights * self.accelerator.num_processes
-        loss = linear_reverse_kl(student, lm_head, teacher, token_weights=token_weights).loss
+        out = linear_reverse_kl(student, lm_head, teacher, token_weights=token_weights, **options)
+        loss = out.loss
         return (loss, {}) if return_outputs else loss
 
 

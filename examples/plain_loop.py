@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdpo_kernels import linear_reverse_kl
+from sdpo_kernels import linear_reverse_kl, logit_options
 
 CONVERSATIONS = [  # (what the user asked, the response, the follow-up)
     ("Tell me about foxes.", "The red fox is a mammal, and ...", "Shorter, please."),
@@ -57,6 +57,7 @@ def train(name: str, steps: int) -> list[float]:
     prompts, hindsight_prompts, responses = encode(tokenizer)
     n = sum(map(len, responses))
     token_weights = torch.full((n,), 1 / n, device=model.device)  # a mean over tokens
+    options = logit_options(model.config)  # a softcap (Gemma) or scale (Cohere, Granite)
     losses = []
     for _ in range(steps):
         with torch.no_grad():
@@ -64,7 +65,8 @@ def train(name: str, steps: int) -> list[float]:
         student = response_states(model, tokenizer, prompts, responses)
         lm_head = model.get_output_embeddings().weight
         # without a lm_head of its own, the teacher uses the student's, as a constant
-        loss = linear_reverse_kl(student, lm_head, teacher, token_weights=token_weights).loss
+        out = linear_reverse_kl(student, lm_head, teacher, token_weights=token_weights, **options)
+        loss = out.loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -8,6 +8,8 @@ prompts and padding included. `beta` 0 and 1 are `linear_forward_kl` and `linear
 On R ranks TRL 1.16 divides by the tokens of all ranks and data parallelism then takes their mean,
 so that its gradient is R times too small. This one equals it; multiply `token_weights` by
 `self.accelerator.num_processes` to correct that.
+
+Both models' logits must have one softcap and one scale, as those of a family have.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-from sdpo_kernels import linear_jsd
+from sdpo_kernels import linear_jsd, logit_options
 
 CONVERSATIONS = [
     ("Tell me about foxes.", "The red fox is a mammal of the family Canidae."),
@@ -30,6 +32,12 @@ class FusedGKDTrainer(GKDTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         predicts = inputs["labels"][:, 1:] != -100
+        options, teachers = (
+            logit_options(self.accelerator.unwrap_model(m).config)
+            for m in (model, self.teacher_model)
+        )
+        if options != teachers:
+            raise ValueError(f"the student's logits have {options}, the teacher's {teachers}")
 
         def states_and_lm_head(model):
             lm_head = self.accelerator.unwrap_model(model).get_output_embeddings().weight
@@ -47,7 +55,8 @@ class FusedGKDTrainer(GKDTrainer):
             teacher = states_and_lm_head(self.teacher_model)
         n = predicts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         token_weights = torch.ones(len(student[0]), device=student[0].device) / n
-        loss = linear_jsd(*student, *teacher, beta=self.beta, token_weights=token_weights).loss
+        options |= {"beta": self.beta, "token_weights": token_weights}
+        loss = linear_jsd(*student, *teacher, **options).loss
         return (loss, {}) if return_outputs else loss
 
 

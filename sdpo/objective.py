@@ -34,7 +34,8 @@ class Streams(NamedTuple):
     """Hidden states (N, D) of both passes at the response, their lm_heads (V, D), and y (N,).
 
     A ``hindsight_lm_head_weight`` of None is the policy's own. With a ``shard`` both are this
-    rank's rows of the vocabulary, and the gradient of ``hidden`` is partial.
+    rank's rows of the vocabulary, and the gradient of ``hidden`` is partial. ``softcap`` and
+    ``temperature`` are those of `LMHead`, for both passes.
     """
 
     hidden: Tensor
@@ -43,6 +44,8 @@ class Streams(NamedTuple):
     hindsight_lm_head_weight: Tensor | None
     targets: Tensor
     shard: VocabShard | None = None
+    softcap: float | None = None
+    temperature: float = 1.0
 
 
 class Layout(NamedTuple):
@@ -61,6 +64,8 @@ class Common(TypedDict):
     token_weights: Tensor
     chunk_bytes: int | None
     shard: VocabShard | None
+    softcap: float | None
+    temperature: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +197,8 @@ def total_loss(objective: Objective, streams: Streams, layout: Layout) -> tuple[
         token_weights=token_weights(layout, objective.ignore_first),
         chunk_bytes=objective.chunk_bytes,
         shard=streams.shard,
+        softcap=streams.softcap,
+        temperature=streams.temperature,
     )
     out = objective.per_token(streams, layout, common)
     assert out.loss is not None

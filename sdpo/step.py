@@ -17,6 +17,7 @@ from sdpo_kernels import TokenStats
 from sdpo_parallel.model import CausalModel
 
 from .batching import Batch
+from .errors import SdpoError
 from .objective import Layout, Objective, SampledToken, Streams, total_loss
 
 NEAR_ZERO = 0.01
@@ -64,20 +65,33 @@ def two_pass_loss(
         batch: on the model's device.
         teacher: reads the hindsight prompt; None: the policy itself, as it is now. One that is
             sharded by FSDP2 holds on to its gathered weights: ``reshard`` it before changing them.
+
+    Raises:
+        SdpoError: policy and teacher do not make logits alike of their lm_heads' products.
     """
     teacher = teacher or policy
     with torch.no_grad():
         rows = batch.hindsight
         hindsight_ND = teacher.hidden_states(rows.tokens_BT, rows.positions_BT, rows.index_N)
-        hindsight_VD = teacher.lm_head().weight if teacher is not policy else None
+        other = teacher.lm_head() if teacher is not policy else None
     rows = batch.policy
     hidden_ND = policy.hidden_states(rows.tokens_BT, rows.positions_BT, rows.index_N)
     if (kept := own_share(policy, batch)) is not None:
         batch, kept_N = kept
         hidden_ND, hindsight_ND = hidden_ND[kept_N], hindsight_ND[kept_N]
     head = policy.lm_head()
+    if other is not None and other[2:] != head[2:]:
+        raise SdpoError(
+            f"policy and teacher differ in (softcap, temperature) of their logits, {head[2:]} and "
+            f"{other[2:]}: choose a teacher of the policy's family"
+        )
     streams = Streams(
-        hidden_ND, head.weight, hindsight_ND, hindsight_VD, batch.targets_N, head.shard
+        hidden_ND,
+        head.weight,
+        hindsight_ND,
+        None if other is None else other.weight,
+        batch.targets_N,
+        **head.options,
     )
     layout = Layout(batch.sequence_N, batch.offset_N, batch.weight_S, batch.old_logp_N)
     loss, stats = total_loss(objective, streams, layout)

@@ -7,6 +7,7 @@ other people's trainers too. ``sdpo_kernels._impl`` is private; kernels/README.m
 from ._impl.tuning import chunk_bytes as default_chunk_bytes
 from ._impl.tuning import grad_bytes as default_grad_bytes
 from .divergence import Divergence, TokenStats, linear_forward_kl, linear_jsd, linear_reverse_kl
+from .huggingface import logit_options
 from .logprob import LogProb, linear_logprob
 from .sampled_token import linear_sampled_token
 from .topk import linear_topk_divergence
@@ -25,4 +26,5 @@ __all__ = [
     "linear_reverse_kl",
     "linear_sampled_token",
     "linear_topk_divergence",
+    "logit_options",
 ]

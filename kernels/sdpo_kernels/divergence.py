@@ -51,7 +51,8 @@ def linear_reverse_kl(
         teacher_hidden: (N, D') the teacher's hidden states of the same tokens.
         teacher_lm_head_weight: (V, D'). None: the student's own, as a constant, in one matmul with
             the student's.
-        targets: (N,) token ids whose log-probabilities ``stats`` will hold.
+        targets: (N,) token ids whose log-probabilities ``stats`` will hold; rows whose target is
+            -100 are as masked, as in ``linear_logprob``.
         token_weights: (N,) constants, of ``loss`` = sum of token_weights * value. Where more tokens
             than ``grad_bytes`` allows are to be differentiated, it costs four matmuls if they are
             given, as gradients are formed while the logits exist, and six if not.

@@ -35,8 +35,9 @@ def linear_logprob(
         hidden: (N, D) hidden states before the lm_head: float32, bfloat16, float16 or float64;
             differentiable.
         lm_head_weight: (V, D), of the same dtype; differentiable.
-        targets: (N,) token ids in [0, V), of an integer dtype. A token outside every rank's shard
-            has log-probability -inf.
+        targets: (N,) token ids in [0, V), of an integer dtype, or -100 for rows to ignore, whose
+            values, statistics and gradients are 0. Any other raises on a CPU; on a GPU, where the
+            host would have to wait to see it, its log-probability is -inf, and so is the loss.
         token_weights: (N,) constants. If they are known up front, ``loss`` = sum of token_weights *
             logp costs three matmuls instead of four: its gradient is formed while the logits exist.
         options: see ``Options``.

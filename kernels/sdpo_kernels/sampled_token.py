@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._impl.op import call
-from ._impl.options import Inputs, Options
+from ._impl.options import IGNORE_INDEX, Inputs, Options
 from .divergence import Divergence
 
 
@@ -32,7 +32,7 @@ def linear_sampled_token(
     sequence first, and so a pass of its own: five matmuls.
 
     Args:
-        targets: (N,) the sampled tokens y.
+        targets: (N,) the sampled tokens y, or -100 for rows to ignore, as in ``linear_logprob``.
         old_logp: (N,) log-probabilities that y was sampled with; the clips need them.
         ppo_clip: c > 0: -min(r A, clip(r, 1 - c, 1 + c) A), r = p(y) / p_old(y)
             (arXiv:1707.06347, eq. 7).
@@ -40,7 +40,7 @@ def linear_sampled_token(
         centre: (N,) integer index of each token's sequence, in [0, N): the mean advantage of its
             sequence is subtracted from each (the paper's online runs).
         counted: (N,) bool: the tokens whose advantages make those means. None: all that ``mask``
-            keeps.
+            keeps and whose target is not -100.
 
     The other arguments and errors are those of ``linear_reverse_kl``.
 
@@ -68,6 +68,8 @@ def linear_sampled_token(
     if (mask := options.get("mask")) is not None:
         mask = mask.to(student_hidden.device, non_blocking=True)
         counted = mask if counted is None else counted & mask
+    kept = targets != IGNORE_INDEX
+    counted = kept if counted is None else counted & kept
     advantage = centred(stats.logp_teacher - stats.logp_student, centre, counted)
     alone = x._replace(teacher_hidden=None, teacher_lm_head_weight=None, advantage=advantage)
     own: Options = {**options, "teacher_bias": None}

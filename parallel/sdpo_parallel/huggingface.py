@@ -1,14 +1,17 @@
 """Hugging Face model folders: what must be there, what is copied to an export, what is broken."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .errors import SdpoError
@@ -117,6 +120,41 @@ def check_teacher(folder: str, policy: str) -> None:
             f"teacher {folder} has vocab_size={theirs}, {policy} {ours}: both must read the same "
             "tokens"
         )
+
+
+def check_tied(folder: str) -> None:
+    """Refuse a checkpoint with a lm_head of its own where its config ties it to the embeddings.
+
+    Which of the two the model was trained with is not for us to guess: transformers reads the
+    lm_head, and servers such as vLLM the embeddings. A copy of the embeddings is no lm_head of its
+    own.
+
+    Raises:
+        SdpoError: the two differ.
+    """
+    found: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        for path in Path(folder).glob("*.safetensors"):
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                if name in ("lm_head.weight", "model.embed_tokens.weight"):
+                    found[name] = file.get_slice(name)
+        if len(found) < 2:
+            return
+        head, embeddings = found.values()
+        parts = (slice(i, i + 4096) for i in range(0, head.get_shape()[0], 4096))
+        if any(not torch.equal(head[part], embeddings[part]) for part in parts):
+            raise two_heads(folder)
+
+
+def two_heads(folder: str) -> SdpoError:
+    """What is wrong with a checkpoint that has a lm_head of its own where its config has none."""
+    return SdpoError(
+        f"{folder}/config.json says tie_word_embeddings, but the checkpoint holds a lm_head that "
+        "differs from its embeddings: some programs read the one and some the other. Set "
+        "tie_word_embeddings to false there if the lm_head is the model's; else remove "
+        "lm_head.weight from the safetensors"
+    )
 
 
 def export_dtype(source: str, setting: str) -> torch.dtype:

@@ -1,7 +1,7 @@
 """A language model as the two passes read it."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -10,11 +10,28 @@ from torch.distributed.tensor import DTensor
 from sdpo_kernels import VocabShard
 
 
+class HeadOptions(TypedDict):
+    """What every kernel that reads an lm_head is told of it."""
+
+    shard: VocabShard | None
+    softcap: float | None
+    temperature: float
+
+
 class LMHead(NamedTuple):
-    """``weight``: (V, D), or with a ``shard`` this rank's rows of it."""
+    """``weight``: (V, D), or with a ``shard`` this rank's rows of it. Its logits are
+    softcap tanh(hidden @ weight.T / softcap) / temperature, or without a softcap the products
+    alone, over the temperature."""
 
     weight: Tensor
     shard: VocabShard | None = None
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    @property
+    def options(self) -> HeadOptions:
+        """Everything but the weight, as keyword arguments of the kernels."""
+        return HeadOptions(shard=self.shard, softcap=self.softcap, temperature=self.temperature)
 
 
 class CausalModel(Protocol):
@@ -26,7 +43,8 @@ class CausalModel(Protocol):
         ...
 
     def lm_head(self) -> LMHead:
-        """The weight, (V, D) or this rank's rows of it; its gradient reaches the parameter."""
+        """The weight, (V, D) or this rank's rows of it, whose gradient reaches the parameter, and
+        what becomes of its products."""
         ...
 
     def own_responses(self, lengths: Sequence[int]) -> list[int] | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from .config import EMA, Frozen, Live, Teacher, TrustRegion
+from .errors import SdpoError
 from .model import CausalModel, LMHead, ModuleModel, local
 
 
@@ -79,10 +80,19 @@ class Mixture(CausalModel):
         return torch.cat([(1 - self.mix) * g, self.mix * h], dim=1)
 
     def lm_head(self) -> LMHead:
-        """(V, 2 D), or a shard's rows of it."""
+        """(V, 2 D), or a shard's rows of it.
+
+        Raises:
+            SdpoError: the logits have a softcap, which a mixture of products cannot pass.
+        """
         live, frozen = self.live.lm_head(), self.frozen.lm_head()
+        if live.softcap is not None:
+            raise SdpoError(
+                f"a trust-region teacher mixes logits, and this model's have a softcap "
+                f"({live.softcap}): choose another teacher"
+            )
         weight = torch.cat([live.weight.detach(), frozen.weight.detach()], dim=1)
-        return LMHead(weight, live.shard)
+        return live._replace(weight=weight)
 
     def own_responses(self, lengths: Sequence[int]) -> list[int] | None:
         return self.live.own_responses(lengths)

@@ -99,4 +99,4 @@ class Reader:
     def _log_probs(self, rows: Rows, targets_N: Tensor) -> Tensor:
         at = (t.to(self.device) for t in (rows.tokens_BT, rows.positions_BT, rows.index_N))
         hidden_ND, head = self.model.hidden_states(*at), self.model.lm_head()
-        return linear_logprob(hidden_ND, head.weight, targets_N, shard=head.shard).logp
+        return linear_logprob(hidden_ND, head.weight, targets_N, **head.options).logp

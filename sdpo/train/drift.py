@@ -46,7 +46,7 @@ class DriftMonitor:
                     first.to(device),
                     head,
                     targets=own.targets_N,
-                    shard=now.shard,
+                    **now.options,
                 )
                 sums[0] += kl.value.double().sum()
                 sums[1] += kl.stats.entropy_student.double().sum()

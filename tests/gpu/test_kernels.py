@@ -233,3 +233,17 @@ def test_scoring_takes_the_fused_kernel_and_little_memory():
     statistics("logprob", p)
     logits = 4 * 2048 * 151_936
     assert torch.cuda.max_memory_allocated() - before < logits / 4
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("impl", ["triton", "fused", "torch"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_target_of_minus_100_is_as_masked_and_nothing_waits(name, impl, known):
+    p, kept = on_gpu(300, 5003, 256, 0.1, dtype=torch.bfloat16), torch.arange(300) % 3 > 0
+    ignored = p._replace(targets=p.targets.masked_fill(~kept.cuda(), -100))
+    evaluate(name, ignored, known=known, impl=impl)  # compiled
+    torch.cuda.set_sync_debug_mode("error")
+    found = evaluate(name, ignored, known=known, impl=impl)
+    torch.cuda.set_sync_debug_mode("default")
+    assert not found["value"][~kept].any() and not found["hidden"][~kept].any()
+    torch.testing.assert_close(found, evaluate(name, p, known=known, impl=impl, mask=kept.cuda()))

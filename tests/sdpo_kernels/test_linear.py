@@ -22,7 +22,7 @@ from helpers.cases import (
 from helpers.oracle import rel_err
 from sdpo_kernels import linear_jsd, linear_logprob, linear_reverse_kl, linear_sampled_token
 from sdpo_kernels import reference as full
-from sdpo_kernels._impl import tuning
+from sdpo_kernels._impl import op, tuning
 
 IMPLS = ("torch", "triton", "fused", "reference")
 NUMBERS = [(torch.float32, 0.1), (torch.float32, 3.0), (torch.bfloat16, 0.1), (torch.float16, 0.1)]
@@ -507,3 +507,45 @@ def test_masked_tokens_never_enter_a_sequence_mean():
         for counted in (None, torch.ones(8).bool())
     )
     torch.testing.assert_close(implied, explicit)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_target_of_minus_100_is_as_masked(name, impl, known):
+    p, kept = problem(8, 31, 8, 1.0), torch.tensor([True, False, True, True] * 2)
+    ignored = p._replace(targets=p.targets.masked_fill(~kept, -100))
+    for mask in (None, torch.arange(8) > 0):
+        masked = dict(impl=impl, mask=kept if mask is None else kept & mask)
+        expected = evaluate(name, p, known=known, **masked)
+        found = evaluate(name, ignored, known=known, impl=impl, mask=mask)
+        assert (found["value"][kept] != 0).any()
+        assert not found["value"][~kept].any() and not found["hidden"][~kept].any()
+        torch.testing.assert_close(found, expected)
+        found = statistics(name, ignored, impl=impl, mask=mask)
+        torch.testing.assert_close(found, statistics(name, p, **masked))
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_a_gpu_does_with_targets_of_minus_100_gives_the_same(name, known, monkeypatch):
+    p, kept = problem(8, 31, 8, 1.0), torch.tensor([True, False, True, True] * 2)
+    ignored = p._replace(targets=p.targets.masked_fill(~kept, -100))
+    expected = evaluate(name, ignored, known=known), statistics(name, ignored)
+    monkeypatch.setattr(op, "_run", op._run_silenced)
+    found = evaluate(name, ignored, known=known), statistics(name, ignored)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_target_outside_the_vocabulary_is_refused_on_a_cpu(name, impl):
+    p = problem(5, 31, 8, 1.0)
+    for wrong in (-1, -101, 31, 2**40):
+        p.targets[2:4] = wrong
+        for known in (False, True):
+            said = rf"targets\[2\] is {wrong}: .* from 0 to 30, or -100"
+            with pytest.raises(ValueError, match=said):
+                evaluate(name, p, known=known, impl=impl)
+    mask = torch.tensor([True, True, False, False, True])
+    assert evaluate(name, p, known=True, impl=impl, mask=mask)["value"].isfinite().all()

@@ -13,7 +13,13 @@ from helpers.oracle import rel_err
 from sdpo_kernels import reference
 
 transformers = pytest.importorskip("transformers")
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    PreTrainedModel,
+    TrainingArguments,
+)
 
 from helpers import tiny  # noqa: E402
 
@@ -29,6 +35,30 @@ def example(name: str, *argv: str) -> dict:
 
 def load(folder: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(models, tmp_path_factory):
+    """Tiny models by kind; also a scaled one, and a softcapped one with logits of 21 and more."""
+    softcapped = dict(head_dim=16, final_logit_softcapping=30.0, query_pre_attn_scalar=16)
+    configs = {
+        "gemma2": lambda: Gemma2Config(**tiny.SIZES, **softcapped, tie_word_embeddings=False),
+        "cohere": lambda: CohereConfig(**tiny.SIZES, logit_scale=0.3, tie_word_embeddings=False),
+    }
+
+    def get(kind: str, seed: int = 0) -> str:
+        if kind not in configs:
+            return models(kind, seed=seed)
+        where = tmp_path_factory.mktemp(f"{kind}-{seed}")
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(configs[kind]())
+        torch.nn.init.normal_(model.get_output_embeddings().weight, std=1.5)
+        assert model(torch.arange(40)[None]).logits.abs().max() > 21 * (kind == "gemma2")
+        model.save_pretrained(where)
+        tiny.make_tokenizer().save_pretrained(where)
+        return str(where)
+
+    return get
 
 
 def arguments(kind: type[TrainingArguments], folder: Path, **options) -> TrainingArguments:
@@ -69,15 +99,16 @@ def step_of(before: PreTrainedModel, after: PreTrainedModel) -> Tensor:
     return torch.cat([(b - a).detach().flatten() for a, b in pairs]).double()
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "llama-tied"])
-def test_the_loop_is_the_full_logits_loss_and_lowers_it(kind, models, capsys):
-    scope = example("plain_loop.py", "--model", models(kind))
+@pytest.mark.parametrize("kind", ["qwen3", "llama-tied", "gemma2", "cohere"])
+def test_the_loop_is_the_full_logits_loss_and_lowers_it(kind, folder, capsys):
+    model = folder(kind)
+    scope = example("plain_loop.py", "--model", model)
     lines = capsys.readouterr().out.splitlines()
     losses = [float(line.rpartition(" ")[2]) for line in lines if line.startswith("step ")]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(models(kind))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     sequences = scope["encode"](tokenizer)
     assert len({len(p) for p in sequences[0]}) == len({len(r) for r in sequences[2]}) == 2
-    full = mean_reverse_kl(load(models(kind)), *sequences)
+    full = mean_reverse_kl(load(model), *sequences)
     assert abs(losses[0] - full) < 1e-5 * full + 5e-7  # as printed
     assert len(losses) == 10 and all(b < a for a, b in zip(losses, losses[1:], strict=False))
 
@@ -92,14 +123,17 @@ def rows(n: int) -> list[dict[str, list[int]]]:
     ]
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("micro_batch", "kind"),
+    [(1, "qwen3"), (2, "qwen3"), (4, "qwen3"), (2, "gemma2"), (2, "cohere")],
+)
 def test_a_trainer_step_is_the_full_logits_step_however_it_is_accumulated(
-    micro_batch, models, tmp_path
+    micro_batch, kind, folder, tmp_path
 ):
     pytest.importorskip("accelerate")
     scope = example("hf_trainer.py")
     data = rows(4)
-    trained = load(models("qwen3"))
+    trained = load(folder(kind))
     args = arguments(
         TrainingArguments,
         tmp_path,
@@ -133,8 +167,10 @@ def test_the_program_lowers_the_loss(name, models, tmp_path, monkeypatch):
     assert len(losses) == 4 and losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("items", [None, 7])
-def test_trl_loss_and_step_are_trls_own(items, models, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("items", "kind"), [(None, "qwen3"), (7, "qwen3"), (7, "gemma2"), (7, "cohere")]
+)
+def test_trl_loss_and_step_are_trls_own(items, kind, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     gkd = pytest.importorskip("trl.experimental.gkd")
     datasets = pytest.importorskip("datasets")
@@ -142,7 +178,7 @@ def test_trl_loss_and_step_are_trls_own(items, models, tmp_path, monkeypatch):
     question = {"role": "user", "content": "tell me a story"}
     answers = [{"role": "assistant", "content": "the red fox " * k} for k in (1, 2, 5, 3)]
     data = datasets.Dataset.from_list([{"messages": [question, a]} for a in answers])
-    start, losses, trained = load(models("qwen3")), [], []
+    start, losses, trained = load(folder(kind)), [], []
     for trainer_of in (gkd.GKDTrainer, scope["FusedGKDTrainer"]):
         student = copy.deepcopy(start)
         args = arguments(
@@ -155,7 +191,7 @@ def test_trl_loss_and_step_are_trls_own(items, models, tmp_path, monkeypatch):
         )
         trainer = trainer_of(
             model=student,
-            teacher_model=load(models("qwen3", seed=1)),
+            teacher_model=load(folder(kind, seed=1)),
             args=args,
             train_dataset=data,
             eval_dataset=data,

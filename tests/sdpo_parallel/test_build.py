@@ -1,7 +1,11 @@
 """Engines by name, and exports that load weights alone."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import runs
@@ -57,3 +61,36 @@ def test_the_transformers_engine_has_no_adapters_and_no_layouts(models, tmp_path
     engine = build_engine("transformers", config, RunState(Cursor(1, 0), ""))
     with pytest.raises(SdpoError, match="no adapters"):
         engine.export(str(tmp_path / "x"), adapters=True)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_tied_config_over_another_lm_head_is_refused_until_it_says_which(name, models, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(models("qwen3-tied"), folder)
+    weights, file = load_file(folder / "model.safetensors"), folder / "model.safetensors"
+    config = EngineConfig(model=str(folder), run_folder=str(tmp_path), total_steps=2, max_tokens=64)
+
+    def exported(lm_head: torch.Tensor) -> dict[str, torch.Tensor]:
+        save_file({**weights, "lm_head.weight": lm_head}, file, metadata={"format": "pt"})
+        with runs.as_alone():
+            engine = build_engine(name, config, RunState(Cursor(1, 0), ""))
+            engine.load()
+            engine.export(str(tmp_path / "exported"))
+            engine.close()
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "exported").state_dict()
+
+    embeddings = weights["model.embed_tokens.weight"]
+    other = embeddings.clone()
+    other[-1, -1] += 1
+    assert torch.equal(exported(embeddings.clone())["lm_head.weight"], embeddings), "a copy is tied"
+    with pytest.raises(SdpoError, match="holds a lm_head that differs from its embeddings"):
+        exported(other)
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**said, "tie_word_embeddings": False}))
+    found = exported(other)
+    assert torch.equal(found["lm_head.weight"], other)
+    assert torch.equal(found["model.embed_tokens.weight"], embeddings)
+    assert (
+        json.loads((tmp_path / "exported" / "config.json").read_text())["tie_word_embeddings"]
+        is False
+    )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .options import IMPLS, Inputs, Spec
+from .options import IGNORE_INDEX, IMPLS, Inputs, Spec
 from .tuning import HAS_TRITON
 
 
@@ -42,6 +42,25 @@ def check(x: Inputs, spec: Spec, token_weights: Tensor | None) -> None:
                 f"mask is on {x.mask.device}: it must be on the CPU or on {hidden.device}"
             )
     _check_spec(x, spec)
+
+
+def check_targets(x: Inputs, vocabulary: int) -> None:
+    """Check the token ids of every row that counts, on a CPU; on a GPU to look at them is to wait.
+
+    Raises:
+        ValueError: one is neither in the vocabulary nor -100.
+    """
+    if x.targets is None or x.targets.device.type != "cpu":
+        return
+    outside = ((x.targets < 0) | (x.targets >= vocabulary)) & (x.targets != IGNORE_INDEX)
+    if x.mask is not None:
+        outside &= x.mask
+    if outside.any():
+        row = int(outside.nonzero()[0, 0])
+        raise ValueError(
+            f"targets[{row}] is {int(x.targets[row])}: targets must be token ids from 0 to "
+            f"{vocabulary - 1}, or {IGNORE_INDEX} for rows to ignore"
+        )
 
 
 def _check_teacher(x: Inputs, teacher_hidden: Tensor) -> None:

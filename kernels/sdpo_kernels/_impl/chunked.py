@@ -149,8 +149,14 @@ def run(
 
 
 @torch.no_grad()
-def run_kept(x: Inputs, spec: Spec, weights_N: Tensor | None = None) -> Kept:
-    """Values, statistics and the gradients with respect to the logits of all tokens."""
+def run_kept(
+    x: Inputs, spec: Spec, weights_N: Tensor | None = None, counted_N: Tensor | None = None
+) -> Kept:
+    """Values, statistics and the gradients with respect to the logits of all tokens.
+
+    Args:
+        counted_N: bool; other rows have value, statistics and gradient 0.
+    """
     kept = empty_kept(x)
     value, stats, grad, scale = kept
     vocabulary = x.lm_head_weight.shape[0]
@@ -164,8 +170,13 @@ def run_kept(x: Inputs, spec: Spec, weights_N: Tensor | None = None) -> Kept:
         scale.mul_(torch.exp2(torch.frexp(weights_N.abs().amax())[1]))
         scale.clamp_(min=torch.finfo(scale.dtype).tiny)
     weights_N = weights_N / scale
+    if counted_N is not None:
+        weights_N = torch.where(counted_N, weights_N, 0)
     result = empty_result(x)._replace(value=value, stats=stats)
     _Loop(x, spec, weights_N, result, grad, finite=not known).run()
+    if counted_N is not None:
+        for t in (value, stats):
+            t.masked_fill_(~counted_N, 0)
     return kept
 
 

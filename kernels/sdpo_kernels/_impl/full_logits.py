@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .checks import check_targets
 from .matmul import accumulation_dtype
 from .options import Inputs, Spec
 
@@ -11,6 +12,8 @@ from .options import Inputs, Spec
 def full_logits(x: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
     """Values (N,), differentiable, and statistics (6, N)."""
     device = x.student_hidden.device
+    check_targets(x, spec.total)
+    x = x.ignored_masked()
     with torch.autocast(device.type, enabled=False):
         if x.mask is None:
             return _evaluate(x, spec)

@@ -14,16 +14,18 @@ They take the tensors of ``Inputs`` by position and the fields of ``Spec`` by ke
 torch.compile, do their own collectives, and change none of their inputs.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..vocab_parallel import VocabShard
 from . import tuning
-from .checks import check
+from .checks import check, check_targets
 from .chunked import Kept, Result, empty_kept, empty_result, kept_bytes, products, run, run_kept
 from .full_logits import full_logits
 from .matmul import accumulation_dtype
-from .options import DIFFERENTIABLE, Impl, Inputs, Options, Spec
+from .options import DIFFERENTIABLE, IGNORE_INDEX, Impl, Inputs, Options, Spec
 from .partials import TokenStats
 
 _TYPES = {str: "str", float: "float", int: "int", list[float]: "float[]"}
@@ -163,11 +165,37 @@ def _weighted_sum(value: Tensor, token_weights: Tensor | None) -> Tensor | None:
     return torch.where(token_weights == 0, 0, value * token_weights).sum()
 
 
+def _run(
+    x: Inputs, spec: Spec, weights_N: Tensor | None = None, wanted: Sequence[bool] = ()
+) -> Result:
+    """``run``, in which rows whose target is ``IGNORE_INDEX`` are as masked."""
+    if x.targets is None:
+        return run(x, spec, weights_N, wanted)
+    if x.targets.device.type == "cpu":
+        check_targets(x, spec.total)
+        some = bool((x.targets == IGNORE_INDEX).any())
+        return run(x.ignored_masked() if some else x, spec, weights_N, wanted)
+    return _run_silenced(x, spec, weights_N, wanted)
+
+
+def _run_silenced(
+    x: Inputs, spec: Spec, weights_N: Tensor | None = None, wanted: Sequence[bool] = ()
+) -> Result:
+    """On a GPU, where the host does not wait for the ignored rows' number. A mask would copy the
+    hidden states; here their rows cost their matmuls, and nothing else."""
+    assert x.targets is not None
+    kept = x.targets != IGNORE_INDEX
+    weights_N = None if weights_N is None else torch.where(kept, weights_N, 0)
+    out = run(x, spec, weights_N, wanted)
+    value, stats = (torch.where(kept, t, 0) for t in (out.value, out.stats))
+    return out._replace(value=value, stats=stats)
+
+
 @torch.library.custom_op(
     "sdpo_kernels::values", mutates_args=(), schema=f"({_INPUTS}, *, {_SPEC}) -> (Tensor, Tensor)"
 )
 def _values(*tensors, **spec):
-    return run(Inputs(*tensors), Spec(**spec))[:2]
+    return _run(Inputs(*tensors), Spec(**spec))[:2]
 
 
 @_values.register_fake
@@ -183,7 +211,7 @@ def _(*tensors, **spec):
 )
 def _gradients(*args, **spec):
     *tensors, token_weights, wanted = args
-    result = run(Inputs(*tensors), Spec(**spec), token_weights, wanted)
+    result = _run(Inputs(*tensors), Spec(**spec), token_weights, wanted)
     return _with_loss(result, token_weights)
 
 
@@ -206,7 +234,12 @@ def _with_loss(result: Result | Kept, token_weights: Tensor | None) -> tuple[Ten
 )
 def _kept(*args, **spec):
     *tensors, token_weights = args
-    return _with_loss(run_kept(Inputs(*tensors), Spec(**spec), token_weights), token_weights)
+    x, settings, counted = Inputs(*tensors), Spec(**spec), None
+    if x.targets is not None:
+        if x.targets.device.type == "cpu":
+            check_targets(x, settings.total)
+        counted = x.targets != IGNORE_INDEX
+    return _with_loss(run_kept(x, settings, token_weights, counted), token_weights)
 
 
 @_kept.register_fake

@@ -13,6 +13,8 @@ Impl = Literal["auto", "reference", "torch", "triton", "fused"]
 Triton kernels. ``fused``: like ``triton``, but a stream that needs no gradient is read by one
 kernel that never writes logits. ``auto``: chosen by device, dtype and number of tokens."""
 IMPLS: tuple[str, ...] = get_args(Impl)
+IGNORE_INDEX = -100
+"""A target that stands for none, as in torch's cross-entropy: its row is as masked."""
 DIFFERENTIABLE = ("student_hidden", "lm_head_weight", "bias")
 PER_TOKEN = ("student_hidden", "teacher_hidden", "targets", "old_logp", "advantage")
 
@@ -63,13 +65,20 @@ class Inputs(NamedTuple):
     teacher_bias: Tensor | None = None
     """(V,)"""
     targets: Tensor | None = None
-    """(N,) token ids."""
+    """(N,) token ids, or ``IGNORE_INDEX``."""
     old_logp: Tensor | None = None
     """(N,) log-probabilities of the targets when they were sampled."""
     advantage: Tensor | None = None
     """(N,); None: computed from the two streams."""
     mask: Tensor | None = None
     """(N,) bool"""
+
+    def ignored_masked(self) -> "Inputs":
+        """With a mask that leaves out the rows whose target is ``IGNORE_INDEX``, too."""
+        if self.targets is None:
+            return self
+        kept = self.targets != IGNORE_INDEX
+        return self._replace(mask=kept if self.mask is None else kept & self.mask.to(kept.device))
 
     def map_tokens(self, function) -> "Inputs":
         """``function`` applied to every tensor that has a row per token; without the mask."""

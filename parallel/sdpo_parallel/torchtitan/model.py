@@ -11,7 +11,7 @@ from binpacking.to_constant_bin_number import to_constant_bin_number
 from torch import Tensor
 
 from ..config import LoraConfig
-from ..huggingface import check_finite, check_length
+from ..huggingface import check_finite, check_length, check_tied
 from ..model import CausalModel, LMHead
 from . import cpu
 from .lm_head import end_prefetch, gathered
@@ -61,6 +61,8 @@ class TorchtitanModel(CausalModel):
         # an override makes flex dense
         backend = "flex" if self.dense else mesh.attention.backend
         self.spec = spec_from_hf(folder, attention=backend, lora=lora)
+        if self.spec.model.enable_weight_tying:  # pyright: ignore
+            check_tied(folder)
         check_length(folder, self.spec.model.max_seq_len, max_tokens)  # pyright: ignore
         self.module = self._build(trained, dtype)
         self._masks = document_mask if self.dense else self.module.get_attention_masks

