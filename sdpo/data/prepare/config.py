@@ -85,10 +85,7 @@ class PrepareConfig:
         }
         rules = PRESETS[self.preset]
         if self.role_map:
-            asked["roles"] = (
-                *rules.roles,
-                *(name for item in self.role_map for name in _roles(item)),
-            )
+            asked["roles"] = (*rules.roles, *chain.from_iterable(map(_roles, self.role_map)))
         if self.languages is not None:
             names = tuple(name.strip().lower() for name in self.languages)
             rules = replace(rules, languages=None if "any" in names else names)
