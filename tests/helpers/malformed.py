@@ -166,10 +166,6 @@ FINE_LINES: dict[str, bytes] = {
     "every key escaped": line("m")[:-1].replace(b'"messages"', rb'"\u006dessages"'),
     "blank lines around": b"\n \n" + line("m") + b"\t\n",
     "a part of text": _text_row("X").replace(b'"X"', b'[{"type": "text", "text": "m"}]'),
-    "an unknown role": line("m")[:-2].replace(
-        b'[{"role"', b'[{"role": "critic", "content": "x"}, {"role"'
-    )
-    + b"}",
     # what the standard leaves out, and Python's reader takes
     "NaN in an unknown key": line("m")[:-2] + b', "score": NaN}',
     "a huge integer": line("m")[:-2] + b', "n": %b}' % (b"9" * 400),
@@ -187,6 +183,8 @@ PARTS: dict[str, bytes] = {
 
 def _fine_lines() -> Iterator[Case]:
     odd = {name: _between(_text_row("X").replace(b'"X"', part)) for name, part in PARTS.items()}
+    critic = b'[{"role": "critic", "content": "x"}, {"role"'
+    odd["an unknown role"] = _between(line("m")[:-1].replace(b'[{"role"', critic))
     yield from _each("line", "m.jsonl", NOTHING, odd, doubtful=("m",))
     fine = {name: _between(line) for name, line in FINE_LINES.items()}
     yield from _each("line", "m.jsonl", FINE, fine, doubtful=("m",))
@@ -244,7 +242,7 @@ def _outcomes(default: str = ERROR, **other: str) -> dict[str, str]:
 
 
 _ID = _outcomes(null=FINE, missing=FINE, a_number=FINE, text=FINE, empty_text=FINE)
-_LIST = _outcomes(an_empty_list=NOTHING)
+_LIST = _outcomes(an_empty_list=NOTHING, a_nested_list=NOTHING)
 _LOOSE_LIST = _LIST | {"null": NOTHING}
 # what is no message, or has no text, costs its turn alone
 _ITEM = _outcomes(NOTHING, a_lone_surrogate=ERROR)

@@ -16,7 +16,7 @@ closes up: an answer may come to stand behind a question that it did not answer.
 WildChat rules without sampling or stop, on logs of every format; ids are the conversations' own,
 WildChat-1M's hashes included) and "all-turns" (every answered turn of one's own logs) do not do so.
 Under them an answer becomes an interaction only if the log has it directly between a question and
-its follow-up, and if its prompt holds everything that was said since the prompt's first message.
+its follow-up, and if nothing is missing from its prompt that was said in the reach of its history.
 """
 
 import json
@@ -248,8 +248,9 @@ _BEHIND = {
 
 
 def _whole(conversation: Conversation, rules: ExtractionRules) -> Extraction:
-    """Every answer between a question and its follow-up, if all that its prompt's messages span is
-    in the prompt."""
+    """Every answer between a question and its follow-up, if all that was said in the reach of its
+    history is text. The reach is as many messages with text as a history may have, and what stands
+    between them."""
     letters, places, messages, systems, left_out = line = _line_of(conversation, rules)
     talkers = [at for at, letter in enumerate(letters) if letter in "ua"]
     if dropped := _unknown_drop(letters, rules) or _length_drop(messages, len(talkers), rules):
@@ -259,14 +260,13 @@ def _whole(conversation: Conversation, rules: ExtractionRules) -> Extraction:
     for n, at in enumerate(talkers):
         if letters[at] != "a":
             continue
-        window = talkers[max(0, n - rules.history_messages) : n]
-        first = next((i for i in window if letters[i] == "u"), None)
-        since = first if first is not None else window[0] if window else 0
-        why = _BEHIND.get(letters[at + 1 : at + 2]) or _unanswered(letters, since, at, rules)
+        reach = talkers[n - rules.history_messages] if n >= rules.history_messages else 0
+        why = _BEHIND.get(letters[at + 1 : at + 2]) or _unanswered(letters[reach:at], rules)
         if why is not None:
             unused[why] += 1
             continue
         before = [index for turns_before, index in systems if turns_before <= at]
+        since = letters.index("u", reach)
         history = (*before, *(i for i in places[since:at] if i >= 0))
         turns.append(Turn(history, places[at], places[at + 1], n))
     runs = len(line.systems) > 1 or len(talkers) < len(letters)
@@ -274,24 +274,24 @@ def _whole(conversation: Conversation, rules: ExtractionRules) -> Extraction:
     return Extraction(None, messages, turns, unused, left_out, runs)
 
 
-def _unanswered(letters: str, since: int, at: int, rules: ExtractionRules) -> Unused | None:
-    """Why the text at `at` answers nothing that the turns since `since` hold; None: it does."""
-    before, span = letters[at - 1 : at], letters[since:at]
-    if before == "u" and span.strip("ua") == "":
+def _unanswered(reach: str, rules: ExtractionRules) -> Unused | None:
+    """Why a text behind these turns is no answer to them that can be kept; None: it is."""
+    before = reach[-1:]
+    if before == "u" and reach.strip("ua") == "":
         return None
     if before == "U":
         return Unused.BLANK_QUESTION
     if before in ("a", "A"):
         return Unused.SECOND
-    if rules.tools == "drop" and ("t" in span or "c" in span):
+    if rules.tools == "drop" and ("t" in reach or "c" in reach):
         return Unused.ON_TOOL
-    if "p" in span or "P" in span:
+    if "p" in reach or "P" in reach:
         return Unused.ON_PART
-    if "?" in span:
+    if "?" in reach:
         return Unused.ON_UNKNOWN
     if before == "c":
         return Unused.SECOND
-    return None if "u" in span else Unused.NO_QUESTION
+    return None if "u" in reach else Unused.NO_QUESTION
 
 
 def _unknown_drop(letters: str, rules: ExtractionRules) -> Drop | None:

@@ -53,12 +53,15 @@ def _leaves(value: Any, key: str) -> Iterator[str]:
 def _replaced(value: Any, key: str, more: Iterator[str]) -> Any:
     """The value with the next texts in it; a number that was replaced is a text."""
     if isinstance(value, dict):
-        return {next(more): _replaced(item, name, more) for name, item in value.items()}
+        pairs = ((next(more), item) for item in value.values())
+        return {name: _replaced(item, name, more) for name, item in pairs}
     if isinstance(value, list):
         return [_replaced(item, key, more) for item in value]
-    if not _is_text(value) or (text := next(more)) == f"{key}: {value}":
+    if not _is_text(value):
         return value
-    return text.removeprefix(f"{key}: ")
+    # a replaced key was replaced here, too
+    text = next(more).removeprefix(f"{key}: ")
+    return value if text == str(value) else text
 
 
 def _is_text(value: Any) -> bool:

@@ -360,10 +360,12 @@ def prompt_of(said: Said, i: int, tools: str) -> list[dict] | None:
     recent: Said = []
     while before and sum(kind_of(m) in ("user", "assistant") for m in recent) < 5:
         recent.insert(0, before.pop())
+    missing = ("junk", "image") if tools == "keep" else ("junk", "image", "call", "tool")
+    if any(kind_of(m) in missing for m in recent):
+        return None
     while recent and kind_of(recent[0]) != "user":
         recent.pop(0)
-    missing = ("junk", "image") if tools == "keep" else ("junk", "image", "call", "tool")
-    if not recent or any(kind_of(m) in missing for m in recent):
+    if not recent:
         return None
     prompt = [{"from": "system", "value": "\n\n".join(system)}] if system else []
     for turn in (turn_of(m) for m in recent if kind_of(m) != "blank"):
@@ -452,7 +454,8 @@ def test_any_conversations(drawn, tools):
         ("uctau", None, ["u0", "c1", "t2"]),
         ("suau", ["s0", "u1"], ["s0", "u1"]),
         ("uiau", None, None),
-        ("?uau", ["u1"], ["u1"]),
+        ("?uau", None, None),
+        ("iauau", None, None),
     ],
 )
 def test_the_oracle_by_hand(letters, drop, keep):
