@@ -223,10 +223,11 @@ def _examined(item: Item, place: int, job: Job) -> _Row:
 
 def _keep(row: _Row, found: Extraction) -> None:
     row.found = found
-    row.texts = [message.content for message in found.messages]
-    if any(type(message) is ToolMessage for message in found.messages):
+    if found.has_tools:
         row.texts = texts_of(found.messages)
         row.table["has_tools"] = True
+    else:
+        row.texts = [message.content for message in found.messages]
 
 
 def _user(item: Conversation | Ready) -> dict[str, Any]:
@@ -247,7 +248,9 @@ def _ready(item: Ready, job: Job) -> _Row:
     followup = Message("user", ready.followup)
     messages = [*ready.prompt, Message("assistant", ready.response), followup]
     n = len(ready.prompt)
-    _keep(row, Extraction(None, messages, [Turn(tuple(range(n)), n, n + 1, n)], {}, {}))
+    tools = any(isinstance(message, ToolMessage) for message in messages)
+    turn = Turn(tuple(range(n)), n, n + 1, n)
+    _keep(row, Extraction(None, messages, [turn], {}, {}, has_tools=tools))
     row.ready = ready
     row.table |= {"decision": KEPT, **_sizes(messages)}
     return row
@@ -297,8 +300,7 @@ def _sketch(rows: list[_Row], guardrails: GuardrailConfig) -> None:
 def _without_system(row: _Row, whole: str) -> str:
     """What makes conversations similar; a long system prompt is the same in all of a service's."""
     assert row.found is not None
-    system = [i for i, m in enumerate(row.found.messages) if m.role == "system"]
-    if not system:
+    if not (system := row.found.system):
         return whole
     return "\n\0\n".join(text for i, text in enumerate(row.texts) if i not in system)
 

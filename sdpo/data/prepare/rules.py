@@ -202,6 +202,10 @@ class Extraction(NamedTuple):
     how many messages."""
     runs: bool = False
     """A history may have neighbours of one role."""
+    has_tools: bool = False
+    """Some message calls tools, or is what one gave."""
+    system: tuple[int, ...] = ()
+    """Which messages are the system's."""
 
 
 def examine(conversation: Conversation, rules: ExtractionRules) -> Extraction:
@@ -251,27 +255,40 @@ def _whole(conversation: Conversation, rules: ExtractionRules) -> Extraction:
     """Every answer between a question and its follow-up, if all that was said in the reach of its
     history is text. The reach is as many messages with text as a history may have, and what stands
     between them."""
-    letters, places, messages, systems, left_out = line = _line_of(conversation, rules)
+    line = _line_of(conversation, rules)
+    letters, places, systems = line.letters, line.places, line.systems
     talkers = [at for at, letter in enumerate(letters) if letter in "ua"]
-    if dropped := _unknown_drop(letters, rules) or _length_drop(messages, len(talkers), rules):
-        return Extraction(dropped, messages, [], {}, left_out)
+    dropped = _unknown_drop(letters, rules) or _length_drop(line.messages, len(talkers), rules)
+    if dropped:
+        return Extraction(dropped, line.messages, [], {}, line.left_out)
+    plain = len(talkers) == len(letters) and "uu" not in letters and "aa" not in letters
     turns: list[Turn] = []
-    unused: Counter[str] = Counter(_NEVER[letter] for letter in letters if letter in _NEVER)
+    unused: dict[str, int] = {} if plain else Counter(_NEVER[x] for x in letters if x in _NEVER)
     for n, at in enumerate(talkers):
         if letters[at] != "a":
             continue
         reach = talkers[n - rules.history_messages] if n >= rules.history_messages else 0
-        why = _BEHIND.get(letters[at + 1 : at + 2]) or _unanswered(letters[reach:at], rules)
+        why = _BEHIND.get(letters[at + 1 : at + 2])
+        if why is None and not (plain and at):
+            why = _unanswered(letters[reach:at], rules)
         if why is not None:
-            unused[why] += 1
+            unused[why] = unused.get(why, 0) + 1
             continue
-        before = [index for turns_before, index in systems if turns_before <= at]
         since = letters.index("u", reach)
-        history = (*before, *(i for i in places[since:at] if i >= 0))
-        turns.append(Turn(history, places[at], places[at + 1], n))
-    runs = len(line.systems) > 1 or len(talkers) < len(letters)
-    runs = runs or "uu" in letters or "aa" in letters
-    return Extraction(None, messages, turns, unused, left_out, runs)
+        history = places[since:at] if plain else [i for i in places[since:at] if i >= 0]
+        if systems:
+            history = [index for before, index in systems if before <= at] + history
+        turns.append(Turn(tuple(history), places[at], places[at + 1], n))
+    return Extraction(
+        dropped=None,
+        messages=line.messages,
+        turns=turns,
+        unused=unused,
+        left_out=line.left_out,
+        runs=not plain or len(systems) > 1,
+        has_tools=rules.tools == "keep" and ("c" in letters or "t" in letters),
+        system=tuple(index for _, index in systems),
+    )
 
 
 def _unanswered(reach: str, rules: ExtractionRules) -> Unused | None:
@@ -306,11 +323,8 @@ def _unknown_drop(letters: str, rules: ExtractionRules) -> Drop | None:
 
 def _line_of(conversation: Conversation, rules: ExtractionRules) -> _Line:
     meanings, lost = rules.meanings, dict(conversation.lost)
-    line = _Line("", [], [], [], {})
-    _, places, messages, systems, left_out = line
-    if conversation.reasoning:
-        left_out["reasoning"] = conversation.reasoning
-    letters = ""
+    letters, places, messages, systems = "", [], [], []
+    left_out = {"reasoning": conversation.reasoning} if conversation.reasoning else {}
     for i, logged in enumerate(conversation.messages):
         role, content = meanings.get(logged.role), logged.content
         if role is None:
@@ -334,7 +348,7 @@ def _line_of(conversation: Conversation, rules: ExtractionRules) -> _Line:
         places.append(-1 if kept is None else len(messages))
         if kept is not None:
             messages.append(kept)
-    return line._replace(letters=letters)
+    return _Line(letters, places, messages, systems, left_out)
 
 
 def _odd(
