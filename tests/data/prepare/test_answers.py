@@ -422,15 +422,22 @@ def talk(letters: str) -> Said:
     return [TURNS[letter](n) for n, letter in enumerate(letters)]
 
 
-exchanges = st.sampled_from(["ua"] * 8 + ["ucta", "cta", "uu", "aa", "U", "A", "s", "?", "i"])
-letters = st.one_of(
-    st.text("ua" * 6 + "UA?scctiIx", max_size=14),
-    st.lists(exchanges | st.sampled_from(list(TURNS)), max_size=9).map("".join),
+def broken_up(n: int, odd: list[tuple[int, str]]) -> str:
+    """n turns, the user's first, with others put in."""
+    said = list("ua" * n)[:n]
+    for place, letter in odd:
+        said.insert(place % (len(said) + 1), letter)
+    return "".join(said)
+
+
+odd_turns = st.sampled_from([*TURNS, "ct", "uA", "aU"])
+letters = st.builds(
+    broken_up, st.integers(0, 11), st.lists(st.tuples(st.integers(0, 20), odd_turns), max_size=4)
 )
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(letters, min_size=1, max_size=25), st.sampled_from(["drop", "keep"]))
+@given(st.lists(letters, min_size=20, max_size=40), st.sampled_from(["drop", "keep"]))
 def test_any_conversations(drawn, tools):
     talks = [talk(each) for each in drawn]
     with tempfile.TemporaryDirectory() as name:
