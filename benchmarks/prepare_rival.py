@@ -29,7 +29,8 @@ Batch = dict[str, list[Any]]
 
 COLUMNS = ["conversation_hash", "conversation", "language"]
 MARKS = ["toxic", "redacted", "openai_moderation", "hashed_ip"]
-NAMES = {"user": "human", "assistant": "gpt"}
+NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
+TALKERS = ("user", "assistant")
 PER_USER = 1000
 SIMILARITY = 0.8
 
@@ -114,10 +115,11 @@ def cleaned(logged: list[Row], language: str | None) -> list[Row]:
     for message in logged or ():
         content = (message["content"] or "").strip()
         role = (message["role"] or "").strip().lower()
-        if content and role in NAMES:
+        if content or role in TALKERS:
             messages.append({"role": role, "content": content})
-    lengths = [len(message["content"]) for message in messages]
-    right = len(lengths) >= 3 and sum(lengths) <= 100_000 and max(lengths) <= 4096
+    lengths = [len(m["content"]) for m in messages if m["role"] in TALKERS and m["content"]]
+    together = sum(len(message["content"]) for message in messages)
+    right = len(lengths) >= 3 and together <= 100_000 and max(lengths) <= 4096
     return messages if right else []
 
 
@@ -150,25 +152,30 @@ def guarded(id: str, messages: list[Row]) -> Iterator[Row]:
 
 
 def of_conversation(id: str, messages: list[Row]) -> Iterator[Row]:
-    """Every answer that the user replied to, with the history before it."""
-    for i in range(len(messages) - 1):
-        if messages[i]["role"] == "assistant" and messages[i + 1]["role"] == "user":
-            prompt = history(messages[max(0, i - 5) : i])
-            if prompt:
-                yield {
-                    "id": f"{id}_{i}",
-                    "turn_id": i,
-                    "prompt": [named(message) for message in prompt],
-                    "completion": named(messages[i]),
-                    "user_response": named(messages[i + 1]),
-                }
+    """Every answer directly between two messages of the user's, with the history before it."""
+    turns = [message for message in messages if message["role"] in TALKERS]
+    places = [i for i, message in enumerate(messages) if message["role"] in TALKERS]
+    for before, place, answer, after in zip(turns, places[1:], turns[1:], turns[2:], strict=False):
+        asked = all(m["role"] == "user" and m["content"] for m in (before, after))
+        if asked and answer["role"] == "assistant" and answer["content"]:
+            earlier = messages[:place]
+            n = sum(m["role"] in TALKERS and bool(m["content"]) for m in earlier)
+            yield {
+                "id": f"{id}_{n}",
+                "turn_id": n,
+                "prompt": [named(message) for message in history(earlier)],
+                "completion": named(answer),
+                "user_response": named(after),
+            }
 
 
 def history(before: list[Row]) -> list[Row]:
-    """From a user message to a user message, roles alternating; empty if there is no such thing."""
-    recent = dropwhile(lambda m: m["role"] == "assistant", before)
-    turns = [next(run) for _, run in groupby(recent, key=lambda m: m["role"])]
-    return turns if turns and turns[-1]["role"] == "user" else []
+    """System messages, and the last five from a user message on, runs of one role joined."""
+    system = [m for m in before if m["role"] not in TALKERS]
+    recent = [m for m in before if m["role"] in TALKERS and m["content"]][-5:]
+    turns = [*system, *dropwhile(lambda m: m["role"] == "assistant", recent)]
+    runs = groupby(turns, key=lambda m: m["role"])
+    return [{"role": role, "content": "\n\n".join(m["content"] for m in run)} for role, run in runs]
 
 
 def named(message: Row) -> Row:
@@ -183,8 +190,10 @@ def sketched(batch: Batch) -> Batch:
     """The columns that duplicates are recognised by."""
     from sdpo.data.filters.duplicates import fingerprints, sketches
 
-    texts = ["\n".join(m["content"] for m in messages) for messages in batch["messages"]]
-    return {"fingerprint": fingerprints(texts), "sketch": sketches(texts)}  # pyright: ignore
+    said = [[m for m in messages if m["content"]] for messages in batch["messages"]]
+    texts = ["\n".join(m["content"] for m in messages) for messages in said]
+    talk = ["\n".join(m["content"] for m in messages if m["role"] in TALKERS) for messages in said]
+    return {"fingerprint": fingerprints(texts), "sketch": sketches(talk)}  # pyright: ignore
 
 
 def first_ones(data: Dataset) -> list[int]:

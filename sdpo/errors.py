@@ -29,6 +29,11 @@ class DataError(SdpoError):
         place = {"file": self.file or file, "row": self.row or row}
         return type(self)(self.problem, hint=self.hint, field=self.field, **place)
 
+    def hinting(self, hint: str) -> "DataError":
+        """The same error with one more thing to do about it."""
+        place = {"file": self.file, "row": self.row, "field": self.field}
+        return type(self)(self.problem, hint=". ".join(filter(None, (self.hint, hint))), **place)
+
     def __str__(self) -> str:
         known = self.file, self.row, self.field and f"field `{self.field}`"
         place = ", ".join(filter(None, known))

@@ -6,9 +6,12 @@ the paper's own data (arXiv:2603.12273), or parquet with the same fields as colu
     {"id": "c1_3", "turn_id": 3, "prompt": [{"from": "human", "value": ...}, ...],
      "completion": {"from": "gpt", "value": ...}, "user_response": {"from": "human", "value": ...}}
 
-with `weight`, `completion_token_ids` and `completion_logprobs` only where they are set.
+with `weight`, `completion_token_ids` and `completion_logprobs` only where they are set. In a
+prompt, `"from": "tool"` is the result of a tool call, with `tool_call_id` and `name` where they are
+known, and a turn from gpt may have `tool_calls`, the JSON text of OpenAI's list.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -18,17 +21,17 @@ from typing import Any
 
 import orjson
 
-from .conversations import Message
+from .conversations import Message, ToolMessage, tool_calls_text, tool_message
 from .errors import DataError
 from .io.fields import as_id, as_list, as_object, as_text, bad, is_integer, kind, shown
 from .io.files import written_whole
 from .io.rows import read_rows
 
-_ROLE_OF = {"human": "user", "gpt": "assistant", "system": "system"}
-_NAME_OF = {role: name for name, role in _ROLE_OF.items()}
-_USE_KNOWN_ROLES = (
-    "Use user, assistant or system (human, gpt or system after `from`); leave tool messages out"
-)
+_ROLE_OF = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
+NAME_OF = {role: name for name, role in _ROLE_OF.items()}
+"""What files call a role."""
+_USE_KNOWN_ROLES = "Use user, assistant, system or tool (human, gpt, system or tool after `from`)"
+_OF_TOOLS = ("tool_calls", "tool_call_id", "name")
 
 
 class RepeatedId(DataError):
@@ -39,8 +42,8 @@ class RepeatedId(DataError):
 class Interaction:
     """One training example. Raises DataError, naming the field, if it could not be trained on.
 
-    prompt: x, ends with a user message; an assistant's is let pass, as published rows of
-    WildFeedback have some. response: y, not blank. followup: o, not blank.
+    prompt: x, ends with a user message or a tool's result; an assistant's is let pass, as published
+    rows of WildFeedback have some. response: y, not blank. followup: o, not blank.
     turn_id: the answer's index in its cleaned conversation. weight: of its loss, finite, >= 0.
     response_token_ids, response_logprobs: y as it was sampled and log π_old(y_t) in nats,
     for online data; as long as each other.
@@ -73,7 +76,7 @@ def _check_turns(interaction: Interaction) -> None:
     if not prompt:
         raise bad("prompt", "the prompt has no messages", "Give the history, or drop the row")
     for i, message in enumerate(prompt):
-        if message.role not in _NAME_OF:
+        if message.role not in NAME_OF:
             raise bad(f"prompt[{i}]", f"unknown role {shown(message.role)}", _USE_KNOWN_ROLES)
     if not any(message.role == "user" for message in prompt):
         raise bad("prompt", "the prompt has no user message", "Give what was answered")
@@ -193,9 +196,9 @@ def to_row(interaction: Interaction) -> dict[str, Any]:
     row: dict[str, Any] = {"id": interaction.id}
     if interaction.turn_id is not None:
         row["turn_id"] = interaction.turn_id
-    row["prompt"] = [_to_turn(message) for message in interaction.prompt]
-    row["completion"] = _to_turn(Message("assistant", interaction.response))
-    row["user_response"] = _to_turn(Message("user", interaction.followup))
+    row["prompt"] = [to_turn(message) for message in interaction.prompt]
+    row["completion"] = to_turn(Message("assistant", interaction.response))
+    row["user_response"] = to_turn(Message("user", interaction.followup))
     if interaction.weight != 1.0:
         row["weight"] = interaction.weight
     if interaction.response_token_ids is not None:
@@ -205,8 +208,13 @@ def to_row(interaction: Interaction) -> dict[str, Any]:
     return row
 
 
-def _to_turn(message: Message) -> dict[str, str]:
-    return {"from": _NAME_OF[message.role], "value": message.content}
+def to_turn(message: Message) -> dict[str, str]:
+    """A message of a row's prompt; the role must be one of `NAME_OF`."""
+    turn = {"from": NAME_OF[message.role], "value": message.content}
+    if isinstance(message, ToolMessage):
+        more = {name: getattr(message, name) for name in _OF_TOOLS}
+        turn |= {name: text for name, text in more.items() if text is not None}
+    return turn
 
 
 def from_row(row: dict[str, Any], default_id: str) -> Interaction:
@@ -229,11 +237,38 @@ def _from_turn(turn: object, name: str) -> Message:
     turn = as_object(turn, name)
     if "from" not in turn:
         role = as_text(turn.get("role"), f"{name}.role")
-        return Message(role, as_text(turn.get("content"), f"{name}.content"))
+        content = turn.get("content")
+        if content is None and turn.get("tool_calls"):  # as OpenAI's API answers
+            content = ""
+        return _with_tools(role, as_text(content, f"{name}.content"), turn, name)
     sender = as_text(turn["from"], f"{name}.from")
     if sender not in _ROLE_OF:
         raise bad(f"{name}.from", f"unknown sender {shown(sender)}", _USE_KNOWN_ROLES)
-    return Message(_ROLE_OF[sender], as_text(turn.get("value"), f"{name}.value"))
+    text = as_text(turn.get("value"), f"{name}.value")
+    return _with_tools(_ROLE_OF[sender], text, turn, name)
+
+
+def _with_tools(role: str, text: str, turn: dict[str, Any], name: str) -> Message:
+    """The message, with what files say of tools: calls of the assistant's, ids of results'."""
+    if role == "assistant" and turn.get("tool_calls"):
+        calls = _tool_calls(turn["tool_calls"], f"{name}.tool_calls")
+        return tool_message(role, text, tool_calls=calls)
+    if role == "tool":
+        known = {key: turn[key] for key in _OF_TOOLS[1:] if turn.get(key) is not None}
+        return tool_message(role, text, **{k: as_text(v, f"{name}.{k}") for k, v in known.items()})
+    return Message(role, text)
+
+
+def _tool_calls(calls: object, field: str) -> str:
+    try:
+        if isinstance(calls, str):
+            calls = json.loads(as_text(calls, field))
+        return tool_calls_text(as_list(calls, field))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        hint = 'Write [{"id": …, "type": "function", "function": {"name": …, "arguments": …}}]'
+        raise bad(field, f"not a list of tool calls ({error})", hint) from None
 
 
 def _spoken_by(role: str, turn: object, name: str) -> str:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.logs import write_lines
-from sdpo.conversations import Message
+from sdpo.conversations import Message, ToolMessage, tool_calls_text, tool_message
 from sdpo.errors import DataError
 from sdpo.interactions import (
     Interaction,
@@ -34,7 +34,22 @@ ROW = {
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 some_text = any_text.filter(str.strip)
-messages = st.builds(Message, st.sampled_from(["user", "assistant", "system"]), any_text)
+plain = st.builds(Message, st.sampled_from(["user", "assistant", "system", "tool"]), any_text)
+json_values = st.recursive(
+    st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | any_text,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(any_text, inner, max_size=2),
+    max_leaves=4,
+)
+tool_calls = st.fixed_dictionaries(
+    {"name": any_text, "arguments": st.dictionaries(any_text, json_values, max_size=2) | any_text}
+).map(lambda function: {"id": "a", "function": function})
+called = st.lists(tool_calls, min_size=1, max_size=2).map(tool_calls_text)
+calling = st.builds(ToolMessage, st.just("assistant"), any_text, called)
+results = st.builds(
+    lambda text, of, name: tool_message("tool", text, tool_call_id=of, name=name),
+    *[any_text, st.none() | any_text, st.none() | any_text],
+)
+messages = plain | calling | results
 
 
 @st.composite
@@ -92,6 +107,21 @@ def test_rows_as_others_write_them(tmp_path):
     assert second == interaction(id="2")
 
 
+def test_tool_calls_as_others_write_them(tmp_path):
+    function = {"name": "w", "arguments": '{"city": "Bern", "unit": null}'}
+    calls = [{"id": "a", "type": "function", "function": function}]
+    chat = [
+        {"role": "user", "content": "x", "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "21 C", "tool_call_id": "a", "name": "w"},
+    ]
+    (found,) = read_interactions(write_lines(tmp_path / "i.jsonl", ROW | {"prompt": chat}))
+    user, call, result = (message.for_template() for message in found.prompt)
+    assert user == {"role": "user", "content": "x"}
+    assert call["tool_calls"][0]["function"] == {"name": "w", "arguments": {"city": "Bern"}}
+    assert (call["content"], result) == ("", chat[2])
+
+
 def test_conversations_by_their_ids():
     def of(id: str, turn_id: int | None = None) -> str:
         return conversation_of(interaction(id=id, turn_id=turn_id))
@@ -118,7 +148,7 @@ def test_reading_streams(tmp_path):
 USER, GPT = {"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}
 NAN, INF = float("nan"), float("inf")
 IDS, LOGPROBS = "completion_token_ids", "completion_logprobs"
-SYSTEM, TOOL = {"from": "system", "value": "s"}, {"role": "tool", "content": ""}
+SYSTEM, CRITIC = {"from": "system", "value": "s"}, {"role": "critic", "content": ""}
 # what is wrong with a row: (fields, the one that the error names, what it says of it)
 BAD_FIELDS = {
     "prompt missing": ({"prompt": None}, "prompt", "found nothing (null or missing)"),
@@ -128,7 +158,27 @@ BAD_FIELDS = {
     "system last": ({"prompt": [USER, SYSTEM]}, "prompt", "ends with a message of role 'system'"),
     "prompt of text": ({"prompt": ["x"]}, "prompt[0]", "found text where an object"),
     "sender unknown": ({"prompt": [{"from": "bot"}]}, "prompt[0].from", "unknown sender 'bot'"),
-    "role unknown": ({"prompt": [TOOL, USER]}, "prompt[0]", "unknown role 'tool'"),
+    "role unknown": ({"prompt": [CRITIC, USER]}, "prompt[0]", "unknown role 'critic'"),
+    "calls a number": (
+        {"prompt": [USER, GPT | {"tool_calls": 3}]},
+        "prompt[1].tool_calls",
+        "found a number where a list",
+    ),
+    "calls no JSON": (
+        {"prompt": [USER, GPT | {"tool_calls": "[{"}]},
+        "prompt[1].tool_calls",
+        "not a list of tool calls",
+    ),
+    "a call without a name": (
+        {"prompt": [USER, GPT | {"tool_calls": [{"id": "a"}]}]},
+        "prompt[1].tool_calls",
+        "a tool call without a function's name",
+    ),
+    "a result's name a number": (
+        {"prompt": [USER, {"role": "tool", "content": "", "name": 3}]},
+        "prompt[1].name",
+        "found a number where text",
+    ),
     "value a number": ({"prompt": [{"from": "human", "value": 1}]}, "prompt[0].value", "a number"),
     "completion blank": ({"completion": " \n"}, "completion", "whose response is empty"),
     "completion by the user": ({"completion": USER}, "completion", "of role 'user'"),

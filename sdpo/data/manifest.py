@@ -43,12 +43,18 @@ class Hit:
     duplicate_of: str | None
     interactions: tuple[str, ...]
     via: str
+    unused: dict[str, int]
+    """Why answers became no interactions, and how many."""
+    left_out: dict[str, int]
+    """What of its messages no prompt holds."""
 
 
 _FOR_HITS = (
     *("conversation_id", "source_file", "row", "user"),
     *("decision", "duplicate_of", "interaction_ids"),
 )
+_COUNTS = ("unused", "left_out")
+"""Manifests of 0.1 do not have them."""
 
 
 def find(data: str, id: str) -> list[Hit]:
@@ -77,8 +83,10 @@ def find(data: str, id: str) -> list[Hit]:
     return list(hits.values())
 
 
-def read_manifest(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Streams some columns of a manifest.
+def read_manifest(
+    path: Path, columns: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[pa.RecordBatch]:
+    """Streams some columns of a manifest, and those of the `optional` ones that it has.
 
     Raises:
         DataError: there is no manifest, or the file is not one.
@@ -88,8 +96,9 @@ def read_manifest(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch
             if missing := set(columns) - set(file.schema_arrow.names):
                 problem = f"not a manifest, it has no {', '.join(sorted(missing))}"
                 raise DataError(problem, file=str(path), hint="Prepare again")
-            for batch in file.iter_batches(4096, columns=list(columns)):
-                yield batch.select(list(columns))
+            there = [*columns, *(n for n in optional if n in file.schema_arrow.names)]
+            for batch in file.iter_batches(4096, columns=there):
+                yield batch.select(there)
     except FileNotFoundError:
         hint = "Name the file that `sdpo data prepare` wrote, with the manifest beside it"
         raise DataError("no such manifest", file=str(path), hint=hint) from None
@@ -100,7 +109,7 @@ def read_manifest(path: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch
 
 def _rows(path: Path, mask: Callable[[pa.RecordBatch], pa.Array]) -> Iterator[dict[str, Any]]:
     """Rows of a manifest for which `mask` of a batch is true; memory does not grow with it."""
-    for batch in read_manifest(path, _FOR_HITS):
+    for batch in read_manifest(path, _FOR_HITS, _COUNTS):
         yield from batch.filter(mask(batch)).to_pylist()
 
 
@@ -155,4 +164,6 @@ def _hit(data: str, row: dict[str, Any], via: str, id: str = "") -> Hit:
         duplicate_of=row["duplicate_of"],
         interactions=(id,) if alone else tuple(ids),
         via=via,
+        unused=dict(row.get("unused") or ()),
+        left_out=dict(row.get("left_out") or ()),
     )

@@ -174,7 +174,7 @@ def _finding(
 
 def _warnings(interaction: Interaction, where: str) -> Iterator[Finding]:
     prompt, response, followup = interaction.prompt, interaction.response, interaction.followup
-    if (role := prompt[-1].role) != "user":
+    if (role := prompt[-1].role) not in ("user", "tool"):
         says = f"the last message, to which the hindsight context is added, has role {role!r}."
         yield _finding("warning", where, "prompt", "ends without a user message", says)
     n = sum(map(len, (response, followup, *(m.content for m in prompt))))

@@ -236,20 +236,25 @@ def said(*turns: str) -> list[dict]:
 
 
 def test_the_rivals_rules():
-    assert prepare_rival.cleaned(said("ua", "sx", "a ", "a b\n", "uc"), " EN ") == said(
-        "ua", "ab", "uc"
+    assert prepare_rival.cleaned(said("ua", "sx", "a ", "s ", "a b\n", "uc"), " EN ") == said(
+        "ua", "sx", "a", "ab", "uc"
     )
     for language in (None, "French"):
         assert not prepare_rival.cleaned(said("ua", "ab", "uc"), language)
     assert prepare_rival.cleaned(said("ua", "a" + 4096 * "b", "uc"), "English")
     assert not prepare_rival.cleaned(said("ua", "a" + 4097 * "b", "uc"), "English")
-    assert not prepare_rival.cleaned(said("ua", "ab"), "English")
+    assert not prepare_rival.cleaned(said("ua", "ab", "sc", "a"), "English")
     assert not prepare_rival.cleaned(said(*["u" + 4000 * "x"] * 26), "English")
-    assert prepare_rival.history(said("ax", "u1", "u2", "a3", "u4")) == said("u1", "a3", "u4")
-    assert not prepare_rival.history(said("u1", "a2")) and not prepare_rival.history(said("a1"))
-    seven = said("u0", "a1", "u2", "a3", "u4", "a5", "u6")
-    last = list(prepare_rival.of_conversation("x", seven))[-1]
-    assert last["id"] == "x_5" and "".join(m["value"] for m in last["prompt"]) == "01234"
+    history = prepare_rival.history(said("ax", "u1", "u2", "s9", "a3", "a", "u4"))
+    assert history == said("s9", "u1\n\n2", "a3", "u4")
+
+    def rows(*turns: str) -> list[tuple[str, str]]:
+        found = prepare_rival.of_conversation("x", said(*turns))
+        return [(row["id"], "".join(m["value"] for m in row["prompt"])) for row in found]
+
+    assert rows("u1", "a2", "a3", "u4") == rows("a1", "u2") == rows("u1", "a2", "u", "u3") == []
+    assert rows("u1", "a", "u2", "s9", "a3", "sz", "u4") == [("x_2", "91\n\n2")]
+    assert rows("u0", "a1", "u2", "a3", "u4", "a5", "u6")[-1] == ("x_5", "01234")
 
 
 def test_the_rival_marks_repeated_ids():

@@ -54,13 +54,14 @@ def manifest_row(place: int, id: str, decision: str = "kept", **fields) -> dict:
 
 def write_report(path: Path, **fields) -> None:
     report = {
-        "version": 1,
+        "version": 2,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "preset": "strict",
         "rules": {"max_assistant_chars": 150, "max_user_chars": None},
         "counts": COUNTS,
         "drops": {"too long": 1, "near-duplicate": 2},
         "interaction_drops": {"injection": 4},
+        "left_out": {"unknown role critic": 7},
         "pii": {"email": 17},
         "guards": {"moderation": "no such column"},
         "bad_rows": ["log.parquet, row 9: <b>broken</b>"],
@@ -163,9 +164,19 @@ def test_a_broken_report_is_named(prepared, text):
     report_path(prepared).write_text(text)
     with pytest.raises(DataError, match=r"x\.report\.json.*[Pp]repare again"):
         inspect(prepared)
-    write_report(prepared, version=2)
-    with pytest.raises(DataError, match="its version is 2, not 1"):
+    write_report(prepared, version=3)
+    with pytest.raises(DataError, match="its version is 3, not 2"):
         inspect(prepared)
+
+
+def test_a_report_of_0_1_is_read(prepared):
+    path = report_path(prepared)
+    report = {
+        key: value for key, value in json.loads(path.read_text()).items() if key != "left_out"
+    }
+    path.write_text(json.dumps(report | {"version": 1}))
+    found = inspect(prepared).preparation
+    assert (found.drops, found.left_out) == ({"near-duplicate": 2, "too long": 1}, {})
 
 
 def test_a_broken_manifest_is_named(prepared):
@@ -279,7 +290,8 @@ def test_table_json_and_page_say_the_same(prepared, tokenizer, capsys):
         assert re.findall(r"\d[\d,.]*", line.partition(name)[2]) == figures
         assert re.search(r"\s+".join(figures), page)
     made, origins = told["preparation"], told["origins"]
-    for counts in (made["drops"], made["pii"], origins["languages"], made["interaction_drops"]):
+    told_of_making = (made[name] for name in ("drops", "pii", "interaction_drops", "left_out"))
+    for counts in (*told_of_making, origins["languages"]):
         for name, n in counts.items():
             assert re.search(rf"│ {name} +│ +{n} │", table)
             assert re.search(rf"{name}\s+-?{n}\b", page)

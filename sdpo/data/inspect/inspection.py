@@ -25,6 +25,7 @@ from ...io.files import sha256
 from ..manifest import manifest_path, read_manifest, report_path
 from ..prepare.config import PrepareConfig
 from ..prepare.prepare import prepare
+from ..prepare.report import VERSION
 from ..read.formats import sniff
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class Preparation:
     interactions: int
     drops: dict[str, int]
     interaction_drops: dict[str, int]
+    left_out: dict[str, int]
     pii: dict[str, int]
     guards: dict[str, str]
     bad_rows: list[str]
@@ -381,8 +383,8 @@ def _read_report(path: Path) -> tuple[str, Preparation] | None:
         return None
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        if report["version"] != 1:
-            raise ValueError(f"its version is {report['version']!r}, not 1")
+        if report["version"] not in (1, VERSION):
+            raise ValueError(f"its version is {report['version']!r}, not {VERSION}")
         return report["sha256"], _preparation(report)
     except (ValueError, KeyError, TypeError) as error:
         problem = f"{type(error).__name__}: {error}"
@@ -404,6 +406,7 @@ def _preparation(report: Mapping[str, Any]) -> Preparation:
         interactions=report["counts"]["interactions"],
         drops=by_count("drops"),
         interaction_drops=by_count("interaction_drops"),
+        left_out=by_count("left_out") if report["version"] > 1 else {},
         pii=by_count("pii"),
         guards=report["guards"],
         bad_rows=[_legible(row) for row in report["bad_rows"]],

@@ -63,6 +63,7 @@ def sections_of(inspection: Inspection) -> dict[str, list[tuple[str, str]]]:
         "weights": [(name, f"{x:,.6g}") for name, x in weights.items()],
         "conversations, examined to kept": _drop_rows(made),
         "interactions dropped": _counted(made.interaction_drops) if made else [],
+        "left out of the prompts (messages)": _counted(most(made.left_out)) if made else [],
         "personal data replaced": _counted(made.pii) if made else [],
         "guards": list(made.guards.items()) if made else [],
         "rows that could not be read": [(row, "") for row in made.bad_rows] if made else [],

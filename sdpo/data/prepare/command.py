@@ -24,7 +24,8 @@ from ...errors import SdpoError
 from ..manifest import find, manifest_path, report_path
 from .config import PrepareConfig
 from .prepare import prepare
-from .report import Report
+from .report import Report, most
+from .rules import UNKNOWN_ROLE
 
 
 def prepare_command(
@@ -65,6 +66,9 @@ def _explained(id: str, report: Report, out: str) -> Iterator[str]:
             fate += f" of {hit.duplicate_of}"
         if hit.decision == "kept":
             fate += f", {len(hit.interactions)} interactions: {', '.join(hit.interactions)}"
+        for what, counts in (("answers not used", hit.unused), ("left out", hit.left_out)):
+            if counts:
+                fate += f"; {what}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}"
         yield f"{hit.conversation_id} ({hit.source}, {hit.via}): {fate}"
 
 
@@ -104,8 +108,12 @@ def _print(report: Report, config: PrepareConfig, seconds: float, console: Conso
     table.add_column("count", justify="right")
     for what, count in _counts(report):
         if count or not what.startswith(" "):
-            table.add_row(what, f"{count:,}")
+            table.add_row(Text(what), f"{count:,}")
     console.print(table)
+    if unknown := [name for name in report.left_out if name.startswith(UNKNOWN_ROLE)]:
+        name = unknown[0].removeprefix(UNKNOWN_ROLE).replace("(none)", "")
+        says = f"unknown roles: --role-map {name}=assistant, say, tells what {name!r} means"
+        console.print(says, markup=False, soft_wrap=True, highlight=False)
     states = (f"{name} {state}" for name, state in report.guards.items())
     console.print(f"guardrails: {', '.join(states)}", markup=False, highlight=False)
     rows = report.counts["rows"]
@@ -124,8 +132,8 @@ def _counts(report: Report) -> Iterator[tuple[str, int]]:
     yield from ((f"  dropped: {reason}", n) for reason, n in report.drops.items())
     yield "  after the stop", counts["rows"] - counts["conversations_examined"]
     yield "conversations kept", counts["conversations_kept"]
-    yield "  answers without usable history", counts["answers_without_history"]
     yield from ((f"  answers dropped: {why}", n) for why, n in report.interaction_drops.items())
+    yield from ((f"  left out: {what}", n) for what, n in most(report.left_out).items())
     yield from ((f"  replaced: {kind}", n) for kind, n in report.pii.items())
     yield "  ready interactions", counts["ready_interactions"]
     yield "  ids made unique", counts["renamed_ids"]

@@ -56,7 +56,9 @@ def plan_file(path: Path, forced: Format | Literal["auto"], lenient: bool) -> Fi
             chunks.append(chunk)
     except DataError as broken:
         if not lenient:
-            raise
+            rows = sum(chunk.rows for chunk in chunks)
+            hint = f"--bad-rows skip keeps the {rows:,} rows before the break"
+            raise broken.hinting(hint) if rows else broken from None
         error = str(broken)
     stat = path.stat()
     return FilePlan(

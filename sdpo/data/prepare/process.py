@@ -17,9 +17,9 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
-from ...conversations import Conversation, Message
+from ...conversations import Conversation, Message, ToolMessage
 from ...errors import DataError
-from ...interactions import Interaction, conversation_of, to_row
+from ...interactions import NAME_OF, Interaction, conversation_of, to_row, to_turn
 from ...io.rows import Batch, read_chunk
 from ..filters import duplicates, pii
 from ..filters.guardrails import GuardrailConfig
@@ -27,6 +27,7 @@ from ..filters.injections import injection
 from ..read.formats import Item, Ready, items_of
 from .plan import Unit
 from .rules import Drop, Extraction, ExtractionRules, Turn, examine
+from .texts import texts_of, with_texts
 
 KEPT = "kept"
 SCHEMA = pa.schema(
@@ -42,8 +43,9 @@ SCHEMA = pa.schema(
         "decision": pa.string(),
         "error": pa.string(),
         "ready": pa.bool_(),
-        "without_history": pa.int32(),
-        "blank": pa.int32(),
+        "unused": pa.map_(pa.string(), pa.int32()),
+        "left_out": pa.map_(pa.string(), pa.int32()),
+        "has_tools": pa.bool_(),
         "injections": pa.int32(),
         "opted_out": pa.int32(),
         "pii": pa.map_(pa.string(), pa.int32()),
@@ -56,10 +58,11 @@ SCHEMA = pa.schema(
         "ends": pa.list_(pa.int64()),
     }
 )
-"""`ends`: where each of a row's interactions ends in the unit's lines. `*_key`: 64 bits of a hash
-(0: none)."""
+"""`unused`, `left_out`: as in `Extraction`. `has_tools`: some message calls tools or is a result.
+`ends`: where each of a row's interactions ends in the unit's lines. `*_key`: 64 bits of a hash (0:
+none)."""
 
-_NAME_OF = {"user": "human", "assistant": "gpt"}
+_SKIP = "To leave such rows out and count them, add --bad-rows skip"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +197,7 @@ def _process_batch(
 def _examined(item: Item, place: int, job: Job) -> _Row:
     if isinstance(item, DataError):
         if not job.lenient:
-            raise item
+            raise item.hinting(_SKIP)
         return _Row({"decision": Drop.UNREADABLE, "error": str(item)})
     if isinstance(item, Ready):
         return _ready(item, job)
@@ -210,11 +213,21 @@ def _examined(item: Item, place: int, job: Job) -> _Row:
     found = examine(item, job.rules)
     row.table |= _sizes(found.messages)
     row.table["decision"] = found.dropped or KEPT
+    if found.left_out:
+        row.table["left_out"] = sorted(found.left_out.items())
     if found.dropped is None:
-        row.found = found
-        row.texts = [message.content for message in found.messages]
-        row.table |= {"without_history": found.without_history, "blank": found.blank}
+        _keep(row, found)
+        row.table["unused"] = sorted(found.unused.items())
     return row
+
+
+def _keep(row: _Row, found: Extraction) -> None:
+    row.found = found
+    if found.has_tools:
+        row.texts = texts_of(found.messages)
+        row.table["has_tools"] = True
+    else:
+        row.texts = [message.content for message in found.messages]
 
 
 def _user(item: Conversation | Ready) -> dict[str, Any]:
@@ -235,8 +248,9 @@ def _ready(item: Ready, job: Job) -> _Row:
     followup = Message("user", ready.followup)
     messages = [*ready.prompt, Message("assistant", ready.response), followup]
     n = len(ready.prompt)
-    row.found = Extraction(None, messages, [Turn(tuple(range(n)), n)], 0, 0)
-    row.texts = [message.content for message in messages]
+    tools = any(isinstance(message, ToolMessage) for message in messages)
+    turn = Turn(tuple(range(n)), n, n + 1, n)
+    _keep(row, Extraction(None, messages, [turn], {}, {}, has_tools=tools))
     row.ready = ready
     row.table |= {"decision": KEPT, **_sizes(messages)}
     return row
@@ -277,9 +291,18 @@ def _sketch(rows: list[_Row], guardrails: GuardrailConfig) -> None:
     for row, (high, low) in zip(rows, duplicates.fingerprints(texts).tolist(), strict=True):
         row.table |= {"fingerprint_high": high, "fingerprint_low": low}
     if guardrails.duplicates == "near":
+        texts = [_without_system(row, text) for row, text in zip(rows, texts, strict=True)]
         for row, sketch in zip(rows, duplicates.sketches(texts), strict=True):
             if row.ready is None:
                 row.table["sketch"] = sketch
+
+
+def _without_system(row: _Row, whole: str) -> str:
+    """What makes conversations similar; a long system prompt is the same in all of a service's."""
+    assert row.found is not None
+    if not (system := row.found.system):
+        return whole
+    return "\n\0\n".join(text for i, text in enumerate(row.texts) if i not in system)
 
 
 def _redact(rows: list[_Row], redactor: pii.Redactor, all_suspect: bool) -> None:
@@ -298,18 +321,17 @@ def _render(row: _Row, job: Job, out: BinaryIO) -> None:
     """Writes the row's interactions, except those whose follow-up is an injection."""
     assert row.found is not None
     ids, ends, caught, opted_out = [], [], 0, 0
-    pairs = zip(row.found.messages, row.texts, strict=True)
-    messages = [{"from": _NAME_OF.get(m.role, m.role), "value": text} for m, text in pairs]
+    turns = _turns(row) if row.found.turns and not row.ready else []
     for turn in row.found.turns:
-        id = row.id if row.ready else f"{row.id}_{turn.answer}"
+        id = row.id if row.ready else f"{row.id}_{turn.turn_id}"
         if id in job.opted_out:
             opted_out += 1
             continue
-        if job.guardrails.injections and injection(row.texts[turn.answer + 1]):
+        if job.guardrails.injections and injection(row.texts[turn.followup]):
             caught += 1
             continue
         ready = row.ready and to_row(_redacted(row.ready, row.texts))
-        line = ready or _row_of(messages, id, turn)
+        line = ready or _row_of(turns, id, turn, row.found.runs)
         out.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
         ids.append(id)
         ends.append(out.tell())
@@ -322,15 +344,39 @@ def _render(row: _Row, job: Job, out: BinaryIO) -> None:
     }
 
 
-def _row_of(messages: list[dict[str, str]], id: str, turn: Turn) -> dict[str, Any]:
+def _turns(row: _Row) -> list[dict[str, str]]:
+    """A file's turns of a row's messages, with its texts."""
+    assert row.found is not None
+    messages = row.found.messages
+    if row.table.get("has_tools"):
+        return [to_turn(message) for message in with_texts(messages, row.texts)]
+    pairs = zip(messages, row.texts, strict=True)
+    return [{"from": NAME_OF.get(m.role, m.role), "value": text} for m, text in pairs]
+
+
+def _row_of(turns: list[dict[str, str]], id: str, turn: Turn, runs: bool) -> dict[str, Any]:
     """What `to_row` would give, without making an `Interaction` of every turn."""
+    prompt = [turns[i] for i in turn.history]
     return {
         "id": id,
-        "turn_id": turn.answer,
-        "prompt": [messages[i] for i in turn.history],
-        "completion": messages[turn.answer],
-        "user_response": messages[turn.answer + 1],
+        "turn_id": turn.turn_id,
+        "prompt": _joined(prompt) if runs else prompt,
+        "completion": turns[turn.answer],
+        "user_response": turns[turn.followup],
     }
+
+
+def _joined(turns: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Neighbours of one role as one turn, parted by a blank line; what has to do with tools stays
+    as it is."""
+    prompt: list[dict[str, str]] = []
+    for turn in turns:
+        last = prompt[-1] if prompt else {}
+        if last.get("from") == turn["from"] != "tool" and len(last) == len(turn) == 2:
+            prompt[-1] = turn | {"value": f"{last['value']}\n\n{turn['value']}"}
+        else:
+            prompt.append(turn)
+    return prompt
 
 
 def _redacted(ready: Interaction, texts: list[str]) -> Interaction:
@@ -338,13 +384,9 @@ def _redacted(ready: Interaction, texts: list[str]) -> Interaction:
 
     If the response was redacted, the sampled tokens go: they would tell what was replaced.
     """
-    *prompt, response, followup = texts
+    n = len(ready.prompt)
+    response, followup = texts[n : n + 2]
     if response != ready.response:
         ready = replace(ready, response_token_ids=None, response_logprobs=None)
-    messages = zip(ready.prompt, prompt, strict=True)
-    return replace(
-        ready,
-        prompt=tuple(Message(message.role, text) for message, text in messages),
-        response=response,
-        followup=followup,
-    )
+    prompt = with_texts(ready.prompt, [*texts[:n], *texts[n + 2 :]])
+    return replace(ready, prompt=tuple(prompt), response=response, followup=followup)

@@ -18,7 +18,7 @@ from typing import TypeVar
 from ...errors import DataError, SdpoError
 from .plan import FilePlan
 
-PREPARATION_VERSION = 1
+PREPARATION_VERSION = 2
 """Raise it with every change of what a unit of work holds: units of other versions are dropped."""
 _LIBRARIES = ("rensa", "pyarrow", "orjson", "numpy", "presidio-analyzer", "spacy")
 

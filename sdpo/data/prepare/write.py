@@ -27,6 +27,7 @@ from .process import Job, Shard, whole_table
 from .report import Report, make_report
 
 _TURN = pa.struct({"from": pa.string(), "value": pa.string()})
+_TOOLS = {name: pa.string() for name in ("tool_calls", "tool_call_id", "name")}
 INTERACTIONS = pa.schema(
     {
         "id": pa.string(),
@@ -39,6 +40,11 @@ INTERACTIONS = pa.schema(
         "completion_logprobs": pa.list_(pa.float64()),
     }
 )
+WITH_TOOLS = INTERACTIONS.set(
+    INTERACTIONS.get_field_index("prompt"),
+    pa.field("prompt", pa.list_(pa.struct([*_TURN, *pa.schema(_TOOLS)]))),
+)
+"""The columns of a parquet file in whose prompts tools are called."""
 MANIFEST = pa.schema(
     {
         "conversation_id": pa.string(),
@@ -53,6 +59,8 @@ MANIFEST = pa.schema(
         "decision": pa.dictionary(pa.int32(), pa.string()),
         "duplicate_of": pa.string(),
         "interaction_ids": pa.list_(pa.string()),
+        "unused": pa.map_(pa.string(), pa.int32()),
+        "left_out": pa.map_(pa.string(), pa.int32()),
     }
 )
 _COPIED = 1 << 25
@@ -66,7 +74,7 @@ def write(
     manifest, summary = manifest_path(out), report_path(out)
     partials = {path: path.with_name(f".{path.name}.partial") for path in (manifest, summary, out)}
     try:
-        _write_rows(partials[out], _chosen(shards, choice))
+        _write_rows(partials[out], _chosen(shards, choice), _schema(shards, choice))
         _write_manifest(partials[manifest], shards, plans, choice)
         report = make_report(config, job, plans, shards, choice, sha256(partials[out]))
         text = json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n"
@@ -83,20 +91,25 @@ def write(
 # The interactions
 
 
-def _write_rows(partial: Path, pieces: Iterator[bytes]) -> None:
+def _schema(shards: list[Shard], choice: Choice) -> pa.Schema:
+    has_tools = whole_table(shards)["has_tools"].take(pa.array(choice.kept))
+    return WITH_TOOLS if pc.any(has_tools).as_py() else INTERACTIONS
+
+
+def _write_rows(partial: Path, pieces: Iterator[bytes], schema: pa.Schema) -> None:
     """Writes JSON lines to `x.jsonl.partial`, or as row groups to `x.parquet.partial`."""
     with partial.open("wb") as file:
         if partial.name.endswith(".parquet.partial"):
-            _write_row_groups(file, pieces)
+            _write_row_groups(file, pieces, schema)
         else:
             file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _write_row_groups(file: BinaryIO, pieces: Iterator[bytes]) -> None:
+def _write_row_groups(file: BinaryIO, pieces: Iterator[bytes], schema: pa.Schema) -> None:
     held = bytearray()
-    with pq.ParquetWriter(file, INTERACTIONS, compression="zstd") as writer:
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for piece in pieces:
             held += piece
             if len(held) >= _COPIED:
@@ -108,10 +121,10 @@ def _write_whole_lines(writer: pq.ParquetWriter, held: bytearray) -> None:
     """Moves the lines that are whole by now from `held` into a row group."""
     if end := held.rfind(b"\n") + 1:
         options = pa_json.ReadOptions(block_size=end + 1)
-        parsing = pa_json.ParseOptions(explicit_schema=INTERACTIONS)
+        parsing = pa_json.ParseOptions(explicit_schema=writer.schema)
         whole = io.BytesIO(held[:end])
         table = pa_json.read_json(whole, read_options=options, parse_options=parsing)
-        writer.write_table(table.select(INTERACTIONS.names).cast(INTERACTIONS))
+        writer.write_table(table.select(writer.schema.names).cast(writer.schema))
     del held[:end]
 
 
@@ -219,7 +232,7 @@ def _write_manifest(
 
 _COPIED_COLUMNS = [
     *("index", "number", "conversation_id", "user", "language", "model"),
-    *("messages", "characters", "interaction_ids"),
+    *("messages", "characters", "interaction_ids", "unused", "left_out"),
 ]
 
 

@@ -13,26 +13,27 @@
 | triples | ready interactions: `prompt`, `completion`, `user_response` |
 
 Where a row has them, `language`, `model`, a user (`hashed_ip`, `user_id`, `user`), `toxic`,
-`redacted` (also of single messages) and `openai_moderation[].flagged` are read, too. Tools' and
-system messages stay in the conversation under their role; `prepare` has a rule for them.
+`redacted` (also of single messages) and `openai_moderation[].flagged` are read, too. Messages of
+every role stay in the conversation, and so do those that hold more than text or are no messages at
+all: `Conversation.lost` says which, and `prepare` has rules for them.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...conversations import Conversation, Message
+from ...conversations import Conversation, Message, tool_calls_text, tool_message
 from ...errors import DataError
 from ...interactions import Interaction, from_row
-from ...io.fields import as_id, as_list, as_object, as_text, bad, kind, listed, shown
+from ...io.fields import as_id, as_list, as_object, as_text, bad, kind, listed
 from ...io.paths import Paths, resolve_paths
 from ...io.rows import (
     Batch,
@@ -77,8 +78,13 @@ _USERS = ("hashed_ip", "user_id", "user")
 _MARKS = ("toxic", "redacted")
 _TEXTS = (*_NAMES, _HASH, *_USERS, "language", "model")
 _OF_WILDCHAT = {_HASH, "toxic", "hashed_ip", "detoxify_moderation"}
-# in OpenAI's format, what an assistant's message may hold instead of content
-_INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "refusal", "audio")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_CALLS = ("tool_calls", "function_call")
+# what a message may hold beside a role and its content
+_MORE = frozenset({*_CALLS, "tool_call_id", "name", "refusal", "audio", *_REASONING})
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+_REASONING_PARTS = ("reasoning", "thinking", "redacted_thinking")
+_RESULTS = ("tool", "function")
 _LOOKED_AT = 100
 
 
@@ -248,7 +254,7 @@ def items_of(
     """
     if not isinstance(batch.rows, list) and log.columns is not None:
         key = _key(batch.rows.schema, log.format)
-        if _is_plain(batch.rows.schema.field(key).type):
+        if _is_plain(batch.rows.column(key)):
             with suppress(UnicodeDecodeError):
                 return list(_conversations(batch.rows, log, batch.numbers, key, languages))
     rows = plain_rows(batch, log.file)
@@ -280,7 +286,7 @@ def _conversation(row: dict[str, Any], log: LogFile, number: int) -> Conversatio
     raw = [] if is_empty else as_list(row.get(key), key)
     return Conversation(
         **_named(row, log, number),
-        messages=tuple(_message(m, key, i, log.format) for i, m in enumerate(raw)),
+        **_messages(raw),
         flagged=_marked(row, raw, "toxic") or _moderated(row.get("openai_moderation")),
         redacted=_marked(row, raw, "redacted"),
     )
@@ -342,51 +348,120 @@ def _truth(value: object, field: str) -> bool:
     raise bad(field, f"found {kind(value)} where true or false is needed", "Write a boolean")
 
 
-def _message(message: object, key: str, i: int, format: Format) -> Message:
-    if type(message) is dict:
-        role, content = message.get("role"), message.get("content")
-        if type(role) is str and type(content) is str:
-            return Message(role, content)
-        sender, value = message.get("from"), message.get("value")
-        if type(sender) is str and type(value) is str:
-            return Message(sender, value)
-    field = f"{key}[{i}]"
-    return _openai_message(message, field) if format == "messages" else _logged(message, field)
+# Messages
 
 
-def _logged(message: object, field: str) -> Message:
-    """A message whose role or content may be missing or null, as public logs have them."""
+class _Read(NamedTuple):
+    """A message, what it holds beside text (None: nothing), and whether it came with reasoning."""
+
+    message: Message
+    lost: str | None = None
+    reasoning: bool = False
+
+
+def _messages(raw: list[Any]) -> dict[str, Any]:
+    """A conversation's `messages`, `lost` and `reasoning`."""
+    messages, lost, reasoning = [], [], 0
+    for i, logged in enumerate(raw):
+        if (message := _of_two_texts(logged)) is None:
+            message, what, reasons = _odd(logged)
+            reasoning += reasons
+            if what is not None:
+                lost.append((i, what))
+        messages.append(message)
+    return {"messages": tuple(messages), "lost": tuple(lost), "reasoning": reasoning}
+
+
+def _of_two_texts(message: object) -> Message | None:
+    """What nearly all messages are; None if this one is not."""
+    if type(message) is not dict or not (len(message) == 2 or _MORE.isdisjoint(message)):
+        return None
+    role, content = message.get("role"), message.get("content")
+    if type(role) is str and type(content) is str:
+        return Message(role, content)
+    sender, value = message.get("from"), message.get("value")
+    return Message(sender, value) if type(sender) is str and type(value) is str else None
+
+
+def _odd(message: object) -> _Read:
+    """A message as public logs and APIs have them: null, without a role, of parts, with tools.
+
+    A role or content that is missing or null is "".
+    """
     if message is None:
-        return Message("", "")
-    message = as_object(message, field)
-    names = ("from", "value") if "from" in message else ("role", "content")
-    role, content = (
-        "" if message.get(name) is None else as_text(message[name], f"{field}.{name}")
-        for name in names
-    )
-    return Message(role, content)
-
-
-def _openai_message(message: object, field: str) -> Message:
-    message = as_object(message, field)
-    role = as_text(message.get("role"), f"{field}.role")
+        return _Read(Message("", ""))
+    if not isinstance(message, dict):
+        return _Read(Message("", ""), f"message that is {kind(message)}")
+    item = message.get("type")
+    if "role" not in message and isinstance(item, str) and item in _ITEMS:
+        message = _ITEMS[item](message)
+    role = next((r for key in ("role", "from") if isinstance(r := message.get(key), str)), "")
     content = message.get("content")
-    if content is None and (role == "tool" or any(message.get(k) for k in _INSTEAD_OF_CONTENT)):
-        return Message(role, "")
-    if isinstance(content, list):
-        parts = (_text_part(p, f"{field}.content[{i}]") for i, p in enumerate(content))
-        return Message(role, "".join(parts))
-    return Message(role, as_text(content, f"{field}.content"))
+    text, lost, reasoning = _text(message.get("value") if content is None else content)
+    reasoning = reasoning or any(message.get(key) for key in _REASONING)
+    if not text:
+        refusal = message.get("refusal")
+        text = refusal if isinstance(refusal, str) else ""
+        lost = lost or ("part audio" if message.get("audio") else None)
+    try:
+        return _Read(_with_tools(role, text, message), lost, reasoning)
+    except ValueError:
+        return _Read(Message(role, text), "tool call without a name", reasoning)
 
 
-def _text_part(part: object, field: str) -> str:
-    part = as_object(part, field)
-    if part.get("type") == "refusal":
-        return ""
-    if part.get("type") != "text":
-        problem = f"a content part of type {shown(part.get('type'))}; only text can be trained on"
-        raise bad(field, problem, "Remove the part or the conversation")
-    return as_text(part.get("text"), f"{field}.text")
+# what the items of OpenAI's Responses API are that have no role, as messages
+_ITEMS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "function_call": lambda item: {
+        "role": "assistant",
+        "tool_calls": [{"id": item.get("call_id"), "function": item}],
+    },
+    "function_call_output": lambda item: {
+        "role": "tool",
+        "content": item.get("output"),
+        "tool_call_id": item.get("call_id"),
+    },
+    "reasoning": lambda item: {"role": "reasoning"},
+}
+
+
+def _text(content: object) -> tuple[str, str | None, bool]:
+    """The text of a content, what it holds beside text, and whether that is reasoning, too."""
+    if content is None or isinstance(content, str):
+        return content or "", None, False
+    if not isinstance(content, list):
+        return "", f"content that is {kind(content)}", False
+    texts, lost, reasoning = [], None, False
+    for part in content:
+        sort = part.get("type") if isinstance(part, dict) else None
+        text = part.get("refusal" if "refusal" in part else "text") if sort in _TEXT_PARTS else part
+        if isinstance(text, str):
+            texts.append(text)
+        elif sort in _REASONING_PARTS:
+            reasoning = True
+        else:
+            lost = f"part {sort}" if isinstance(sort, str) else "part without a type"
+    return "".join(texts), lost, reasoning
+
+
+def _with_tools(role: str, text: str, message: dict[str, Any]) -> Message:
+    """The message with its tool calls, or what call it is the result of.
+
+    Raises ValueError for calls that have no name."""
+    calls = message.get("tool_calls") or message.get("function_call")
+    calls = [calls] if isinstance(calls, dict) else calls
+    if calls and not isinstance(calls, list):
+        raise ValueError
+    of_call, name = message.get("tool_call_id"), message.get("name")
+    is_result = of_call is not None or role in _RESULTS
+    if not calls and not is_result:
+        return Message(role, text)
+    return tool_message(
+        role,
+        text,
+        tool_calls=tool_calls_text(calls) if calls else None,
+        tool_call_id=str(of_call) if isinstance(of_call, str | int) else None,
+        name=name if is_result and isinstance(name, str) else None,
+    )
 
 
 # Parquet
@@ -468,20 +543,26 @@ def _needed_leaves(schema: pq.ParquetSchema, key: str) -> list[str]:
         top, *within = path.split(".")
         field = within[-1] if within else ""
         if top == key:
-            # OpenAI's messages may hold parts and calls; of others, two texts and the marks do
-            return key == "messages" or not within or (field in inside and len(within) <= 3)
+            # OpenAI's messages may hold parts; of others, texts, the marks and tool calls do
+            plain = not within or (field in inside and len(within) <= 3)
+            return key == "messages" or plain or not _MORE.isdisjoint(within[1:3])
         is_verdict = top == "openai_moderation" and field == "flagged"
         return is_verdict or path in (*_TEXTS, *_MARKS)
 
     return list(filter(is_needed, (schema.column(i).path for i in range(len(schema)))))
 
 
-def _is_plain(column: pa.DataType) -> bool:
+def _is_plain(column: pa.Array) -> bool:
     """Messages of two texts each, which are read column by column, much faster than row by row."""
-    if (struct := _struct(column)) is None:
+    if (struct := _struct(column.type)) is None:
         return False
-    _, content = _pair({field.name for field in struct})
-    return _is_text(struct.field(content).type)
+    names = {field.name for field in struct}
+    if not _is_text(struct.field(_pair(names)[1]).type):
+        return False
+    if not (more := names & _MORE):
+        return True
+    flat = column.flatten()
+    return all(pc.struct_field(flat, name).null_count == len(flat) for name in more)
 
 
 def _conversations(

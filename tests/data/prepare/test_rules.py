@@ -21,24 +21,30 @@ def turns(logged: Conversation, rules: ExtractionRules) -> list[tuple[list[str],
     found = examine(logged, rules)
     said = [message.content for message in found.messages]
     return [
-        ([said[i] for i in turn.history], said[turn.answer], said[turn.answer + 1], turn.answer)
+        ([said[i] for i in turn.history], said[turn.answer], said[turn.followup], turn.turn_id)
         for turn in found.turns
     ]
 
 
 def test_answers_without_history_are_counted():
     twice = conversation(("user", "u"), ("assistant", "a"), ("assistant", "b"), ("user", "o"))
-    found = examine(twice, ALL_TURNS)
-    assert (found.dropped, found.turns, found.without_history) == (None, [], 1)
+    found = examine(twice, PAPER)
+    assert (found.dropped, found.turns) == (None, [])
+    assert found.unused == {"no question before it": 1}
 
 
-def test_indices_count_cleaned_messages():
+def test_indices_count_messages_with_text():
     logged = conversation(
         *[("system", "s"), ("developer", "d"), ("user", " \u2003"), ("User", " x ")],
-        *[("tool", "t"), ("function", "f"), ("assistant", ""), ("user", "\t\x1f\n")],
-        *[("ASSISTANT ", "\ty\n"), ("user", "o\u00a0")],
+        *[("ASSISTANT ", "\ty\n"), ("user", "o\u00a0"), ("assistant", ""), ("user", "\t\x1f\n")],
+        *[("user", "p"), ("assistant", "z"), ("user", "q")],
     )
-    assert turns(logged, ALL_TURNS) == [(["x"], "y", "o", 1)]
+    history = ["s", "d", "x"]
+    assert turns(logged, ALL_TURNS) == [
+        (history, "y", "o", 1),
+        ([*history, "y", "o", "p"], "z", "q", 4),
+    ]
+    assert turns(logged, PAPER) == [(["x"], "y", "o", 1), (["x", "y", "o"], "z", "q", 4)]
 
 
 def test_roles_of_every_format_are_turns_unless_a_paper_counts_only_its_own():
@@ -73,8 +79,14 @@ def test_all_turns_drops_nothing():
 
 
 @pytest.mark.parametrize(
-    "rule", [{"history_messages": 0}, {"max_conversations": 0}, {"languages": ("English",)}]
+    "rule",
+    [
+        {"history_messages": 0},
+        {"max_conversations": 0},
+        {"languages": ("English",)},
+        {"roles": (("x", "robot"),)},
+    ],
 )
 def test_rules_that_make_no_sense(rule):
-    with pytest.raises(ValueError, match=next(iter(rule))):
+    with pytest.raises(ValueError, match=next(iter(rule)).rstrip("s")):
         ExtractionRules(**rule)

@@ -192,16 +192,21 @@ def test_openai_messages(tmp_path):
     assert not any(c.has_language for c in read)
 
 
-@pytest.mark.parametrize(
-    "content, field, problem",
-    [
-        ([{"type": "text", "text": ""}, {"type": "image_url"}], "content[1]", "'; only text can"),
-        ("ab\ud83d", "content", "half of a surrogate pair at character 2"),
-    ],
-)
-def test_bad_messages(tmp_path, content, field, problem):
+def test_what_a_message_holds_beside_text(tmp_path):
+    parts = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {}}]
+    thought = {"role": "assistant", "content": "so", "reasoning_content": "hm"}
+    row = {"messages": [{"role": "user", "content": parts}, thought, 7]}
+    (read,) = read_conversations(write_lines(tmp_path / "m.jsonl", row))
+    assert read.messages == (Message("user", "see"), Message("assistant", "so"), Message("", ""))
+    assert read.lost == ((0, "part image_url"), (2, "message that is a number"))
+    assert read.reasoning == 1
+
+
+def test_bad_messages(tmp_path):
     """test_malformed has every field with values of every type."""
-    row = json.dumps({"messages": [*HELLO, {"role": "user", "content": content}]}).encode()
+    said = [*HELLO, {"role": "user", "content": "ab\ud83d"}]
+    field, problem = "content", "half of a surrogate pair at character 2"
+    row = json.dumps({"messages": said}).encode()
     path = write_lines(tmp_path / "m.jsonl", {"messages": HELLO}, row)
     conversations = read_conversations(path)
     assert next(conversations).id == "m-1"

@@ -134,6 +134,28 @@ def test_many_bad_rows_are_counted_and_twenty_are_named(tmp_path):
     assert report.counts["rows"] == 502
 
 
+@pytest.mark.parametrize("name", ["m.json", "m.jsonl.gz"])
+def test_a_file_that_breaks_off_says_how_much_skipping_keeps(name, tmp_path):
+    rows = [logs.row("messages", f"g{i}", logs.exchange(f"g{i}")) for i in range(2000)]
+    data = logs.packed("messages", rows, name.partition(".")[2])
+    path, out = tmp_path / name, tmp_path / "x.jsonl"
+    path.write_bytes(data[: len(data) * 4 // 5])
+    with data_error() as message:
+        prepare(all_turns(path, out=out))
+    said = re.search(r"\. --bad-rows skip keeps the ([\d,]+) rows before the break\.$", message[0])
+    assert said, message
+    kept = prepare(all_turns(path, out=out, bad_rows="skip")).counts["conversations_kept"]
+    assert f"{kept:,}" == said[1] and kept > 500
+
+
+def test_a_bad_row_says_how_to_go_on_without_it(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(malformed.line("g1") + b"{\n" + malformed.line("g2"))
+    with data_error() as message:
+        prepare(all_turns(path, out=tmp_path / "x.jsonl"))
+    assert message[0].endswith("To leave such rows out and count them, add --bad-rows skip.")
+
+
 # What is not a file of data at all
 
 
