@@ -3,9 +3,10 @@
 import pytest
 
 from helpers import tiny
+from sdpo.chat import chat_format
 from sdpo.conversations import Message
 from sdpo.errors import SdpoError
-from sdpo.hindsight import HindsightConfig, encode, hindsight_prompt, response_ids
+from sdpo.hindsight import HindsightConfig, Truncated, encode, hindsight_prompt
 from sdpo.interactions import Interaction
 from sdpo_parallel.huggingface import load_tokenizer
 
@@ -56,26 +57,29 @@ def test_a_template_without_one_field_is_refused(template):
 def test_both_passes_end_in_the_same_ids_with_eos_trained(pad_is_eos):
     tokenizer = tiny.make_tokenizer(pad_is_eos)
     e = encode(interaction(response="the red fox  \n"), tokenizer, HindsightConfig())
-    assert e.response == tuple(response_ids(tokenizer, "the red fox"))
+    assert e.response == tuple(chat_format(tokenizer).response_ids("the red fox")[0])
     assert e.response[-1] == tokenizer.eos_token_id and e.ends
     assert tokenizer.decode(e.response) == "the red fox<|im_end|>"
     policy, hindsight = tokenizer.decode(e.policy), tokenizer.decode(e.hindsight)
     opening = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert policy.endswith("a longer one<|im_end|>\n" + opening)
     assert hindsight.endswith("Future User Message: no, shorter<|im_end|>\n" + opening)
-    assert e.truncated == (False, False, False)
+    assert e.truncated == Truncated()
 
 
-def test_prompts_lose_their_left_end_each_by_its_own_limit():
+def test_the_papers_prompts_lose_their_left_end_each_by_its_own_limit():
     tokenizer = tiny.make_tokenizer()
     whole = encode(interaction(), tokenizer, HindsightConfig())
     limits = HindsightConfig(
-        max_prompt_tokens=len(whole.policy), max_hindsight_prompt_tokens=10, max_response_tokens=99
+        max_prompt_tokens=len(whole.policy),
+        max_hindsight_prompt_tokens=10,
+        max_response_tokens=99,
+        truncation="paper",
     )
     cut = encode(interaction(), tokenizer, limits)
     assert cut.policy == whole.policy
     assert cut.hindsight == whole.hindsight[-10:]
-    assert cut.truncated == (False, True, False)
+    assert cut.truncated == Truncated(hindsight=True)
 
 
 def test_a_cut_response_does_not_teach_to_stop():
@@ -83,7 +87,7 @@ def test_a_cut_response_does_not_teach_to_stop():
     whole = encode(interaction(), tokenizer, HindsightConfig())
     cut = encode(interaction(), tokenizer, HindsightConfig(max_response_tokens=2))
     assert cut.response == whole.response[:2] and not cut.ends
-    assert cut.truncated == (False, False, True)
+    assert cut.truncated == Truncated(response=True)
 
 
 def test_sampled_ids_are_used_as_sampled():
