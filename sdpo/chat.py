@@ -144,6 +144,7 @@ class ChatFormat:
         mark = _unused_character(_strings(chat))
         for left_to_the_template in ((), tuple(m for pair in THINKING_MARKS for m in pair)):
             marked = rendered(self._marked(chat, mark, left_to_the_template))
+            marked = marked.replace(json.dumps(mark)[1:-1], mark)  # tojson(ensure_ascii=True)
             # a template that looks at its own marks in an assistant's message, to remove a
             # thinking block, must find them
             if marked.replace(mark, "") == text:
@@ -164,8 +165,9 @@ class ChatFormat:
         text = self._marked(answer.rstrip(), mark)
         if kept:
             opens, inner, closes = thought
-            # a mark that the prompt already has is not repeated
-            opens = "" if _open_block(opening.lead) else opens
+            if _open_block(opening.lead):  # the prompt has this mark, and often a new line
+                blank = opening.lead[len(opening.lead.rstrip()) :]
+                opens, inner = "", inner.removeprefix(blank)
             text = opens + self._marked(inner, mark) + closes + text
         else:
             text = opening.blank + text
