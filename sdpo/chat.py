@@ -20,7 +20,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date as Date
 from datetime import datetime, time
@@ -153,7 +153,7 @@ class ChatFormat:
 
     def response_ids(self, response: str, thinking: Thinking = "strip") -> tuple[list[int], bool]:
         """Ids of a right-stripped response and of what the template puts behind it, and whether
-        they hold a thinking block.
+        they hold a thinking block. A block that nothing closes was cut in the log, and has no end.
 
         They are what the template's own rendering of the whole conversation has there, but for
         white space at the response's beginning that the template removes.
@@ -162,21 +162,22 @@ class ChatFormat:
         kept = thinking == "keep" and bool(thought)
         opening = self._thought if kept else self._answer
         mark = _unused_character([response])
-        text = self._marked(answer.rstrip(), mark)
+        text, end = self._marked(answer.rstrip(), mark), self.end
         if kept:
             opens, inner, closes = thought
             if _open_block(opening.lead):  # the prompt has this mark, and often a new line
                 blank = opening.lead[len(opening.lead.rstrip()) :]
                 opens, inner = "", inner.removeprefix(blank)
             text = opens + self._marked(inner, mark) + closes + text
+            end = end if closes else ""
         else:
             text = opening.blank + text
         lead_ids = self._lead_ids[opening]
-        ids = self._ids(*_unmarked(opening.lead + text + self.end, mark))
+        ids = self._ids(*_unmarked(opening.lead + text + end, mark))
         if ids[: len(lead_ids)] == lead_ids:
             return ids[len(lead_ids) :], kept
         # the tokenizer merges across the border, where the prompt's own ids end
-        return self._ids(*_unmarked(text + self.end, mark)), kept
+        return self._ids(*_unmarked(text + end, mark)), kept
 
     def split_thought(self, response: str) -> tuple[tuple[str, str, str] | tuple[()], str]:
         """A response's own thinking block at its beginning, as (what opens it, the thought, what
@@ -242,10 +243,14 @@ class ChatFormat:
             ) from error
 
     def _rendered(self, *said: str, thinking: bool = False, generation: bool = False) -> str:
-        """A conversation of these messages, the user's and the assistant's in turn."""
+        """A conversation of these messages, the user's and the assistant's in turn; "" where the
+        template does not accept it, and so tells nothing."""
         roles = ("user", "assistant", "user")
         chat = [{"role": r, "content": text} for r, text in zip(roles, said, strict=False)]
-        return self._render(chat, thinking, generation=generation)
+        try:
+            return self._render(chat, thinking, generation=generation)
+        except DataError:
+            return ""
 
     def _generation_prompt(self, thinking: bool) -> str:
         """From the user's last word on."""

@@ -39,6 +39,9 @@ TEMPLATES = {
 }
 """The published templates (arXiv:2603.12273): appended to the last user message of x."""
 
+ONLY_A_THOUGHT = "no answer behind the thought"
+KEEP_THOUGHTS = "Remove such rows, or train on thoughts with --hindsight.thinking keep"
+
 
 @dataclass(frozen=True, kw_only=True)
 class HindsightConfig:
@@ -151,8 +154,7 @@ def encode(
         response, thought = chat.response_ids(interaction.response, config.thinking)
     row = f"interaction {interaction.id}"
     if not has_answer(interaction, chat, config.thinking):
-        hint = "Remove the row, or keep thoughts with thinking=keep"
-        raise DataError("no answer behind the thought", row=row, field="completion", hint=hint)
+        raise DataError(ONLY_A_THOUGHT, row=row, field="completion", hint=KEEP_THOUGHTS)
     if interaction.response_token_ids is None and len(response) == chat.fewest:
         raise DataError("no tokens", row=row, field="completion", hint="Remove the row")
     try:
@@ -185,12 +187,11 @@ def encode(
 
 
 def has_answer(interaction: Interaction, chat: ChatFormat, thinking: Thinking) -> bool:
-    """There is something to train on: sampled ids, an answer, or a whole thought that is kept."""
-    if interaction.response_token_ids is not None:
+    """There is something to train on: sampled ids, an answer, or a thought that is kept."""
+    if interaction.response_token_ids is not None or thinking == "keep":
         return True
     thought, answer = chat.split_thought(interaction.response)
-    whole = bool(thought) and bool(thought[2])
-    return bool(answer.strip()) or not thought or (thinking == "keep" and whole)
+    return not thought or bool(answer.strip())
 
 
 # Prompts, within their limits
@@ -294,7 +295,9 @@ def _shortened(chat: ChatFormat, whole: _Parts, limit: int, thought: bool) -> Pr
     while whole.prompt[system].role not in ("user", "assistant"):
         system += 1
     users = [i for i in range(system + 1, asked) if whole.prompt[i].role == "user"]
-    cuts = [replace(whole, prompt=whole.prompt[:system] + whole.prompt[i:]) for i in [*users, asked]]
+    cuts = [
+        replace(whole, prompt=whole.prompt[:system] + whole.prompt[i:]) for i in [*users, asked]
+    ]
     # the last is not asked: where nothing fits, it is the one to cut further
     first = bisect_left(cuts[:-1], True, key=lambda parts: len(ids_of(parts)) <= limit)
     parts, lost = cuts[first], {"history"} if asked > system else set[str]()

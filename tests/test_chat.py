@@ -174,7 +174,9 @@ def test_thoughts_of_the_history_go_where_the_template_removes_them():
     ids = ChatFormat(tokenizer).prompt_ids(history)
     assert ids == template_ids(tokenizer, history, add_generation_prompt=True)
     assert "sum" not in spelt(tokenizer, ids)
-    starts = FORGETS.replace("m.content.split", "'' if m.content.startswith('<') else m.content.split")
+    starts = FORGETS.replace(
+        "m.content.split", "'' if m.content.startswith('<') else m.content.split"
+    )
     tokenizer = tiny.make_tokenizer(chat_template=starts)
     assert ChatFormat(tokenizer).prompt_ids(history) == template_ids(
         tokenizer, history, add_generation_prompt=True
@@ -236,10 +238,9 @@ def test_k1_a_text_about_control_tokens_is_text():
     assert [i for i in prompt if i in marks] == [i for i in plain if i in marks]
 
 
-FRAGMENTS = st.sampled_from(
-    [*tiny.SPECIAL, *GEMMA_MARKS, "<tool>", "<|im_", "end|>", "<", "|>", " ", "\n", "\n\n", "fox", "é"]
-    + ["日本", "\U0010fffd", "\U0010fffc", "\ufffd", "{{ x }}", "<|", "<|im_end|", "\t", "a story"]
-)
+PARTS = ["<tool>", "<|im_", "end|>", "<|im_end|", "<|", "<", "|>", " ", "\n", "\n\n", "\t", "fox"]
+ODD = ["é", "日本", "\U0010fffd", "\U0010fffc", "\ufffd", "{{ x }}", "a story"]
+FRAGMENTS = st.sampled_from([*tiny.SPECIAL, *GEMMA_MARKS, *PARTS, *ODD])
 TEXTS = st.lists(FRAGMENTS, min_size=1, max_size=6).map("".join) | st.text(max_size=12)
 CONVERSATIONS = st.lists(TEXTS, min_size=1, max_size=5).map(lambda t: t[: len(t) - 1 + len(t) % 2])
 MADE = {

@@ -247,17 +247,14 @@ def test_k4_one_thinking_block_the_same_in_both_passes(thinking):
         assert read.count("<think>") == 1
 
 
-@pytest.mark.parametrize(
-    ("response", "thinking"),
-    [("<think>sum</think>", "strip"), ("<think>cut", "strip"), ("<think>cut", "keep")],
-)
-def test_a_response_without_an_answer_is_named(response, thinking):
+@pytest.mark.parametrize("response", ["<think>sum</think>", "<think>cut", " <think>\n</think> \n"])
+def test_a_response_without_an_answer_is_named_or_its_thought_kept(response):
+    tokenizer, only_thought = tiny.make_tokenizer(), interaction(response=response)
     with pytest.raises(DataError, match="interaction c1, field `completion`: no answer behind"):
-        encode(
-            interaction(response=response),
-            tiny.make_tokenizer(),
-            HindsightConfig(thinking=thinking),
-        )
+        encode(only_thought, tokenizer, HindsightConfig())
+    e = encode(only_thought, tokenizer, HindsightConfig(thinking="keep"))
+    assert e.ends == ("</think>" in response), "a thought that was cut does not teach to stop"
+    assert spelt(tokenizer, e.policy).endswith("assistant\n")
 
 
 def test_the_context_is_for_the_user_where_a_tool_spoke_last():

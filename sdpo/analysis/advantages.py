@@ -91,14 +91,10 @@ class Reader:
             for (own, _), logps in zip(members, zip(*split, strict=True), strict=True):
                 yield Reading(encoded=own, policy=logps[0], hindsight=logps[1:])
 
-    def _hindsight(
-        self, interaction: Interaction, own: Encoded, followup: str
-    ) -> tuple[int, ...]:
+    def _hindsight(self, interaction: Interaction, own: Encoded, followup: str) -> tuple[int, ...]:
         """The hindsight prompt with another follow-up, cut as `encode` cuts it."""
         chat = chat_format(self.tokenizer, self.config.date)
-        prompt = hindsight_ids(
-            chat, interaction.prompt, followup, self.config, thought=own.thought
-        )
+        prompt = hindsight_ids(chat, interaction.prompt, followup, self.config, thought=own.thought)
         return prompt.ids
 
     @torch.no_grad()

@@ -29,8 +29,9 @@ from ..batching import (
     steps_in,
     total_interactions,
 )
+from ..chat import chat_format
 from ..errors import DataError
-from ..hindsight import HindsightConfig, encode
+from ..hindsight import KEEP_THOUGHTS, ONLY_A_THOUGHT, HindsightConfig, encode, has_answer
 from ..interactions import Interaction, iter_interactions
 from ..io.files import sha256
 from ..objective import SampledToken
@@ -110,8 +111,13 @@ class Loader:
         )
 
 
-def load_interactions(config: TrainConfig) -> Selection:
+def load_interactions(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Selection:
     """The run's interactions, checked against what its objective and its model need.
+
+    Args:
+        tokenizer: also checks that there is an answer behind each response's thought.
 
     Raises:
         DataError: a row is not what training needs; file, row and field are named.
@@ -133,6 +139,13 @@ def load_interactions(config: TrainConfig) -> Selection:
             problem = f"an id of {largest} is beyond the vocabulary of {config.model}, {vocabulary}"
             hint = "Were the rollouts sampled from another model?"
             raise DataError(problem, field="completion_token_ids", hint=hint, **place)
+    if tokenizer is not None:
+        chat, thinking = chat_format(tokenizer, config.hindsight.date), config.hindsight.thinking
+        empty = [i for i in selection.interactions if not has_answer(i, chat, thinking)]
+        if empty:
+            problem = f"{ONLY_A_THOUGHT} (so in {len(empty):,} rows)"
+            place = {"file": config.data, "row": f"interaction {empty[0].id}"}
+            raise DataError(problem, field="completion", hint=KEEP_THOUGHTS, **place)
     return selection
 
 

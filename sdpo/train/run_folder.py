@@ -222,7 +222,7 @@ class Logger(ExitStack):
             f"lr {metrics['lr']:.1e}  {metrics['response_tokens_per_second']:,.0f} tok/s  "
             f"{metrics['peak_memory_gib']:.2f} GiB"
         )
-        cut = sum(value for name, value in metrics.items() if name.startswith("truncated/"))
+        cut = sum(metrics[f"truncated/{part}"] for part in ("policy", "hindsight", "response"))
         line += f"  [yellow]{cut:.0f} truncated[/]" if cut else ""
         self._progress.update(self._task, completed=step, description=line)
         if not self.console.is_terminal and (step % self.log_every == 0 or step == self.total):

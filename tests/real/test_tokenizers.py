@@ -98,7 +98,9 @@ def test_histories_are_rendered_as_the_template_renders_them(name, tokenizer):
 MARKS = [*ENDS.values(), "<|im_start|>", "<bos>", "<｜User｜>", "<|eot_id|>", "<think>", "</think>"]
 PIECES = [*MARKS, "<|begin_of_text|>", "<start_of_turn>", "<tool_call>", "<|fim_prefix|>", "<unk>"]
 TEXT = st.lists(
-    st.sampled_from([*PIECES, " ", "\n", "\n\n", "\t", "日本", "é", "can't", "12345", "<", "|>", "<h1>"])
+    st.sampled_from(
+        [*PIECES, " ", "\n", "\n\n", "\t", "日本", "é", "can't", "12345", "<", "|>", "<h1>"]
+    )
     | st.text(max_size=5),
     min_size=1,
     max_size=8,
@@ -135,9 +137,12 @@ def test_texts_without_control_tokens_have_the_templates_ids(name, tokenizer, sa
     talk = [Message(r, t) for r, t in zip(roles, said, strict=True)]
     prompt = chat.prompt_ids(talk)
     messages = [m.for_template() for m in talk]
-    assert prompt == tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, enable_thinking=False
-    )["input_ids"]
+    assert (
+        prompt
+        == tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, enable_thinking=False
+        )["input_ids"]
+    )
     if response.strip() and response.strip() == response:
         ids = prompt + chat.response_ids(response)[0]
         assert whole(tokenizer, [*talk, Message("assistant", response)])[: len(ids)] == ids
