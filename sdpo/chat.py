@@ -410,9 +410,7 @@ class _TextTokenizer:
 
 
 @lru_cache(maxsize=8)
-def _chat_format(
-    tokenizer: "PreTrainedTokenizerBase", template: object, date: str | None
-) -> ChatFormat:
+def _chat_format(tokenizer: "PreTrainedTokenizerBase", template: str, date: str) -> ChatFormat:
     made = ChatFormat(tokenizer, date)
     if os.environ.get("RANK", "0") == "0":
         for note in made.notes:
@@ -431,7 +429,7 @@ def chat_format(tokenizer: "PreTrainedTokenizerBase", date: str | None = None) -
     Raises:
         SdpoError: nothing ends a response.
     """
-    return _chat_format(tokenizer, str(tokenizer.chat_template), date)
+    return _chat_format(tokenizer, str(tokenizer.chat_template), date or today())
 
 
 @lru_cache(maxsize=1)

@@ -10,13 +10,16 @@ one step ahead while the devices compute. The cursor counts over all ranks, so t
 any layout.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from sdpo_parallel.config import Frozen
 from sdpo_parallel.engine import ROW_MULTIPLE, Engine
+from sdpo_parallel.fingerprints import fingerprints
 from sdpo_parallel.huggingface import read_config
 
 from ..batching import (
@@ -31,7 +34,14 @@ from ..batching import (
 )
 from ..chat import chat_format
 from ..errors import DataError
-from ..hindsight import KEEP_THOUGHTS, ONLY_A_THOUGHT, HindsightConfig, encode, has_answer
+from ..hindsight import (
+    KEEP_THOUGHTS,
+    ONLY_A_THOUGHT,
+    HindsightConfig,
+    encode,
+    has_answer,
+    resolve_template,
+)
 from ..interactions import Interaction, iter_interactions
 from ..io.files import sha256
 from ..objective import SampledToken
@@ -153,3 +163,19 @@ def fingerprint(config: TrainConfig) -> str:
     """SHA-256 of the interactions file; with a selection, "+" and that of settings and scores."""
     data = sha256(config.data)
     return f"{data}+{selection_sha256(config.select)}" if config.select.selects else data
+
+
+def run_inputs(config: TrainConfig) -> dict[str, str]:
+    """What decides how a run computes, beside its settings and data -> a digest of it: the model's
+    files, those of another teacher, the text of the hindsight template.
+
+    Args:
+        config: with models as local folders.
+    """
+    template = hashlib.sha256(resolve_template(config.hindsight.template).encode()).hexdigest()
+    found = {"hindsight.template": template}
+    found |= {f"{name} of model": digest for name, digest in fingerprints(config.model).items()}
+    if isinstance(config.teacher, Frozen) and config.teacher.folder is not None:
+        theirs = fingerprints(config.teacher.folder).items()
+        found |= {f"{name} of teacher": digest for name, digest in theirs}
+    return found
