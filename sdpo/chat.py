@@ -159,11 +159,11 @@ class ChatFormat:
         white space at the response's beginning that the template removes.
         """
         thought, answer = self.split_thought(response)
-        kept = thinking == "keep" and bool(thought)
+        kept = thinking == "keep" and thought is not None
         opening = self._thought if kept else self._answer
         mark = _unused_character([response])
         text, end = self._marked(answer.rstrip(), mark), self.end
-        if kept:
+        if kept and thought:
             opens, inner, closes = thought
             if _open_block(opening.lead):  # the prompt has this mark, and often a new line
                 blank = opening.lead[len(opening.lead.rstrip()) :]
@@ -179,7 +179,7 @@ class ChatFormat:
         # the tokenizer merges across the border, where the prompt's own ids end
         return self._ids(*_unmarked(text + end, mark)), kept
 
-    def split_thought(self, response: str) -> tuple[tuple[str, str, str] | tuple[()], str]:
+    def split_thought(self, response: str) -> tuple[tuple[str, str, str] | None, str]:
         """A response's own thinking block at its beginning, as (what opens it, the thought, what
         closes it with the white space behind), and the answer after it.
 
@@ -189,16 +189,18 @@ class ChatFormat:
         """
         for opens, closes in THINKING_MARKS:
             block = re.compile(rf"(\s*{re.escape(opens)})(.*?)({re.escape(closes)}\s*)", re.DOTALL)
-            found, answer = (), response
+            found: tuple[str, str, str] | None = None
+            answer = response
             if (implied := self._implied_close(response, opens, closes)) is not None:
                 found, answer = implied
             while match := block.match(answer):
-                found, answer = found or match.groups(), answer[match.end() :]
+                found = found or (match[1], match[2], match[3])
+                answer = answer[match.end() :]
             if answer.lstrip().startswith(opens):
                 return found or (opens, answer.lstrip().removeprefix(opens), ""), ""
             if found:
                 return found, answer
-        return (), response
+        return None, response
 
     def sampled_ids(self, ids: Sequence[int]) -> tuple[list[int], bool]:
         """Sampled ids up to and including the first that ends a response, and whether they are read
@@ -492,7 +494,7 @@ def _open_block(text: str) -> str | None:
     return None
 
 
-def _as_ids(eos: int | Sequence[int] | None) -> set[int]:
+def _as_ids(eos: Any) -> set[int]:
     return set() if eos is None else {eos} if isinstance(eos, int) else set(eos)
 
 

@@ -219,7 +219,7 @@ def test_a_format_may_come_from_a_variable_but_is_not_made_up():
     assert spelt(tokenizer, prompt).startswith("2026<|im_start|>")
     joined = "{{ strftime_now('%' + 'Y') }}" + tiny.CHAT_TEMPLATE
     with pytest.raises(SdpoError, match="not written out"):
-        chat_format(tiny.make_tokenizer(chat_template=joined))
+        chat_format(tiny.make_tokenizer(chat_template=joined)).prompt_ids(say("hi"))
 
 
 # Control tokens
