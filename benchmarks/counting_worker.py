@@ -23,7 +23,7 @@ from transformers import Qwen3Config
 from benchmarks.collectives import Collectives
 from benchmarks.traffic import ring
 from sdpo.batching import Batch, Cursor, collate
-from sdpo.hindsight import Encoded
+from sdpo.hindsight import Encoded, Truncated
 from sdpo.objective import ReverseKL
 from sdpo.step import two_pass_loss
 from sdpo.train.trainer import RunState
@@ -58,7 +58,7 @@ def batch_of(job: dict[str, Any], row_multiple: int) -> Batch:
         response=tuple(range(job["response"])),
         old_logprobs=None,
         ends=True,
-        truncated=(False, False, False),
+        truncated=Truncated(),
     )
     width = job["hindsight"] + job["response"]
     return collate([(item, 1.0)] * job["interactions"], width, row_multiple)

@@ -44,7 +44,7 @@ from benchmarks.step_contenders import (
     padded,
 )
 from benchmarks.traffic import model_flops, shape_of
-from sdpo.hindsight import Encoded
+from sdpo.hindsight import Encoded, Truncated
 from sdpo_parallel.transformers.engine import choose_attention
 
 LIMIT = 1e-4
@@ -113,7 +113,7 @@ def interactions(settings: Settings, vocabulary: int) -> list[Encoded]:
                 response=response,
                 old_logprobs=None,
                 ends=True,
-                truncated=(False, False, False),
+                truncated=Truncated(),
             )
         )
     return items

@@ -1,6 +1,7 @@
 """Encoded interactions -> packed rows for both passes; which interactions a step trains on.
 
-Shapes: B rows of T slots, N response tokens, S interactions of a micro-batch.
+Shapes: B rows of T slots, N response tokens, S interactions of a micro-batch, K kinds of
+truncation.
 
 Sequences are packed whole into rows; ``positions`` restart at 0 with each of them, which is all
 that an attention mask needs (each slot of padding at a row's end is a document of its own).
@@ -25,7 +26,7 @@ from torch import Tensor
 from sdpo_parallel.engine import ROW_MULTIPLE
 
 from .errors import SdpoError
-from .hindsight import Encoded
+from .hindsight import Encoded, Truncated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +80,8 @@ class Batch:
     """log-probabilities under the policy that sampled the response, where all are known."""
     weight_S: Tensor
     """Interaction weights, normalised over the whole step, so that micro-batches and ranks add."""
-    truncated_S3: Tensor
-    """Whether an interaction lost tokens in its policy prompt, hindsight prompt, response."""
+    truncated_SK: Tensor
+    """Whether an interaction lost tokens, by the K fields of ``Truncated``."""
     lengths: tuple[int, ...]
     """Tokens of each response, on the host."""
     slots: int
@@ -111,7 +112,7 @@ class Batch:
             end_N=self.end_N[kept_N],
             old_logp_N=None if self.old_logp_N is None else self.old_logp_N[kept_N],
             weight_S=self.weight_S[keep_S],
-            truncated_S3=self.truncated_S3[keep_S],
+            truncated_SK=self.truncated_SK[keep_S],
             lengths=tuple(self.lengths[i] for i in responses),
         )
         return batch, kept_N
@@ -283,7 +284,9 @@ def collate(
         end_N=torch.tensor(ends, dtype=torch.bool),
         old_logp_N=torch.tensor(old, dtype=torch.float32) if known else None,
         weight_S=torch.tensor([w for _, w in examples], dtype=torch.float32),
-        truncated_S3=torch.tensor([e.truncated for e in encoded], dtype=torch.bool).view(-1, 3),
+        truncated_SK=torch.tensor([e.truncated for e in encoded], dtype=torch.bool).view(
+            -1, len(Truncated._fields)
+        ),
         lengths=tuple(len(e.response) for e in encoded),
         slots=policy.tokens_BT.numel() + hindsight.tokens_BT.numel(),
     )

@@ -9,12 +9,13 @@ Both end in the *same* ids of y, tokenized once, end-of-sequence included: they 
 construction, whatever the tokenizer would merge at the border.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from datetime import date as Date
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from jinja2 import TemplateError
-
+from .chat import ChatFormat, Thinking, chat_format, today
 from .conversations import Message
 from .errors import DataError, SdpoError
 from .interactions import Interaction
@@ -38,6 +39,9 @@ TEMPLATES = {
 }
 """The published templates (arXiv:2603.12273): appended to the last user message of x."""
 
+ONLY_A_THOUGHT = "no answer behind the thought"
+KEEP_THOUGHTS = "Remove such rows, or train on thoughts with --hindsight.thinking keep"
+
 
 @dataclass(frozen=True, kw_only=True)
 class HindsightConfig:
@@ -46,19 +50,44 @@ class HindsightConfig:
     template: str = "paper-offline"
     """A preset (``paper-offline``, ``paper-online``) or any text with a ``{followup}`` field."""
     max_prompt_tokens: int = 2048
-    """Longer prompts lose tokens on the left, counted in ``truncated/policy``."""
+    """Longer prompts are shortened, counted in ``truncated/policy``."""
     max_hindsight_prompt_tokens: int = 4096
-    """Longer prompts with the hindsight context lose tokens on the left, counted in
+    """Longer prompts with the hindsight context are shortened, counted in
     ``truncated/hindsight``."""
     max_response_tokens: int = 2048
     """Longer responses lose tokens, and their end, on the right, counted in
     ``truncated/response``."""
+    truncation: Literal["structure", "paper"] = "structure"
+    """What prompts lose. structure: whole messages of the history, oldest first; then the end of
+    the follow-up; then the middle of the question. paper: their left end, as published, roles and
+    question included."""
+    thinking: Thinking = "strip"
+    """A response that begins with a thinking block of its own loses it (strip), or is read with it
+    (keep)."""
+    date: str | None = None
+    """Day, YYYY-MM-DD, that chat templates which read the clock are told; None: the day on which
+    the run, or the command, starts."""
 
     def __post_init__(self):
         resolve_template(self.template)
         for name in ("max_prompt_tokens", "max_hindsight_prompt_tokens", "max_response_tokens"):
             if getattr(self, name) < 1:
                 raise SdpoError(f"{name} must be at least 1, got {getattr(self, name)}")
+        try:
+            Date.fromisoformat(self.date or today())
+        except ValueError:
+            raise SdpoError(f"date must be a day, YYYY-MM-DD, got {self.date!r}") from None
+
+
+class Truncated(NamedTuple):
+    """Whether an interaction lost tokens to the limits: by sequence, and what of its prompts."""
+
+    policy: bool = False
+    hindsight: bool = False
+    response: bool = False
+    history: bool = False
+    followup: bool = False
+    question: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,8 +103,9 @@ class Encoded:
     """log-probabilities of ``response`` under the policy that sampled it, where known."""
     ends: bool
     """The last token is the end of the response, not where it was cut."""
-    truncated: tuple[bool, bool, bool]
-    """Whether tokens were cut from the policy prompt, the hindsight prompt, the response."""
+    truncated: Truncated
+    thought: bool = False
+    """The response brings its own thinking block, and the prompts close none."""
 
 
 def resolve_template(template: str) -> str:
@@ -96,38 +126,13 @@ def resolve_template(template: str) -> str:
 def hindsight_prompt(
     prompt: Sequence[Message], followup: str, template: str = "paper-offline"
 ) -> list[Message]:
-    """x with o appended to its last user message; o is stripped, x is not touched."""
+    """x with o appended to its last message, or, where that is a tool's, to its last user message;
+    o is stripped, x is not touched."""
     context = resolve_template(template).replace("{followup}", followup.strip())
-    *history, last = prompt
-    return [*history, Message(last.role, last.content + context)]
-
-
-def prompt_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> list[int]:
-    """Chat-templated ids up to where the assistant begins; thinking is off where the template has
-    that option.
-
-    Raises:
-        DataError: the template does not accept these messages.
-    """
-    chat = [message.for_template() for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-    except TemplateError as error:
-        roles = ", ".join(m.role for m in messages)
-        raise DataError(
-            f"the model's chat template refuses a prompt of the roles {roles} ({error})",
-            field="prompt",
-            hint="Drop such interactions, or use a model whose template takes them",
-        ) from error
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore
-
-
-def response_ids(tokenizer: "PreTrainedTokenizerBase", completion: str) -> list[int]:
-    """Ids of the right-stripped response and its end-of-sequence token."""
-    ids = tokenizer(completion.rstrip(), add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]  # pyright: ignore
+    shown, at = list(prompt), _asked_at(prompt)
+    at = at if prompt[-1].role not in ("user", "assistant") else len(prompt) - 1
+    shown[at] = replace(shown[at], content=shown[at].content + context)
+    return shown
 
 
 def encode(
@@ -135,34 +140,190 @@ def encode(
 ) -> Encoded:
     """Tokens of both passes of one interaction, cut to the limits.
 
-    Prompts keep their right end, as published. A response that came with its sampled ids is used
-    as sampled.
+    A response that came with its sampled ids is used as sampled, up to the first id that ends it.
 
     Raises:
-        DataError: the response holds no text; the interaction's id is named.
+        DataError: the response holds no text, or nothing but a thought that is to be stripped; the
+            chat template does not accept the prompt; or it cannot be shortened to the limits. The
+            interaction's id is named.
     """
-    policy = prompt_ids(tokenizer, interaction.prompt)
-    with_context = hindsight_prompt(interaction.prompt, interaction.followup, config.template)
-    hindsight = prompt_ids(tokenizer, with_context)
+    chat = chat_format(tokenizer, config.date)
     if interaction.response_token_ids is not None:
-        response = list(interaction.response_token_ids)
+        response, thought = chat.sampled_ids(interaction.response_token_ids)
     else:
-        response = response_ids(tokenizer, interaction.response)
-        if len(response) == 1:
-            row = f"interaction {interaction.id}"
-            raise DataError("no tokens", row=row, field="completion", hint="Remove the row")
+        response, thought = chat.response_ids(interaction.response, config.thinking)
+    row = f"interaction {interaction.id}"
+    if not has_answer(interaction, chat, config.thinking):
+        raise DataError(ONLY_A_THOUGHT, row=row, field="completion", hint=KEEP_THOUGHTS)
+    if interaction.response_token_ids is None and len(response) == chat.fewest:
+        raise DataError("no tokens", row=row, field="completion", hint="Remove the row")
+    try:
+        policy = policy_ids(chat, interaction.prompt, config, thought=thought)
+        hindsight = hindsight_ids(
+            chat, interaction.prompt, interaction.followup, config, thought=thought
+        )
+    except DataError as error:
+        raise error.at(row=row) from error.__cause__
     kept = response[: config.max_response_tokens]
     old = interaction.response_logprobs
+    lost = policy.lost | hindsight.lost
     return Encoded(
         id=interaction.id,
-        policy=tuple(policy[-config.max_prompt_tokens :]),
-        hindsight=tuple(hindsight[-config.max_hindsight_prompt_tokens :]),
+        policy=policy.ids,
+        hindsight=hindsight.ids,
         response=tuple(kept),
         old_logprobs=None if old is None else tuple(old[: len(kept)]),
-        ends=kept[-1] == tokenizer.eos_token_id,
-        truncated=(
-            len(policy) > config.max_prompt_tokens,
-            len(hindsight) > config.max_hindsight_prompt_tokens,
-            len(response) > config.max_response_tokens,
+        ends=len(kept) == len(response) and kept[-1] in chat.end_ids,
+        truncated=Truncated(
+            policy=policy.truncated,
+            hindsight=hindsight.truncated,
+            response=len(response) > config.max_response_tokens,
+            history="history" in lost,
+            followup="followup" in lost,
+            question="question" in lost,
         ),
+        thought=thought,
     )
+
+
+def has_answer(interaction: Interaction, chat: ChatFormat, thinking: Thinking) -> bool:
+    """There is something to train on: sampled ids, an answer, or a thought that is kept."""
+    if interaction.response_token_ids is not None or thinking == "keep":
+        return True
+    thought, answer = chat.split_thought(interaction.response)
+    return not thought or bool(answer.strip())
+
+
+# Prompts, within their limits
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's ids, and what was cut from it: parts of the structure, or just its left end."""
+
+    ids: tuple[int, ...]
+    truncated: bool = False
+    lost: frozenset[str] = frozenset()
+
+
+def policy_ids(
+    chat: ChatFormat, prompt: Sequence[Message], config: HindsightConfig, *, thought: bool = False
+) -> Prompt:
+    """x as the policy reads it.
+
+    Args:
+        thought: the response brings its own thinking block.
+    """
+    limit = config.max_prompt_tokens
+    ids = chat.prompt_ids(prompt, thought=thought)
+    if len(ids) <= limit or config.truncation == "paper":
+        return Prompt(tuple(ids[-limit:]), len(ids) > limit)
+    return _shortened(chat, _Parts(list(prompt), None, config.template), limit, thought)
+
+
+def hindsight_ids(
+    chat: ChatFormat,
+    prompt: Sequence[Message],
+    followup: str,
+    config: HindsightConfig,
+    *,
+    thought: bool = False,
+) -> Prompt:
+    """x with o, as hindsight reads it.
+
+    Args:
+        thought: the response brings its own thinking block.
+    """
+    limit = config.max_hindsight_prompt_tokens
+    parts = _Parts(list(prompt), followup.strip(), config.template)
+    ids = chat.prompt_ids(parts.messages(), thought=thought)
+    if len(ids) <= limit or config.truncation == "paper":
+        return Prompt(tuple(ids[-limit:]), len(ids) > limit)
+    return _shortened(chat, parts, limit, thought)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a prompt is made of."""
+
+    prompt: list[Message]
+    followup: str | None
+    """None: the policy's prompt, without hindsight context."""
+    template: str
+
+    def messages(self) -> list[Message]:
+        if self.followup is None:
+            return self.prompt
+        return hindsight_prompt(self.prompt, self.followup, self.template)
+
+    def texts(self) -> list[tuple[str, int | None]]:
+        """(kind, index of the message; None: the follow-up) in the order in which they are cut."""
+        asked = _asked_at(self.prompt)
+        others = [("history", i) for i in range(len(self.prompt)) if i != asked]
+        followup = [] if self.followup is None else [("followup", None)]
+        return [*others, *followup, ("question", asked)]
+
+    def text(self, at: int | None) -> str:
+        return (self.followup or "") if at is None else self.prompt[at].content
+
+    def with_text(self, at: int | None, text: str) -> "_Parts":
+        if at is None:
+            return replace(self, followup=text)
+        message = replace(self.prompt[at], content=text)
+        return replace(self, prompt=[*self.prompt[:at], message, *self.prompt[at + 1 :]])
+
+
+def _asked_at(prompt: Sequence[Message]) -> int:
+    """Index of the last user message."""
+    return max(i for i, message in enumerate(prompt) if message.role == "user")
+
+
+def _shortened(chat: ChatFormat, whole: _Parts, limit: int, thought: bool) -> Prompt:
+    """A prompt that exceeds its limit, shortened: messages before the last user message, from one
+    user message to the next, oldest first, system prompts apart; then what is left of the history
+    (system prompts, tool results); then the follow-up, whose beginning is kept; then the question,
+    of which both ends are. A text is cut to less than a quarter of the limit only when all are.
+
+    Raises:
+        DataError: one token of each is still too long.
+    """
+
+    def ids_of(parts: _Parts) -> list[int]:
+        return chat.prompt_ids(parts.messages(), thought=thought)
+
+    system, asked = 0, _asked_at(whole.prompt)
+    while whole.prompt[system].role not in ("user", "assistant"):
+        system += 1
+    users = [i for i in range(system + 1, asked) if whole.prompt[i].role == "user"]
+    cuts = [
+        replace(whole, prompt=whole.prompt[:system] + whole.prompt[i:]) for i in [*users, asked]
+    ]
+    # the last is not asked: where nothing fits, it is the one to cut further
+    first = bisect_left(cuts[:-1], True, key=lambda parts: len(ids_of(parts)) <= limit)
+    parts, lost = cuts[first], {"history"} if asked > system else set[str]()
+    ids = ids_of(parts)
+    for least in (max(1, limit // 4), 1):
+        for kind, at in parts.texts():
+            text, starts = parts.text(at), chat.token_starts(parts.text(at))
+            n = len(starts)
+            while len(ids) > limit and n > least:
+                n = max(least, n - (len(ids) - limit))
+                parts = parts.with_text(at, _cut(text, starts, n, middle=kind != "followup"))
+                ids = ids_of(parts)
+                lost.add(kind)
+    if len(ids) > limit:
+        problem = f"{len(ids)} tokens where the limit is {limit}, even with one token of each text"
+        hint = (
+            "Raise max_prompt_tokens or max_hindsight_prompt_tokens: the chat template and the "
+            "hindsight context alone need about as many; or drop the row"
+        )
+        raise DataError(problem, hint=hint)
+    return Prompt(tuple(ids), True, frozenset(lost))
+
+
+def _cut(text: str, starts: Sequence[int], n: int, *, middle: bool) -> str:
+    """The first ``n`` tokens of a text, or the first and last that make ``n``; "…" is in the place
+    of what is gone."""
+    head = n - n // 2 if middle else n
+    kept = text[: starts[head]] + " …"
+    return kept + " " + text[starts[len(starts) - n // 2] :] if middle and n > 1 else kept

@@ -18,6 +18,7 @@ from sdpo_parallel.model import CausalModel
 
 from .batching import Batch
 from .errors import SdpoError
+from .hindsight import Truncated
 from .objective import Layout, Objective, SampledToken, Streams, total_loss
 
 NEAR_ZERO = 0.01
@@ -35,9 +36,7 @@ SUMS = (
     "entropy_hindsight",
     "logp_policy",
     "logp_hindsight",
-    "truncated_policy",
-    "truncated_hindsight",
-    "truncated_response",
+    *(f"truncated_{kind}" for kind in Truncated._fields),
     "clipped",
 )
 """What ``StepOutput.sums`` holds, in order. They add over micro-batches and ranks."""
@@ -126,9 +125,7 @@ def metrics(sums: Tensor) -> dict[str, float]:
         "logp/hindsight": s["logp_hindsight"] / tokens,
         "response/tokens": s["tokens"],
         "response/length": s["tokens"] / n,
-        "truncated/policy": s["truncated_policy"],
-        "truncated/hindsight": s["truncated_hindsight"],
-        "truncated/response": s["truncated_response"],
+        **{f"truncated/{kind}": s[f"truncated_{kind}"] for kind in Truncated._fields},
         "advantage/clipped": s["clipped"] / tokens,
     }
 
@@ -148,7 +145,7 @@ def _sums(objective: Objective, loss: Tensor, stats: TokenStats, batch: Batch) -
         stats.entropy_teacher.sum(),
         stats.logp_student.sum(),
         stats.logp_teacher.sum(),
-        *batch.truncated_S3.sum(0),
+        *batch.truncated_SK.sum(0),
         _clipped(objective, stats, batch),
     ]
     return torch.stack([v.to(loss.device, torch.float64) for v in values])

@@ -18,7 +18,7 @@ from sdpo.batching import (
     micro_batches,
     steps_in,
 )
-from sdpo.hindsight import Encoded
+from sdpo.hindsight import Encoded, Truncated
 from sdpo_parallel.engine import ROW_MULTIPLE
 
 EXAMPLE = Encoded(
@@ -28,7 +28,7 @@ EXAMPLE = Encoded(
     response=(2, 3),
     old_logprobs=None,
     ends=True,
-    truncated=(False, False, False),
+    truncated=Truncated(),
 )
 ids = st.lists(st.integers(1, 99), min_size=1, max_size=12).map(tuple)
 
@@ -41,7 +41,7 @@ def encoded(draw):
         hindsight=draw(ids),
         response=draw(ids),
         ends=draw(st.booleans()),
-        truncated=(draw(st.booleans()), False, draw(st.booleans())),
+        truncated=Truncated(policy=draw(st.booleans()), question=draw(st.booleans())),
     )
 
 
@@ -72,7 +72,7 @@ def test_both_passes_hold_every_sequence_whole_and_predict_the_same_targets(item
     assert batch.targets_N.tolist() == [t for e in items for t in e.response]
     assert batch.offset_N.tolist() == [i for e in items for i in range(len(e.response))]
     assert batch.end_N.sum() == sum(e.ends for e in items)
-    assert batch.truncated_S3.tolist() == [list(e.truncated) for e in items]
+    assert batch.truncated_SK.tolist() == [list(e.truncated) for e in items]
 
 
 @given(st.lists(encoded(), max_size=40), st.integers(1, 1000))
@@ -135,7 +135,7 @@ def test_part_of_a_batch_is_that_of_its_responses(items, data):
     keep = sorted(data.draw(st.sets(st.integers(0, len(items) - 1))))
     part, kept_N = batch.only(keep)
     alone = collate([(items[i], float(i)) for i in keep], 64)
-    for name in ("targets_N", "sequence_N", "offset_N", "end_N", "weight_S", "truncated_S3"):
+    for name in ("targets_N", "sequence_N", "offset_N", "end_N", "weight_S", "truncated_SK"):
         assert torch.equal(getattr(part, name), getattr(alone, name)), name
     assert part.lengths == alone.lengths
     assert torch.equal(batch.targets_N[kept_N], part.targets_N)

@@ -18,7 +18,8 @@ from sdpo_parallel.huggingface import load_tokenizer, resolve_model
 from sdpo_parallel.transformers.engine import load_model
 
 from ..batching import BatchConfig, Rows, micro_batches, pack
-from ..hindsight import Encoded, encode, hindsight_prompt, prompt_ids
+from ..chat import chat_format
+from ..hindsight import Encoded, encode, hindsight_ids
 from ..interactions import Interaction
 from ..step import CausalModel, score
 from .options import ReaderOptions
@@ -69,12 +70,12 @@ class Reader:
             asked: interactions, each with further follow-ups to read its response under; every
                 interaction has the same number of them.
         """
-        waiting: deque[tuple[Encoded, list[list[int]]]] = deque()
+        waiting: deque[tuple[Encoded, list[tuple[int, ...]]]] = deque()
 
         def encoded() -> Iterator[tuple[Encoded, float]]:
             for interaction, followups in asked:
                 own = encode(interaction, self.tokenizer, self.config)
-                waiting.append((own, [self._hindsight(interaction, f) for f in followups]))
+                waiting.append((own, [self._hindsight(interaction, own, f) for f in followups]))
                 yield own, 1.0
 
         for batch in micro_batches(encoded(), self.packing):
@@ -90,10 +91,11 @@ class Reader:
             for (own, _), logps in zip(members, zip(*split, strict=True), strict=True):
                 yield Reading(encoded=own, policy=logps[0], hindsight=logps[1:])
 
-    def _hindsight(self, interaction: Interaction, followup: str) -> list[int]:
+    def _hindsight(self, interaction: Interaction, own: Encoded, followup: str) -> tuple[int, ...]:
         """The hindsight prompt with another follow-up, cut as `encode` cuts it."""
-        prompt = hindsight_prompt(interaction.prompt, followup, self.config.template)
-        return prompt_ids(self.tokenizer, prompt)[-self.config.max_hindsight_prompt_tokens :]
+        chat = chat_format(self.tokenizer, self.config.date)
+        prompt = hindsight_ids(chat, interaction.prompt, followup, self.config, thought=own.thought)
+        return prompt.ids
 
     @torch.no_grad()
     def _log_probs(self, rows: Rows, targets_N: Tensor) -> Tensor:

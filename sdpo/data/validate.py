@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..chat import CONTROL_MARK, chat_format
 from ..errors import DataError, SdpoError
 from ..hindsight import HindsightConfig, encode
 from ..interactions import Interaction, RepeatedId, iter_rows
@@ -25,11 +26,9 @@ from .read.formats import sniff
 
 VERY_LONG = 100_000
 """Characters of one interaction; the published extraction drops longer conversations."""
-# Marks of ChatML, Llama 3, Mistral, Gemma, DeepSeek and of reasoning, which tokenizers turn into
-# special tokens. Not Llama 2's </s>: HTML has it too.
-_CONTROL = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>|\[/?INST\]|<(?:start|end)_of_turn>|</?think>")
 _SAFE = {c: 0x2400 + c for c in range(32)} | {127: 0x2421}
-_LIMITS = ("policy prompt", "hindsight prompt", "response")
+_LIMITS = ("policy prompt", "hindsight prompt", "response", "history", "follow-up", "question")
+"""What `hindsight.Truncated` counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +58,8 @@ class Validation:
     model: str | None
     template: str
     cut: dict[str, int] = field(default_factory=dict)
-    """With a model: what the token limits shorten -> in how many interactions."""
+    """With a model: what the token limits shorten -> in how many interactions. The first three are
+    whole sequences, the others what is cut from prompts."""
     findings: list[Finding] = field(default_factory=list)
 
     def counts(self, severity: str) -> dict[str, int]:
@@ -187,8 +187,8 @@ def _warnings(interaction: Interaction, where: str) -> Iterator[Finding]:
         yield _finding("warning", where, "user_response", "repeats the prompt", says)
     texts = {f"prompt[{i}]": m.content for i, m in enumerate(prompt)}
     for name, text in {**texts, "completion": response, "user_response": followup}.items():
-        if mark := _CONTROL.search(text):
-            says = f"{mark[0]!r} at character {mark.start()} belongs to a chat format, not to text."
+        if mark := CONTROL_MARK.search(text):
+            says = f"{mark[0]!r} at character {mark.start()} is a chat format's; here it is text."
             yield _finding("warning", where, name, "control token", says)
 
 
@@ -204,6 +204,7 @@ class _ModelChecks:
 
         folder = resolve_model(model)
         self.tokenizer, self.config = load_tokenizer(folder), config
+        self.chat = chat_format(self.tokenizer)
         self.vocabulary = _vocabulary(folder)
         self.cut = found.cut
         self.cut.update(dict.fromkeys(_LIMITS, 0))
@@ -214,15 +215,38 @@ class _ModelChecks:
             name = f"completion_token_ids[{ids.index(largest)}]"
             says = f"{largest} is not a token of the model, which has {self.vocabulary:,}."
             yield _finding("error", where, name, "outside the vocabulary", says)
+        if (ended := len(self.chat.sampled_ids(ids)[0])) < len(ids):
+            name = f"completion_token_ids[{ended}]"
+            says = f"the response ended before; the last {len(ids) - ended:,} are left out."
+            yield _finding("warning", where, name, "behind the end", says)
+        yield from self._text(interaction, where)
         try:
             encoded = encode(interaction, self.tokenizer, self.config)
         except DataError as error:
-            refused = error.field == "prompt"
-            kind = "refused by the chat template" if refused else "no tokens"
-            yield _finding("error", where, error.field, kind, str(error))
+            kinds = {"prompt": "refused by the chat template", "completion": "no tokens"}
+            if error.field in kinds:
+                yield _finding("error", where, error.field, kinds[error.field], str(error))
+            else:
+                kind = "row: beyond the token limits"
+                says = str(error)
+                yield Finding(severity="error", kind=kind, where=where, field=None, says=says)
             return
         for name, was_cut in zip(_LIMITS, encoded.truncated, strict=True):
             self.cut[name] += was_cut
+
+    def _text(self, interaction: Interaction, where: str) -> Iterator[Finding]:
+        """What the model's own marks in texts are taken for."""
+        thought, _ = self.chat.split_thought(interaction.response)
+        if thought and interaction.response_token_ids is None:
+            says = "it begins with a thinking block, which training strips or keeps as it is told."
+            yield _finding("warning", where, "completion", "thinking block", says)
+        texts = {f"prompt[{i}]": m.content for i, m in enumerate(interaction.prompt)}
+        texts |= {"completion": interaction.response, "user_response": interaction.followup}
+        for name, text in texts.items():
+            mark = self.chat.control_token(text)
+            if mark and not CONTROL_MARK.search(text):  # else it has been told
+                says = f"{mark[0]!r} at character {mark.start()} is the model's; here it is text."
+                yield _finding("warning", where, name, "control token", says)
 
 
 def _vocabulary(folder: str) -> int:

@@ -109,8 +109,21 @@ def to_json(config: Any) -> Any:
     return list(config) if isinstance(config, tuple) else config
 
 
-ADDED_LATER = {"select": to_json(SelectConfig())}
+ADDED_LATER = {
+    "select": to_json(SelectConfig()),
+    "hindsight": {"truncation": "paper", "thinking": "strip", "date": None},
+}
 """Settings that runs of earlier versions lack, as those runs behaved."""
+
+
+def completed(settings: dict[str, Any], by: dict[str, Any] = ADDED_LATER) -> dict[str, Any]:
+    """What a run's config.json says, with the settings that an earlier version did not know."""
+    groups = {
+        name: completed(settings[name], value)
+        for name, value in by.items()
+        if isinstance(value, dict) and isinstance(settings.get(name), dict)
+    }
+    return by | settings | groups
 
 
 def read_config(run: str | Path) -> TrainConfig:
@@ -152,7 +165,7 @@ def with_settings(base: TrainConfig | None, settings: dict[str, Any], where: str
         SdpoError: a field is missing, unknown, or holds no value of its kind; names ``where`` and
             the field.
     """
-    return _built(TrainConfig, settings if base else ADDED_LATER | settings, base, where)
+    return _built(TrainConfig, settings if base else completed(settings), base, where)
 
 
 def _built(kind: Any, value: Any, base: Any, where: str, *path: str) -> Any:

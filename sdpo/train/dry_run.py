@@ -26,7 +26,7 @@ from sdpo_parallel.memory import USABLE, Load, ModelShape, estimate, host_bytes
 
 from ..batching import steps_in
 from ..errors import SdpoError
-from ..hindsight import Encoded, encode
+from ..hindsight import Encoded, Truncated, encode
 from .config import TrainConfig, local_models, to_json
 from .loader import load_interactions
 
@@ -181,11 +181,11 @@ def dry_run(config: TrainConfig, *, ranks: int, gpu_memory_gib: float | None = N
 
 def _show_data(console: Console, config: TrainConfig) -> list[Encoded]:
     """Print what the interactions look like; returns those that were tokenized."""
-    selection = load_interactions(config)
+    tokenizer = load_tokenizer(config.model)
+    selection = load_interactions(config, tokenizer)
     interactions = selection.interactions
     if config.select.selects:
         console.print(f"{config.data}: {selection}", markup=False, soft_wrap=True)
-    tokenizer = load_tokenizer(config.model)
     sample = [encode(i, tokenizer, config.hindsight) for i in interactions[:SAMPLE]]
     table = Table("what", "value", title="dry run", title_justify="left")
     table.columns[1].justify = "right"
@@ -198,8 +198,8 @@ def _show_data(console: Console, config: TrainConfig) -> list[Encoded]:
     }
     for name, values in lengths.items():
         table.add_row(f"{name}, tokens: mean, max", f"{mean(values):,.0f}, {max(values):,}")
-    for i, part in enumerate(("policy", "hindsight", "response")):
-        cut = sum(e.truncated[i] for e in sample)
+    for part in Truncated._fields:
+        cut = sum(getattr(e.truncated, part) for e in sample)
         table.add_row(f"truncated, {part}", f"{cut} of {len(sample)}")
     console.print(table)
     return sample

@@ -10,13 +10,16 @@ one step ahead while the devices compute. The cursor counts over all ranks, so t
 any layout.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from sdpo_parallel.config import Frozen
 from sdpo_parallel.engine import ROW_MULTIPLE, Engine
+from sdpo_parallel.fingerprints import fingerprints
 from sdpo_parallel.huggingface import read_config
 
 from ..batching import (
@@ -29,8 +32,16 @@ from ..batching import (
     steps_in,
     total_interactions,
 )
+from ..chat import chat_format
 from ..errors import DataError
-from ..hindsight import HindsightConfig, encode
+from ..hindsight import (
+    KEEP_THOUGHTS,
+    ONLY_A_THOUGHT,
+    HindsightConfig,
+    encode,
+    has_answer,
+    resolve_template,
+)
 from ..interactions import Interaction, iter_interactions
 from ..io.files import sha256
 from ..objective import SampledToken
@@ -110,8 +121,13 @@ class Loader:
         )
 
 
-def load_interactions(config: TrainConfig) -> Selection:
+def load_interactions(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Selection:
     """The run's interactions, checked against what its objective and its model need.
+
+    Args:
+        tokenizer: also checks that there is an answer behind each response's thought.
 
     Raises:
         DataError: a row is not what training needs; file, row and field are named.
@@ -133,6 +149,13 @@ def load_interactions(config: TrainConfig) -> Selection:
             problem = f"an id of {largest} is beyond the vocabulary of {config.model}, {vocabulary}"
             hint = "Were the rollouts sampled from another model?"
             raise DataError(problem, field="completion_token_ids", hint=hint, **place)
+    if tokenizer is not None:
+        chat, thinking = chat_format(tokenizer, config.hindsight.date), config.hindsight.thinking
+        empty = [i for i in selection.interactions if not has_answer(i, chat, thinking)]
+        if empty:
+            problem = f"{ONLY_A_THOUGHT} (so in {len(empty):,} rows)"
+            place = {"file": config.data, "row": f"interaction {empty[0].id}"}
+            raise DataError(problem, field="completion", hint=KEEP_THOUGHTS, **place)
     return selection
 
 
@@ -140,3 +163,19 @@ def fingerprint(config: TrainConfig) -> str:
     """SHA-256 of the interactions file; with a selection, "+" and that of settings and scores."""
     data = sha256(config.data)
     return f"{data}+{selection_sha256(config.select)}" if config.select.selects else data
+
+
+def run_inputs(config: TrainConfig) -> dict[str, str]:
+    """What decides how a run computes, beside its settings and data -> a digest of it: the model's
+    files, those of another teacher, the text of the hindsight template.
+
+    Args:
+        config: with models as local folders.
+    """
+    template = hashlib.sha256(resolve_template(config.hindsight.template).encode()).hexdigest()
+    found = {"hindsight.template": template}
+    found |= {f"{name} of model": digest for name, digest in fingerprints(config.model).items()}
+    if isinstance(config.teacher, Frozen) and config.teacher.folder is not None:
+        theirs = fingerprints(config.teacher.folder).items()
+        found |= {f"{name} of teacher": digest for name, digest in theirs}
+    return found

@@ -45,7 +45,9 @@ def paper_offline(
         data=data,
         out=out,
         objective=SampledToken(ignore_first=2),
-        hindsight=HindsightConfig(template="paper-offline", max_hindsight_prompt_tokens=2048),
+        hindsight=HindsightConfig(
+            template="paper-offline", max_hindsight_prompt_tokens=2048, truncation="paper"
+        ),
         batch=BatchConfig(interactions_per_step=128, epochs=2),
         optimizer=OptimizerConfig(lr=2e-6, schedule="cosine", warmup_fraction=0.05),
     )
@@ -104,7 +106,9 @@ def paper_online(model: str = ASK, data: str = ASK, out: str = "runs/paper-onlin
         data=data,
         out=out,
         objective=SampledToken(centre=True, ppo_clip=0.2),
-        hindsight=HindsightConfig(template="paper-online", max_hindsight_prompt_tokens=2048),
+        hindsight=HindsightConfig(
+            template="paper-online", max_hindsight_prompt_tokens=2048, truncation="paper"
+        ),
         batch=BatchConfig(interactions_per_step=16, epochs=1),
         optimizer=OptimizerConfig(
             lr=5e-6, schedule="constant", warmup_fraction=0.0, max_grad_norm=1.0

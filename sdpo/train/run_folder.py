@@ -1,4 +1,4 @@
-"""A run's folder: config.json, metrics.jsonl, tensorboard/, checkpoints/, export/.
+"""A run's folder: config.json, inputs.json, metrics.jsonl, tensorboard/, checkpoints/, export/.
 
 Files appear whole (written beside, then renamed); metrics.jsonl grows by whole lines and is cut
 back to the checkpoint that a resumed run goes on from.
@@ -11,6 +11,7 @@ import sys
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..errors import SdpoError
 from ..io.files import write_text
-from .config import ADDED_LATER, LogConfig, TrainConfig, read_settings, to_json
+from .config import LogConfig, TrainConfig, completed, read_settings, to_json
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
@@ -39,7 +40,8 @@ class RunFolder:
     """
 
     def __init__(self, folder: str, config: TrainConfig, *, resume: bool):
-        self.path, self.config = Path(folder), to_json(config)
+        self.path, self.config = Path(folder), config
+        self.inputs: dict[str, str] = {}
         stored = self.path / "config.json"
         if stored.is_file() and not resume:
             raise SdpoError(f"{folder} already holds a run: pass --resume, or another --out")
@@ -49,7 +51,10 @@ class RunFolder:
                 "--resume to go on from them, or another --out"
             )
         if resume and stored.is_file():
-            _refuse_changes(stored, self.config)
+            old = completed(read_settings(stored))
+            if config.hindsight.date is None:  # the run's day is that of its start
+                self._tell_date(old["hindsight"]["date"])
+            _refuse_changes(stored, old, to_json(self.config))
         self._lock = FileLock(self.path / "lock", blocking=False)
 
     def __enter__(self) -> "RunFolder":
@@ -75,11 +80,41 @@ class RunFolder:
         if not any(self.path.iterdir()):  # the run ended before it began
             self.path.rmdir()
 
+    def use(self, date: str, inputs: Mapping[str, str]) -> None:
+        """Train with this day and these files, which are written down by `open`.
+
+        Args:
+            date: what chat templates are told that read the clock.
+            inputs: what the run reads -> a digest of it.
+
+        Raises:
+            SdpoError: the run in the folder began with other files; names them.
+        """
+        self._tell_date(date)
+        self.inputs = dict(inputs)
+        stored = self.path / "inputs.json"
+        old = read_settings(stored) if stored.is_file() else self.inputs
+        changed = [
+            f"{name} ({then[:12]} then, {now[:12]} now)"
+            for name in sorted(old.keys() | inputs.keys())
+            if (then := old.get(name, "none")) != (now := inputs.get(name, "none"))
+        ]
+        if changed:
+            raise SdpoError(
+                f"cannot resume {self.path}: changed since the run began: {', '.join(changed)}; "
+                "put back what was there, or start a new run with another --out"
+            )
+
+    def _tell_date(self, date: str | None) -> None:
+        hindsight = replace(self.config.hindsight, date=date)
+        self.config = replace(self.config, hindsight=hindsight)
+
     def open(self, step: int) -> None:
         """Write the config and go back to where a checkpoint of ``step`` is (0: the start). Main
         rank only."""
         self._tell_loss(step)
-        write_text(self.path / "config.json", json.dumps(self.config, indent=2))
+        write_text(self.path / "config.json", json.dumps(to_json(self.config), indent=2))
+        write_text(self.path / "inputs.json", json.dumps(self.inputs, indent=2))
         self.stopped.unlink(missing_ok=True)
         rows = [line for line in self._metrics() if json.loads(line)["step"] <= step]
         if rows or (self.path / "metrics.jsonl").is_file():
@@ -147,8 +182,8 @@ RESUMABLE = (
 """Settings, or groups of them, that do not change what a run computes: free on resumption."""
 
 
-def _refuse_changes(stored: Path, config: Mapping) -> None:
-    old, new = _flat(ADDED_LATER | read_settings(stored)), _flat(config)
+def _refuse_changes(stored: Path, then: Mapping, now: Mapping) -> None:
+    old, new = _flat(then), _flat(now)
     free = tuple(f"{name}." for name in RESUMABLE)
     changed = [
         f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
@@ -187,7 +222,9 @@ class Logger(ExitStack):
                 "id": run.wandb_id(),
                 "dir": str(run.path),
             }
-            self._wandb = self.enter_context(wandb.init(**where, config=run.config, resume="allow"))
+            self._wandb = self.enter_context(
+                wandb.init(**where, config=to_json(run.config), resume="allow")
+            )
         self.console = Console()
         self._progress = Progress(
             TextColumn("[bold]step"),
@@ -222,7 +259,7 @@ class Logger(ExitStack):
             f"lr {metrics['lr']:.1e}  {metrics['response_tokens_per_second']:,.0f} tok/s  "
             f"{metrics['peak_memory_gib']:.2f} GiB"
         )
-        cut = sum(value for name, value in metrics.items() if name.startswith("truncated/"))
+        cut = sum(metrics[f"truncated/{part}"] for part in ("policy", "hindsight", "response"))
         line += f"  [yellow]{cut:.0f} truncated[/]" if cut else ""
         self._progress.update(self._task, completed=step, description=line)
         if not self.console.is_terminal and (step % self.log_every == 0 or step == self.total):

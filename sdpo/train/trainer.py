@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,11 +24,12 @@ from sdpo_parallel.engine import Engine, EngineConfig
 from sdpo_parallel.huggingface import load_tokenizer
 
 from ..batching import Cursor
+from ..chat import today
 from ..errors import SdpoError
 from ..step import SUMS, metrics, two_pass_loss
 from .config import TrainConfig, local_models, to_json
 from .drift import DriftMonitor, drift_places
-from .loader import Loader, Step, fingerprint, load_interactions
+from .loader import Loader, Step, fingerprint, load_interactions, run_inputs
 from .run_folder import Logger, RunFolder
 from .safeguards import alarm
 from .watchdog import StopRequest, Watchdog
@@ -113,7 +114,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path | None:
             Later: too many non-finite steps, a collapse, a full disk.
     """
     with RunFolder(config.out, config, resume=resume) as run:
-        trainer = _prepare(config, run)
+        trainer = _prepare(run)
         engine, export = trainer.engine, Path(config.out) / "export"
         finished = _loop(trainer)
         if finished:
@@ -122,17 +123,28 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path | None:
     return export if finished else None
 
 
-def _prepare(config: TrainConfig, run: RunFolder) -> Trainer:
+def _prepare(run: RunFolder) -> Trainer:
     """Load data and weights, and go to where the newest checkpoint is."""
-    local = local_models(config)  # the run's files keep the names as given
+    local = local_models(run.config)  # the run's files keep the names as given
+    inputs = run_inputs(local)
+    run.use(local.hindsight.date or today(), inputs)
+    config = run.config
+    local = replace(local, hindsight=config.hindsight)
     tokenizer = load_tokenizer(local.model)
-    selection = load_interactions(local)
+    selection = load_interactions(local, tokenizer)
     cursor = Cursor(len(selection.interactions), config.batch.seed)
     state = RunState(cursor, fingerprint(config))
     loader = Loader(selection.interactions, tokenizer, cursor, config.hindsight, config.batch)
     engine = build_engine(config.engine, engine_config(local, loader.steps), state)
     loader.assign_to(engine, fixed_width=config.parallel.compile != "none")
     engine.check_agreement(config.data, state.fingerprint)
+    engine.check_agreement("the list of the model's files", ", ".join(inputs))
+    for name, digest in inputs.items():
+        engine.check_agreement(name, digest)
+    # where it is already tomorrow for a rank, all go by the main one's day
+    run.use(engine.checkpoints.gather(config.hindsight.date)[0], inputs)
+    config = run.config
+    loader.hindsight = config.hindsight
     engine.load()
     drift = None
     places = drift_places(len(selection.interactions), config.safeguard.probe_interactions)

@@ -13,6 +13,7 @@ import pytest
 
 from helpers import logs, tiny
 from helpers.logs import write_lines
+from sdpo.chat import chat_format
 from sdpo.data.inspect import inspection
 from sdpo.data.inspect import page as inspect_page
 from sdpo.data.inspect import tables as inspect_tables
@@ -24,7 +25,6 @@ from sdpo.data.prepare.config import PrepareConfig
 from sdpo.data.prepare.prepare import prepare
 from sdpo.data.prepare.write import MANIFEST
 from sdpo.errors import DataError
-from sdpo.hindsight import prompt_ids, response_ids
 from sdpo.interactions import read_interactions
 
 EVIL = '<script>alert("x")</script>'
@@ -210,8 +210,9 @@ def test_tokens_are_counted_as_training_sees_them(prepared, tokenizer):
     tokens = inspect(prepared, tokenizer=tokenizer).tokens
     model_tokenizer = tiny.make_tokenizer()
     rows = read_interactions(prepared)
-    policy = [len(prompt_ids(model_tokenizer, i.prompt)) for i in rows]
-    response = [len(response_ids(model_tokenizer, i.response)) for i in rows]
+    chat = chat_format(model_tokenizer)
+    policy = [len(chat.prompt_ids(i.prompt)) for i in rows]
+    response = [len(chat.response_ids(i.response)[0]) for i in rows]
     assert tokens.lengths["policy prompt"].mean == np.mean(policy)
     assert tokens.lengths["response"].max == max(response)
     assert tokens.lengths["hindsight prompt"].min > tokens.lengths["policy prompt"].min

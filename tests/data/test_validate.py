@@ -186,11 +186,43 @@ def test_rows_that_the_token_limits_cut(file, models):
         row("d"),
     )
     found = validate(file, model=models("qwen3"))
-    assert found.cut == {"policy prompt": 1, "hindsight prompt": 1, "response": 1}
+    sequences = {"policy prompt": 1, "hindsight prompt": 1, "response": 1}
+    assert found.cut == {**sequences, "history": 0, "follow-up": 1, "question": 1}
     assert found.findings == []
     long_note = "{followup}" + "fox " * 5000
     found = validate(file, model=models("qwen3"), template=long_note)
-    assert found.cut["hindsight prompt"] == 4
+    assert found.counts("error") == {"row: beyond the token limits": 4}
+
+
+def test_what_the_models_own_marks_are_taken_for(file, models):
+    end = tiny.make_tokenizer().eos_token_id
+    write_lines(
+        file,
+        row("a", completion="<think>\nhm\n</think>\n\nfox"),
+        row("b", completion="<think>hm</think>"),
+        row("c", completion_token_ids=[7, end, end, 9]),
+        row("d", completion_token_ids=[7, end]),
+        row("e", user_response="what is <|pad|>?"),
+    )
+    found = validate(file, model=models("qwen3"))
+    assert found.counts("error") == {"completion: no tokens": 1}
+    assert found.counts("warning") == {
+        "completion: thinking block": 2,
+        "completion: control token": 2,
+        "completion_token_ids: behind the end": 1,
+        "user_response: control token": 1,
+    }
+
+
+def test_marks_of_the_model_alone_are_control_tokens_with_it(file, tmp_path):
+    special = ["[pad]", "[turn]", "[/turn]"]
+    template = "{% for m in messages %}[turn]{{ m.role }}: {{ m.content }}[/turn]{% endfor %}"
+    tokenizer = tiny.make_tokenizer(chat_template=template, special=special, eos_token="[/turn]")
+    tiny.make_model(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    write_lines(file, row("a", completion="it ends with [/turn]"))
+    assert placed(file) == []
+    assert placed(file, model=str(tmp_path / "m")) == [("warning", "line 1", "completion")]
 
 
 def test_roles_that_the_chat_template_refuses(file, models, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,24 +30,38 @@ TEXT = (
 WORDS = TEXT.split()
 
 
-def make_tokenizer(pad_is_eos: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with a Qwen-like chat template: any text round-trips."""
+SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+
+
+def make_tokenizer(
+    pad_is_eos: bool = False,
+    *,
+    chat_template: str = CHAT_TEMPLATE,
+    eos_token: str = "<|im_end|>",
+    special: Sequence[str] = SPECIAL,
+    plain: Sequence[str] = (),
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a Qwen-like chat template: any text round-trips.
+
+    Args:
+        plain: added tokens that the tokenizer does not call special.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=special,
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 8, trainer)
+    tokenizer.add_tokens(list(plain))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>" if pad_is_eos else "<|pad|>",
-        chat_template=CHAT_TEMPLATE,
+        eos_token=eos_token,
+        pad_token="<|im_end|>" if pad_is_eos else special[0],
+        chat_template=chat_template,
     )
 
 

@@ -85,7 +85,7 @@ def test_weights_are_normalised_over_the_step_and_truncation_is_counted(data, to
     step = loader(weighted, tokenizer).step(range(N))
     weights = [weight for batch in step.micro_batches for weight, _ in responses(batch)]
     assert sorted(weights) == pytest.approx(sorted(n % 3 / (N - 1) for n in range(N)))
-    cut = sum(batch.truncated_S3.sum(0) for batch in step.micro_batches)
+    cut = sum(batch.truncated_SK.sum(0) for batch in step.micro_batches)
     encoded = [encode(i, tokenizer, LIMITS) for i in data]
     expected = torch.tensor([e.truncated for e in encoded]).sum(0)
     assert cut.tolist() == expected.tolist()  # pyright: ignore[reportAttributeAccessIssue]

@@ -28,3 +28,9 @@ def test_the_papers_batches():
         assert (recipe.objective, recipe.hindsight) == (offline.objective, offline.hindsight)
         assert recipe.optimizer == offline.optimizer
         assert recipe.batch.interactions_per_step == offline.batch.interactions_per_step
+
+
+def test_the_papers_recipes_cut_as_published_and_no_others():
+    cuts = {name: recipe("m", "d").hindsight.truncation for name, recipe in RECIPES.items()}
+    papers = {"paper-offline", "paper-online", "qwen3-4b", "qwen3-8b", "olmo-3-7b"}
+    assert {name for name, cut in cuts.items() if cut == "paper"} == papers

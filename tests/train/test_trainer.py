@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from helpers import runs, tiny
 from sdpo.analysis.advantages import Reader
 from sdpo.analysis.options import ReaderOptions
+from sdpo.chat import today
 from sdpo.cli import main
 from sdpo.hindsight import HindsightConfig
 from sdpo.interactions import read_interactions, write_interactions
@@ -205,3 +207,51 @@ def test_online_rollouts_with_their_logprobs_train_the_papers_online_objective(
         runs.assert_same_trajectory(alone, other)
         for a, b in zip(alone, other, strict=True):
             assert a["advantage/clipped"] == pytest.approx(b["advantage/clipped"], abs=1e-6)
+
+
+def test_a_run_resumes_with_the_files_it_began_with_alone(data, models, tmp_path, capsys):
+    model, out = tmp_path / "m", tmp_path / "run"
+    shutil.copytree(models("qwen3"), model)
+    clock = "{{ strftime_now('%d %b %Y %H:%M:%S') }}" + tiny.CHAT_TEMPLATE
+    (model / "chat_template.jinja").write_text(clock)
+    options = ["--engine", "transformers", "--checkpoint.interval", "2", "--checkpoint.keep", "0"]
+    whole = runs.train("reverse-kl", str(model), data, out, *options)
+    for step in range(3, len(whole) + 1):
+        shutil.rmtree(out / "checkpoints" / f"step-{step}", ignore_errors=True)
+    run = runs.arguments("reverse-kl", str(model), data, out, *options, "--resume")
+
+    def refused_after(name: str, change) -> str:
+        path = model / name
+        before = path.read_bytes()
+        change(path)
+        told = runs.refused(capsys, "train", *run)
+        path.write_bytes(before)
+        return told
+
+    told = refused_after("chat_template.jinja", lambda p: p.write_text("BE RUDE. " * 5 + clock))
+    assert "changed since the run began: chat_template.jinja of model (" in told
+    told = refused_after("tokenizer.json", lambda p: p.write_text(p.read_text() + "\n"))
+    assert "tokenizer.json of model" in told
+
+    def other_weight(path):
+        tensors = load_file(path)
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name][3, 3] += 1
+        save_file(tensors, path, {"format": "pt"})
+
+    told = refused_after("model.safetensors", other_weight)
+    assert "began: model.safetensors of model (" in told and "tokenizer" not in told
+
+    config = json.loads((out / "config.json").read_text())
+    assert config["hindsight"]["date"] == today()
+    config["hindsight"]["date"] = "2026-02-03"  # as if it had begun then
+    (out / "config.json").write_text(json.dumps(config))
+    with runs.as_alone():
+        main(["train", *run])
+    rows = runs.read_metrics(out)
+    assert [r["step"] for r in rows] == list(range(1, len(whole) + 1))
+    assert [r["loss"] for r in rows[:2]] == [r["loss"] for r in whole[:2]]
+    assert rows[2]["loss"] != whole[2]["loss"], "the prompts tell the day on which the run began"
+    assert json.loads((out / "config.json").read_text())["hindsight"]["date"] == "2026-02-03"
+    told = runs.refused(capsys, "train", *run, "--hindsight.date", "2026-02-04")
+    assert "hindsight.date: '2026-02-03' -> '2026-02-04'" in told
