@@ -84,6 +84,8 @@ def weight_gradient(grad_NV: Tensor, hidden_ND: Tensor, scale_N: Tensor) -> Tens
     dtype = hidden_ND.dtype
     if dtype == scale_N.dtype or (dtype == torch.bfloat16 and hidden_ND.is_cuda):
         return grad_NV.T @ (hidden_ND * scale_N[:, None]).to(dtype)
+    if not len(scale_N):
+        return hidden_ND.new_zeros(grad_NV.shape[1], hidden_ND.shape[1])
     top = scale_N.abs().amax().clamp_(min=torch.finfo(scale_N.dtype).tiny)
     scaled_ND = (hidden_ND * (scale_N / top)[:, None]).to(dtype)
     sum_VD = scale_N.new_zeros((grad_NV.shape[1], hidden_ND.shape[1]))

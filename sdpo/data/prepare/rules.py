@@ -20,6 +20,7 @@ its follow-up, and if nothing is missing from its prompt that was said in the re
 """
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -321,6 +322,10 @@ def _unknown_drop(letters: str, rules: ExtractionRules) -> Drop | None:
     return Drop.UNKNOWN_ROLES if too_few or one_sided else None
 
 
+_ONLY_THOUGHT = re.compile(r"<think>(?:(?!</think>).)*(</think>)?", re.DOTALL)
+"""A response that the user has seen nothing of."""
+
+
 def _line_of(conversation: Conversation, rules: ExtractionRules) -> _Line:
     meanings, lost = rules.meanings, dict(conversation.lost)
     letters, places, messages, systems = "", [], [], []
@@ -330,7 +335,11 @@ def _line_of(conversation: Conversation, rules: ExtractionRules) -> _Line:
         if role is None:
             role = meanings.get(logged.role.strip().lower(), "")
         text = content.strip()
-        if text and role in _TEXT and i not in lost and type(logged) is Message:
+        only_thought = role == "assistant" and bool(_ONLY_THOUGHT.fullmatch(text))
+        if only_thought:
+            letter, kept = "A", None
+            left_out["thought without an answer"] = left_out.get("thought without an answer", 0) + 1
+        elif text and role in _TEXT and i not in lost and type(logged) is Message:
             letter, kept = _TEXT[role], logged
             if text != content or role != logged.role:
                 kept = Message(role, text)

@@ -275,6 +275,15 @@ def test_reasoning_is_left_out_and_counted(tmp_path):
     assert report.left_out == {"reasoning": 3}
 
 
+def test_a_thought_alone_is_no_answer(tmp_path):
+    alone = [assistant("<think>hm</think>\n"), assistant("<think>hm, and cut")]
+    talks = [[user("Q"), a, user("?"), assistant("<think>so</think> A"), user("F")] for a in alone]
+    found, report = made(tmp_path, *talks)
+    assert told(found) == [(["Q\n\n?"], "<think>so</think> A", "F")] * 2
+    assert report.left_out == {"thought without an answer": 2}
+    assert report.interaction_drops["blank answer"] == 2
+
+
 def test_explained(tmp_path):
     made(tmp_path, WEATHER)
     (hit,) = find(str(tmp_path / "x.jsonl"), "c0")
