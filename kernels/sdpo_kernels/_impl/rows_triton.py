@@ -11,7 +11,7 @@ everything yet to be read. Warps of a program drift apart, so a barrier stands b
 loads and its stores.
 """
 # launch options are not among a kernel's parameters, and no argument is a tl.constexpr
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
 
 import torch
 import triton
