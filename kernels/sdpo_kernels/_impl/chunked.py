@@ -402,7 +402,7 @@ class _Loop:
             if advantage_C is None:
                 advantage_C = logp_teacher - logp
             value, slope = policy_gradient(logp, advantage_C, x.old_logp, *self.spec.parameters)
-        if weight_C is None:
+        if weight_C is None or grad_CV is None:
             return value
         if self.finite:
             weight_C = weight_C * slope.isfinite()

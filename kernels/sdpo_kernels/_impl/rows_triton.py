@@ -191,7 +191,8 @@ def stats_kernel(
         columns = start + at
         inside = columns < vocabulary
         z = tl.load(z_ptr + columns, mask=inside, other=float("-inf"))
-        if PAIRED:
+        u = z
+        if PAIRED:  # before z is waited for
             u = tl.load(u_ptr + columns, mask=inside, other=float("-inf"))
         if BIAS:
             z += tl.load(bias_ptr + columns, mask=inside, other=0.0)
