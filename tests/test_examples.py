@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 @pytest.mark.parametrize(
     "example, model, options, gib",
     [
-        ("one_gpu", "qwen3-0.6b", ["--gpu-memory-gib", "16"], 14),
+        ("one_gpu", "qwen3-0.6b", ["--gpu-memory-gib", "16"], 13),
         ("one_node", "qwen3-8b", ["--ranks", "8", "--gpu-memory-gib", "80"], 61),
     ],
 )

@@ -268,5 +268,5 @@ def test_the_objective_is_measured_where_there_are_no_results(capsys):
     found = scaling.run(Settings(count=False, gpus=(8,), seconds=0.0))
     (row,) = [r for r in found if r["kind"] == "objective"]
     assert len(row["errors"]) == len(fits.SHAPES)
-    assert row["coefficients"][0] > 0, "the products are there"
+    assert len(row["coefficients"]) == len(fits.TERMS) and min(row["coefficients"]) >= 0
     assert "Gflop/s" in capsys.readouterr().out

@@ -376,7 +376,7 @@ class _Loop:
     def _divergence(self, z, u, norm, gap, weight_C, grad_CV) -> Tensor:
         """Values (C,); given weights, G into ``grad_CV``."""
         if self.spec.kind not in rows_torch.TWO_PASSES:
-            if self.finite and self.spec.kind == "reverse_kl":
+            if self.finite and self.spec.kind in rows_torch.CENTRED:
                 weight_C = weight_C * gap.isfinite()
             return self.rows.divergence(self.spec, z, u, norm, gap, weight_C, grad_CV)[0]
         sums = self.rows.divergence(self.spec, z, u, norm, None)

@@ -27,6 +27,7 @@ from .full_logits import full_logits
 from .matmul import accumulation_dtype
 from .options import DIFFERENTIABLE, IGNORE_INDEX, Impl, Inputs, Options, Spec
 from .partials import TokenStats
+from .rows_torch import CENTRED
 
 _TYPES = {str: "str", float: "float", int: "int", list[float]: "float[]"}
 _REQUIRED = ("student_hidden", "lm_head_weight")
@@ -295,18 +296,13 @@ def _gradients_backward(ctx, upstream, *_):
     return *_to_inputs(ctx.dtypes, ctx.wanted, grads, scale * upstream), None, None
 
 
-INFINITE = ("reverse_kl", "sampled_token")
-"""Kinds whose gradient is not a number where the value is infinite, as is every top K's."""
-
-
 def _kept_setup(ctx, inputs, keyword_only_inputs, output):
     x, token_weights = Inputs(*inputs[:-1]), inputs[-1]
     _, value, _, grad, scale = output
     ctx.known = token_weights is not None
     ctx.bias_dtype = None if x.bias is None else x.bias.dtype
-    ctx.silent = ctx.known or not (
-        keyword_only_inputs["kind"] in INFINITE or keyword_only_inputs["k"]
-    )
+    kind, k = keyword_only_inputs["kind"], keyword_only_inputs["k"]
+    ctx.silent = ctx.known or not (k or kind in CENTRED or kind == "sampled_token")
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:], *((value,) if ctx.known else (output[0],)))
     ctx.save_for_backward(grad, x.student_hidden, x.lm_head_weight, value, scale)
@@ -320,7 +316,7 @@ def _kept_backward(ctx, upstream_loss, upstream_value, *_):
         return tuple(out)
     grad, hidden, weight, value, scale = ctx.saved_tensors
     factor = (upstream * scale).expand_as(value)
-    if not ctx.silent:  # G is 0 there
+    if not ctx.silent:  # where the value is infinite, G is 0, but no number
         factor = torch.where(value.isfinite() | (factor == 0), factor, torch.nan)
     wanted = [ctx.needs_input_grad[i] for i in _POSITIONS]
     found = _products(grad, hidden, weight, factor.contiguous(), wanted)

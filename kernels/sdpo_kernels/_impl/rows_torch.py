@@ -199,6 +199,8 @@ FORMULAS = {"reverse_kl": _reverse_kl, "forward_kl": _forward_kl, "jsd": _jsd}
   difference  q - p without cancellation
   centre      (C, 1), or None, when the gradient is not needed yet
 """
+CENTRED = {"reverse_kl"}
+"""Divergences whose gradient is centred by ``gap``, and is no number where that is infinite."""
 TWO_PASSES = {"jsd"}
 """Divergences whose gradient needs a sum over the whole vocabulary that ``partials`` lack."""
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from helpers import runs, tiny
 from sdpo.batching import Batch, collate, pack
-from sdpo.hindsight import Encoded
+from sdpo.hindsight import Encoded, Truncated
 from sdpo.objective import ReverseKL, SampledToken
 from sdpo.step import two_pass_loss
 from sdpo_kernels import reference
@@ -156,7 +156,7 @@ def two_passes(n: int) -> Batch:
             response=tokens(5 + i),
             old_logprobs=None,
             ends=True,
-            truncated=(False, False, False),
+            truncated=Truncated(),
         )
         for i in range(n)
     ]
