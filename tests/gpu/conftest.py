@@ -16,7 +16,7 @@ def on_gpu():
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """A failure is told at once: a run on a borrowed GPU may be cut short."""
+    """A failure is told at once: a run on a GPU may be cut short."""
     if report.failed:
         crash = getattr(report.longrepr, "reprcrash", None)
         said = str(crash.message if crash else report.longrepr).strip().splitlines() or [""]
