@@ -86,7 +86,7 @@ def parts(out: Path) -> list[Part]:
         benchmark(
             "reverse KL, Qwen3-8B", 90, f"{divergence} 0.4 {reverse} {quick} {qwen} 4096 1024"
         ),
-        Part("gpu tests", 130, (*TESTS, *SIDE_BY_SIDE, "--durations=10", "-q", "--tb=short")),
+        Part("gpu tests", 220, (*TESTS, *SIDE_BY_SIDE, "--durations=10", "-q", "--tb=short")),
         benchmark(
             "reverse KL, Llama-3.2-1B", 40, f"{divergence} 0.4 {reverse} {quick} {llama} 8192"
         ),

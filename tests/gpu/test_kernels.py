@@ -112,19 +112,18 @@ def test_fused_statistics_by_descriptors_and_by_pointers(d, dtype, baseline_by_t
 
 @pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd", "logprob", "sampled_token"])
 def test_real_sizes(name, baseline_by_tensor_cores):
-    """N=2048, V=151,936, D=4096 in bfloat16, against float64 a few hundred tokens at a time."""
+    """N=8192, V=151,936, D=4096 in bfloat16, against float64 a few hundred tokens at a time."""
     baseline_by_tensor_cores(torch.bfloat16)
-    n = 2048
-    p = on_gpu(n, 151_936, 4096, 0.1, dtype=torch.bfloat16)
+    p = on_gpu(8192, 151_936, 4096, 0.1, dtype=torch.bfloat16)
     got = evaluate(name, p, known=True)
     errors = {}
     for dtype in (torch.float64, torch.float32):
         weight = p.weight.to(dtype)
         total = torch.zeros_like(weight)
         parts: dict[str, list[Tensor]] = {"value": [], "hidden": []}
-        for c in torch.arange(n, device="cuda").split(512):
-            part = p.rows(c)._replace(weight=p.weight).to(dtype)
-            found = evaluate(name, part, known=False, impl="reference")
+        for c in torch.arange(8192, device="cuda").split(256):
+            part = p.rows(c)._replace(weight=weight)
+            found = evaluate(name, part.to(dtype), known=False, impl="reference")
             total += found.pop("weight")
             for k in parts:
                 parts[k].append(found[k])

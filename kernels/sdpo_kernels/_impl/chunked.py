@@ -97,12 +97,16 @@ def row_length(vocabulary: int) -> int:
 
 
 def kept_bytes(x: Inputs, spec: Spec) -> int:
-    """What ``run_kept`` would keep; with a shard, of an even one, as all ranks must agree."""
-    vocabulary = x.lm_head_weight.shape[0]
-    if spec.group:
-        vocabulary = -(-spec.total // vocab.size(spec.group))
+    """What ``run_kept`` would keep."""
     n, item = x.student_hidden.shape[0], x.student_hidden.element_size()
-    return n * row_length(vocabulary) * item
+    return n * row_length(_even_vocabulary(x, spec)) * item
+
+
+def _even_vocabulary(x: Inputs, spec: Spec) -> int:
+    """Rows of this rank's lm_head; of an even shard's, where all ranks must decide alike."""
+    if not spec.group:
+        return x.lm_head_weight.shape[0]
+    return -(-spec.total // vocab.size(spec.group))
 
 
 def empty_result(x: Inputs, wanted: Sequence[bool] = (), zero: bool = False) -> Result:
@@ -298,7 +302,9 @@ class _Loop:
             value_C = self._function_of_logp(x, c, z_CV, norm, weight_C, grad_CV)
         elif self.spec.k:
             assert z_CV is not None and u_CV is not None
-            value_C = self._topk(z_CV, u_CV, weight_C, grad_CV)
+            value_C = topk_divergence(
+                self.rows, self.spec, z_CV, u_CV, weight_C, grad_CV, self.finite
+            )
         else:
             value_C = self._divergence(z_CV, u_CV, norm, gap, weight_C, grad_CV)
         self.result.value[c] = value_C
@@ -386,10 +392,6 @@ class _Loop:
             self.rows.divergence(self.spec, z, u, norm, sums[1], weight_C, grad_CV)
         return sums[0]
 
-    def _topk(self, z, u, weight_C, grad_CV) -> Tensor:
-        """The same over a few buckets."""
-        return topk_divergence(self.rows, self.spec, z, u, weight_C, grad_CV, self.finite)
-
     def _function_of_logp(
         self, x: Inputs, c: slice, z, norm, weight_C: Tensor | None, grad_CV: Tensor | None
     ) -> Tensor:
@@ -442,13 +444,8 @@ def policy_gradient(
 
 
 def _chunk_rows(x: Inputs, spec: Spec, bytes_per_row: float) -> int:
-    """Tokens of a chunk: as many as the budget allows, but at least one, and chunks of one size.
-
-    All ranks must use the same chunk size, so it is computed from an even shard.
-    """
-    n, vocabulary = x.student_hidden.shape[0], x.lm_head_weight.shape[0]
-    if spec.group:
-        vocabulary = -(-spec.total // vocab.size(spec.group))
+    """Tokens of a chunk: as many as the budget allows, but at least one, and chunks of one size."""
+    n, vocabulary = x.student_hidden.shape[0], _even_vocabulary(x, spec)
     most = max(1, int(spec.chunk_bytes / (bytes_per_row * max(1, vocabulary))))
     rows = max(1, -(-n // -(-n // most))) if n else 1
     rounded = -(-rows // CHUNK_MULTIPLE) * CHUNK_MULTIPLE

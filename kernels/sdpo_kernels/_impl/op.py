@@ -300,7 +300,7 @@ def _kept_setup(ctx, inputs, keyword_only_inputs, output):
     x, token_weights = Inputs(*inputs[:-1]), inputs[-1]
     _, value, _, grad, scale = output
     ctx.known = token_weights is not None
-    ctx.bias_dtype = None if x.bias is None else x.bias.dtype
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:-1]]
     kind, k = keyword_only_inputs["kind"], keyword_only_inputs["k"]
     ctx.silent = ctx.known or not (k or kind in CENTRED or kind == "sampled_token")
     ctx.set_materialize_grads(False)
@@ -322,9 +322,7 @@ def _kept_backward(ctx, upstream_loss, upstream_value, *_):
     found = _products(grad, hidden, weight, factor.contiguous(), wanted)
     for i, want, gradient in zip(_POSITIONS, wanted, found, strict=True):
         if want:
-            out[i] = gradient
-    if out[_POSITIONS[2]] is not None:
-        out[_POSITIONS[2]] = found[2].to(ctx.bias_dtype)
+            out[i] = gradient.to(ctx.dtypes[i])
     return tuple(out)
 
 
