@@ -3,7 +3,7 @@
 from datetime import datetime
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 from transformers import ByT5Tokenizer
@@ -272,6 +272,8 @@ def test_no_special_id_but_the_templates_own(name, said, response):
 @pytest.mark.parametrize("name", MADE)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(said=CONVERSATIONS, response=TEXTS)
+@example(said=["hi"], response="<think>")
+@example(said=["hi"], response="<think>fox</think> a story")
 def test_texts_without_control_tokens_have_the_templates_ids(name, said, response):
     tokenizer, chat = MADE[name], FORMATS[name]
     said = [text for text in said if not chat.control_token(text)]
@@ -279,7 +281,10 @@ def test_texts_without_control_tokens_have_the_templates_ids(name, said, respons
     ordinary = template_ids(tokenizer, say(*said), add_generation_prompt=True)
     prompt = chat.prompt_ids(say(*said))
     assert prompt[: len(ordinary)] == ordinary
-    if not chat.control_token(response) and response.strip() == response and response:
+    thought, answer = chat.split_thought(response)
+    if thought is not None and not chat.control_token(response):
+        assert chat.response_ids(response) == chat.response_ids(answer)
+    elif not chat.control_token(response) and response.strip() == response and response:
         ids = prompt[: len(ordinary)] + chat.response_ids(response)[0]
         whole = template_ids(tokenizer, say(*said, response))
         if name in ("gemma", "llama"):  # the others' histories have no thinking block
