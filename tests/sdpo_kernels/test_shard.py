@@ -40,7 +40,7 @@ def test_a_vocabulary_split_anywhere_merges_to_the_whole(v, cuts, regroup, scale
     def of(columns: slice) -> torch.Tensor:
         local = targets - columns.start
         local = torch.where((local >= 0) & (targets < columns.stop), local, -1)
-        return rows_torch.stats(PLAIN, z[:, columns].clone(), u[:, columns].clone(), local)
+        return rows_torch.Rows().stats(PLAIN, z[:, columns].clone(), u[:, columns].clone(), local)
 
     borders = sorted({0, v, *(c for c in cuts if c < v)})
     parts = [of(slice(*ends)) for ends in itertools.pairwise(borders)]

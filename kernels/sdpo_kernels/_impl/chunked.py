@@ -295,9 +295,31 @@ class _Loop:
 
     def run_chunk(self, c: slice) -> None:
         x = self.x.map_tokens(lambda t: t[c])
+        z_CV = u_CV = grad_CV = None
+        if not self.fused:
+            z_CV, u_CV = self._logits(x)
+        elif self.weights_N is not None:
+            z_CV, _ = self._logits(x._replace(teacher_hidden=None))
+        if self.weights_N is not None:
+            grad_CV = self._place_of_grad(c, z_CV)
+        blocks = iter([slice(0, c.stop - c.start)])
+        if z_CV is not None and self.spec.impl == "torch" and not self.spec.group:
+            blocks = rows_torch.blocks(z_CV)
+        for r in blocks:
+            of_rows = (None if t is None else t[r] for t in (z_CV, u_CV, grad_CV))
+            self._run_rows(slice(c.start + r.start, c.start + r.stop), *of_rows)
+        if grad_CV is not None and self.kept is None:
+            self._accumulate(c, grad_CV[:, : self.vocabulary])
+            if grad_CV.dtype == self.dtype:  # G has overwritten what fills the rows up
+                self.buffer[:, self.vocabulary :] = -torch.inf
+
+    def _run_rows(
+        self, c: slice, z_CV: Tensor | None, u_CV: Tensor | None, grad_CV: Tensor | None
+    ) -> None:
+        """Values, statistics and G of raw logits."""
+        x = self.x.map_tokens(lambda t: t[c])
         weight_C = None if self.weights_N is None else self.weights_N[c]
-        z_CV, u_CV, norm, gap = self._read(x, c)
-        grad_CV = None if weight_C is None else self._place_of_grad(c, z_CV)
+        norm, gap = self._read(x, c, z_CV, u_CV)
         if not self.spec.paired:
             value_C = self._function_of_logp(x, c, z_CV, norm, weight_C, grad_CV)
         elif self.spec.k:
@@ -308,10 +330,6 @@ class _Loop:
         else:
             value_C = self._divergence(z_CV, u_CV, norm, gap, weight_C, grad_CV)
         self.result.value[c] = value_C
-        if grad_CV is not None and self.kept is None:
-            self._accumulate(c, grad_CV[:, : self.vocabulary])
-            if grad_CV.dtype == self.dtype:  # G has overwritten what fills the rows up
-                self.buffer[:, self.vocabulary :] = -torch.inf
 
     def _place_of_grad(self, c: slice, z_CV: Tensor | None) -> Tensor:
         """Its rows of what is kept, or the memory of the student's logits."""
@@ -321,18 +339,17 @@ class _Loop:
         return narrow(z_CV, self.x.student_hidden.dtype)
 
     def _read(
-        self, x: Inputs, c: slice
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        """Both streams' transformed logits, where they are needed, norm and gap; statistics."""
+        self, x: Inputs, c: slice, z: Tensor | None, u: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Norm and gap; statistics. The logits are transformed in place."""
         out_6C = self.result.stats[:, c]
         given = (x.targets, x.bias, x.teacher_bias)
-        z = u = None
         if self.fused:
-            z, part_FC = self._read_fused(x)
+            part_FC = self._read_fused(x, z)
         else:
-            z, u = self._logits(x)
+            assert z is not None
             if not self.spec.group:
-                return z, u, *self.rows.whole_stats(self.spec, z, u, *given, out_6C)
+                return self.rows.whole_stats(self.spec, z, u, *given, out_6C)
             part_FC = self.rows.stats(self.spec, z, u, *given)
         if self.spec.group:
             part_FC = partials.merge(vocab.gather(self.spec.group, part_FC))
@@ -340,7 +357,7 @@ class _Loop:
         torch.stack(stats, out=out_6C)
         if x.targets is None:
             out_6C[:2] = torch.nan
-        return z, u, norm, gap
+        return norm, gap
 
     def _logits(self, x: Inputs) -> tuple[Tensor, Tensor | None]:
         """Raw logits of the student and, if there is one, of the teacher."""
@@ -362,22 +379,20 @@ class _Loop:
     def _multiply(self, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         logits(hidden, weight, out[:, : self.vocabulary])
 
-    def _read_fused(self, x: Inputs) -> tuple[Tensor | None, Tensor]:
-        """One stream at a time, and logits of the student's only if it gets a gradient."""
+    def _read_fused(self, x: Inputs, z: Tensor | None) -> Tensor:
+        """Partials, one stream at a time, from logits where they are formed for a gradient."""
         from .fused_triton import stream_stats  # Triton is optional
 
-        z = None
-        if self.weights_N is None:
+        if z is None:
             part = stream_stats(self.spec, x.student_hidden, x.lm_head_weight, x.bias, x.targets)
         else:
-            z, _ = self._logits(x._replace(teacher_hidden=None))
             part = self.rows.stats(self.spec, z, None, x.targets, x.bias)
         if x.teacher_hidden is not None:
             weight = x.teacher_lm_head_weight
             weight = x.lm_head_weight if weight is None else weight
             other = stream_stats(self.spec, x.teacher_hidden, weight, x.teacher_bias, x.targets)
             part = torch.cat([part, other, torch.zeros_like(part[:1])])
-        return z, part
+        return part
 
     def _divergence(self, z, u, norm, gap, weight_C, grad_CV) -> Tensor:
         """Values (C,); given weights, G into ``grad_CV``."""
@@ -385,9 +400,10 @@ class _Loop:
             if self.finite and self.spec.kind in rows_torch.CENTRED:
                 weight_C = weight_C * gap.isfinite()
             return self.rows.divergence(self.spec, z, u, norm, gap, weight_C, grad_CV)[0]
+        if not self.spec.group:
+            return self.rows.divergence(self.spec, z, u, norm, None, weight_C, grad_CV)[0]
         sums = self.rows.divergence(self.spec, z, u, norm, None)
-        if self.spec.group:
-            vocab.sum_(self.spec.group, sums)
+        vocab.sum_(self.spec.group, sums)
         if weight_C is not None:
             self.rows.divergence(self.spec, z, u, norm, sums[1], weight_C, grad_CV)
         return sums[0]
@@ -454,7 +470,7 @@ def _chunk_rows(x: Inputs, spec: Spec, bytes_per_row: float) -> int:
 
 def _row_operations(impl: str):
     if impl == "torch":
-        return rows_torch
+        return rows_torch.Rows()
     from . import rows_triton  # Triton is optional
 
     return rows_triton

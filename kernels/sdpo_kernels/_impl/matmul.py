@@ -4,16 +4,21 @@ Shapes: C tokens of a chunk, V rows of the lm_head, D hidden size. Half-precisio
 multiplied as they are where the device has such a matmul with a float32 result. CPUs have none:
 there logits come from operands cast a few rows of the lm_head at a time, and bfloat16 gradients,
 which are rounded anyway, from bfloat16 matmuls. float64 stays float64. Call with autocast off.
+
+torch multiplies float32 on a CPU by MKL, which keeps AVX-512 to Intel's; oneDNN does not, and its
+linear layer is as exact. The switch that lets oneDNN multiply bfloat16 into float32
+(``torch.backends.mkldnn.matmul.fp32_precision``) stays untouched: other threads would see it.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 HEAD_ROWS = 4096
-"""Rows of a half-precision lm_head that are cast to float32 at a time, on devices without a matmul
-of half-precision operands with a float32 result."""
+"""Rows of an lm_head that are multiplied at a time on a CPU, where operands are cast or the result
+is copied."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -26,6 +31,15 @@ def _half_matmuls(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+@functools.cache
+def linear_by_onednn() -> bool:
+    """Whether float32 logits come from oneDNN."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    )
+
+
 def chunks(n: int, rows: int) -> Iterator[slice]:
     """Consecutive slices of ``range(n)`` of at most ``rows``."""
     for start in range(0, n, rows):
@@ -34,14 +48,21 @@ def chunks(n: int, rows: int) -> Iterator[slice]:
 
 def logits(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
     """h W^T into float32 memory (float64 for float64)."""
-    if hidden_CD.dtype == out_CV.dtype:
+    dtype = out_CV.dtype
+    onednn = dtype == torch.float32 and hidden_CD.device.type == "cpu" and linear_by_onednn()
+    if hidden_CD.dtype == dtype and not onednn:
         torch.mm(hidden_CD, weight_VD.T, out=out_CV)
     elif hidden_CD.is_cuda:
-        torch.mm(hidden_CD, weight_VD.T, out_dtype=out_CV.dtype, out=out_CV)
+        torch.mm(hidden_CD, weight_VD.T, out_dtype=dtype, out=out_CV)
     else:
-        hidden_CD = hidden_CD.to(out_CV.dtype)
+        hidden_CD = hidden_CD.to(dtype)
         for v in chunks(weight_VD.shape[0], HEAD_ROWS):
-            torch.mm(hidden_CD, weight_VD[v].to(out_CV.dtype).T, out=out_CV[:, v])
+            weight = weight_VD[v].to(dtype)
+            if onednn and hidden_CD.numel():
+                linear = torch.ops.mkldnn._linear_pointwise
+                out_CV[:, v] = linear(hidden_CD, weight, None, "none", [], "")
+            else:
+                torch.mm(hidden_CD, weight.T, out=out_CV[:, v])
 
 
 def hidden_gradient(grad_CV: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,5 @@
-"""Operations on rows of logits in memory, one Triton kernel each: ``rows_torch``'s functions, in
-float32, and the @triton.jit helpers that ``fused_triton`` shares.
+"""Operations on rows of logits in memory, one Triton kernel each: the methods of
+``rows_torch.Rows``, in float32, and the @triton.jit helpers that ``fused_triton`` shares.
 
 Shapes: C tokens of a chunk, V columns. One program reads one row, left to right, in blocks; offsets
 of rows are int64. Bytes per logit: stats reads 4 (and writes 4 where logits are transformed), the
@@ -424,6 +424,10 @@ def divergence(
 ) -> Tensor:
     """See ``rows_torch.divergence``."""
     two_passes = spec.kind in TWO_PASSES
+    if two_passes and centre_C is None and weight_C is not None:
+        sums = divergence(spec, z_CV, u_CV, norm_4C, None)
+        divergence(spec, z_CV, u_CV, norm_4C, sums[1], weight_C, grad_CV)
+        return sums
     sums = z_CV.new_empty((2 if two_passes else 1, z_CV.shape[0]))
     _launch(
         divergence_kernel,

@@ -27,7 +27,7 @@ def topk_divergence(
     """Values (C,) and, given weights, the gradient in raw logits in ``grad_CV``.
 
     Args:
-        rows: ``rows_torch`` or ``rows_triton``.
+        rows: a ``rows_torch.Rows``, or ``rows_triton``.
         z, u: (C, V) transformed logits in this rank's part of the vocabulary; both are overwritten.
         finite: a gradient is 0 where the value is infinite, where it would be NaN.
     """
@@ -87,9 +87,8 @@ def _bucket_divergence(
     spec: Spec, z_CB: Tensor, u_CB: Tensor, weight_C: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The divergence of two softmax distributions over few buckets, and the gradient in z."""
-    norm, centre, _ = partials.finish(rows_torch.stats(spec, z_CB, u_CB, None))
-    given = (spec, z_CB, u_CB, norm)
-    if spec.kind in rows_torch.TWO_PASSES:
-        _, centre = rows_torch.divergence(*given, None)
+    rows = rows_torch.Rows()
+    norm, centre, _ = partials.finish(rows.stats(spec, z_CB, u_CB, None))
     grad = None if weight_C is None else torch.empty_like(z_CB)
-    return rows_torch.divergence(*given, centre, weight_C, grad)[0], grad
+    centre = None if spec.kind in rows_torch.TWO_PASSES else centre
+    return rows.divergence(spec, z_CB, u_CB, norm, centre, weight_C, grad)[0], grad
