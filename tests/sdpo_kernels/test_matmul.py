@@ -26,13 +26,13 @@ def test_the_switch_that_other_threads_would_see_is_not_touched(monkeypatch):
     seen = []
     monkeypatch.setattr(matmul, "linear_by_onednn", lambda: True)
     linear = torch.ops.mkldnn._linear_pointwise
+    switch = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
 
     def watched(*args):
-        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        seen.append(switch.fp32_precision)
         return linear(*args)
 
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", watched)
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    out = torch.empty(2, 500)
-    matmul.logits(torch.randn(2, 8), torch.randn(500, 8), out)
+    before = switch.fp32_precision
+    matmul.logits(torch.randn(2, 8), torch.randn(500, 8), torch.empty(2, 500))
     assert len(seen) == 5 and set(seen) == {before}
