@@ -215,10 +215,13 @@ def softmax_grad(
     grad_CV: Tensor,
 ) -> None:
     """a p + b onehot(y) with respect to raw logits, into ``grad_CV``, from transformed ones, whose
-    memory it may be."""
+    memory it may be; no p where a is 0, whatever the logits are."""
     for r in _blocks(z_CV):
         z = z_CV[r]
         grad = (z - norm_2C[0, r, None]).sub_(norm_2C[1, r, None]).exp_().mul_(a_C[r, None])
+        silent = a_C[r, None] == 0
+        if z.device.type != "cpu" or silent.any():
+            grad.masked_fill_(silent, 0)
         if b_C is not None and z.shape[1]:
             assert targets_C is not None
             at = torch.where(targets_C[r] >= 0, b_C[r], 0)[:, None]
