@@ -38,8 +38,9 @@ def linear_logprob(
         targets: (N,) token ids in [0, V), of an integer dtype, or -100 for rows to ignore, whose
             values, statistics and gradients are 0. Any other raises on a CPU; on a GPU, where the
             host would have to wait to see it, its log-probability is -inf, and so is the loss.
-        token_weights: (N,) constants. If they are known up front, ``loss`` = sum of token_weights *
-            logp costs three matmuls instead of four: its gradient is formed while the logits exist.
+        token_weights: (N,) constants, of ``loss`` = sum of token_weights * logp. It costs three
+            matmuls; without them, where more tokens than ``grad_bytes`` allows are to be
+            differentiated, four.
         options: see ``Options``.
 
     Returns:

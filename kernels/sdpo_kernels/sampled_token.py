@@ -5,9 +5,11 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from ._impl.op import call
+from . import reference
+from ._impl.chunked import policy_gradient
+from ._impl.op import call, to_device, weighted_sum
 from ._impl.options import IGNORE_INDEX, Inputs, Options
-from .divergence import Divergence
+from .divergence import Divergence, TokenStats
 
 
 def linear_sampled_token(
@@ -27,9 +29,9 @@ def linear_sampled_token(
 ) -> Divergence:
     """-A log p(y) per token, A = sg[log q(y) - log p(y)] (arXiv:2603.12273), or a clipped form.
 
-    It costs four matmuls, like a divergence: the advantage is
-    formed inside the chunk, between statistics and gradient. Centring needs every advantage of a
-    sequence first, and so a pass of its own: five matmuls.
+    It costs four matmuls, like a divergence. Where more tokens than ``grad_bytes`` allows are to be
+    differentiated, four if ``token_weights`` are given and nothing is centred, else five: the
+    backward forms the student's logits again.
 
     Args:
         targets: (N,) the sampled tokens y, or -100 for rows to ignore, as in ``linear_logprob``.
@@ -60,21 +62,43 @@ def linear_sampled_token(
     clips = [float(ppo_clip or 0.0), float(importance_clip or 0.0)]
     x = Inputs(student_hidden, lm_head_weight, teacher_hidden, teacher_lm_head_weight)
     x = x._replace(targets=targets, old_logp=old_logp)
-    if centre is None:
-        return Divergence(*call("sampled_token", x, token_weights, options, parameters=clips))
-    with torch.no_grad():
-        both = x._replace(old_logp=None)
-        _, stats, _ = call("sampled_token", both, None, options, parameters=[0.0, 0.0])
-    if (mask := options.get("mask")) is not None:
-        mask = mask.to(student_hidden.device, non_blocking=True)
-        counted = mask if counted is None else counted & mask
-    kept = targets != IGNORE_INDEX
-    counted = kept if counted is None else counted & kept
-    advantage = centred(stats.logp_teacher - stats.logp_student, centre, counted)
-    alone = x._replace(teacher_hidden=None, teacher_lm_head_weight=None, advantage=advantage)
-    own: Options = {**options, "teacher_bias": None}
-    value, _, loss = call("sampled_token", alone, token_weights, own, parameters=clips)
-    return Divergence(value, stats, loss)
+
+    def finish(logp: Tensor, stats: TokenStats) -> tuple[Tensor, Tensor | None]:
+        rows, weights = targets != IGNORE_INDEX, token_weights
+        if (mask := options.get("mask")) is not None:
+            rows = rows & to_device(mask, rows.device)
+        advantage = stats.logp_teacher - stats.logp_student
+        if centre is not None:
+            advantage = centred(advantage, centre, rows if counted is None else counted & rows)
+        old = None if old_logp is None else old_logp.to(logp.dtype)
+        if options.get("impl") == "reference":
+            names = dict(ppo_clip=ppo_clip, importance_clip=importance_clip)
+            value = reference.policy_gradient(logp, advantage, old, **names)
+        else:
+            value = _PolicyGradient.apply(logp, advantage, old, *clips)
+        value = torch.where(rows, value, 0)
+        if weights is not None:
+            weights = torch.where(rows, weights.to(value.dtype), 0)
+        return value, weighted_sum(value, weights)
+
+    kind = "sampled_token" if centre is None else "logprob"
+    return Divergence(*call(kind, x, token_weights, options, finish, parameters=clips))
+
+
+class _PolicyGradient(torch.autograd.Function):
+    """Values of ``policy_gradient`` as a function of log p(y); an upstream gradient of 0 gives 0,
+    however steep they are."""
+
+    @staticmethod
+    def forward(ctx, logp, advantage, old_logp, ppo_clip, importance_clip):  # pyright: ignore
+        value, slope = policy_gradient(logp, advantage, old_logp, ppo_clip, importance_clip)
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    def backward(ctx, upstream):  # pyright: ignore
+        (slope,) = ctx.saved_tensors
+        return torch.where(upstream == 0, 0, upstream * slope), None, None, None, None
 
 
 def centred(advantage_N: Tensor, sequence_N: Tensor, counted_N: Tensor | None) -> Tensor:

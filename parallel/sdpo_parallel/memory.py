@@ -34,7 +34,7 @@ The peak is the largest of these moments; all but ``update`` include the gathere
     objective    all layers' kept tensors; the final norm's; h, g, dH (N, D); and what the kernels
                  need: a chunk's logits, its rows of h, g and dH, and either the gradient with
                  respect to all logits (N, V / t), which outlives the logits until dW is there, or
-                 dW (V / t, D) in float32
+                 dW (V / t, D) in float32 and that gradient for as many chunks as there is room
     head         the same with, in place of the chunk, dW in the compute dtype; then, in place of
                  the float32 one, FSDP2's float32 input of the reduce-scatter
     layer        the last layer's whole set, the others' kept tensors; gradients inside its MLP,
@@ -292,21 +292,28 @@ class _Rank:
             left += 2 * head + self.item * self.load.response_tokens * self.model.hidden
         return left
 
+    def logits(self) -> tuple[float, float]:
+        """Tokens of a chunk; bytes of a token's gradient with respect to its logits."""
+        v, n = self.model.vocabulary / self.parallel.tensor, self.load.response_tokens
+        return min(max(1.0, self.load.chunk_bytes // (2 * 4 * v)), n), self.item * v
+
     def chunk(self) -> float:
         """A chunk's logits, the rows that are multiplied, and dH in float32."""
-        m, row = self.model, 2 * 4 * self.model.vocabulary / self.parallel.tensor
-        rows = min(max(1.0, self.load.chunk_bytes // row), self.load.response_tokens)
+        m, (rows, _) = self.model, self.logits()
         temporaries = BLOCK_BYTES if self.on_cpu else 0
-        return rows * (row + (4 + 2 * self.item) * m.hidden) + temporaries
+        logits = 2 * 4 * m.vocabulary / self.parallel.tensor
+        return rows * (logits + (4 + 2 * self.item) * m.hidden) + temporaries
 
     def kernels(self) -> float:
         """What the objective holds besides hidden states and their gradients."""
         m, n, head = self.model, self.load.response_tokens, self.model.head(self.parallel.tensor)
-        kept = self.item * n * m.vocabulary / self.parallel.tensor
-        if kept > self.load.grad_bytes:
-            return self.chunk() + MASTER * head * self.trains_head
+        rows, row = self.logits()
+        if n * row > self.load.grad_bytes:
+            block = self.load.grad_bytes // (rows * row) * rows
+            block *= row + (MASTER + self.item) * m.hidden
+            return self.chunk() + block + MASTER * head * self.trains_head
         backward = self.item * head * self.trains_head + MASTER * n * m.hidden
-        return kept + max(self.chunk(), backward)
+        return n * row + max(self.chunk(), backward)
 
     def moments(self) -> dict[str, tuple[float, float, float]]:
         """Moment -> (gathered layers, activations, head): the second table of the module."""

@@ -31,9 +31,10 @@ def step(hidden, weight, teacher):
         logq = (teacher @ weight.detach().T).float().log_softmax(-1)
         loss = ((logp.exp() * (logp - logq)).sum(-1) * weights).sum()
     else:
-        known = weights if how == "known" else None
-        out = linear_reverse_kl(hidden, weight, teacher, token_weights=known, chunk_bytes=CHUNK)
-        loss = out.loss if how == "known" else (out.value * weights).sum()
+        known = None if how == "upstream" else weights
+        room = dict(chunk_bytes=CHUNK, grad_bytes=2 * CHUNK if how == "blocks" else 0)
+        out = linear_reverse_kl(hidden, weight, teacher, token_weights=known, **room)
+        loss = (out.value * weights).sum() if known is None else out.loss
     loss.backward()
 
 step(*inputs(2))  # libraries, threads and their buffers
@@ -56,6 +57,8 @@ WIDE = (64, V, 512, SMALL_CHUNK)
         # twice the chunk budget
         ("float32", "known", SIZES, CHUNK // 2, 2 * CHUNK),
         ("float32", "upstream", SIZES, CHUNK // 2, 2 * CHUNK),
+        # gradients with respect to the logits of half the tokens, and the head's beside them
+        ("float32", "blocks", SIZES, 2 * CHUNK, 3 * CHUNK),
         # no float32 copy of the head, but a float32 gradient of it
         ("bfloat16", "known", SIZES, 0, 2 * CHUNK + 4 * V * 256),
         # the backward holds one copy of the head's gradient

@@ -7,10 +7,12 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from helpers.cases import FUNCTIONS, Problem, loss_of, problem
+from helpers.cases import FUNCTIONS, Problem, evaluate, loss_of, problem
 from helpers.environment import ENV
+from sdpo_kernels._impl import op
 from sdpo_kernels._impl.options import Inputs, Spec
 
 COMPILED = ["logprob", "reverse_kl", "jsd", "sampled_token", "sampled_token, centred", "topk"]
@@ -32,8 +34,7 @@ def test_opcheck(kind, dtype):
         torch.library.opcheck(ops.gradients, (*x, p.upstream, wanted), settings)
         kept = (torch.randn(7, 32, dtype=dtype), hidden.detach(), weight.detach(), p.upstream)
         torch.library.opcheck(ops.products, (*kept, wanted))
-    for weights in (None, p.upstream):
-        torch.library.opcheck(ops.kept, (*x, weights), settings)
+    torch.library.opcheck(ops.kept, x, settings)
 
 
 def step(name: str, known: bool, p: Problem) -> Tensor:
@@ -85,6 +86,52 @@ def test_a_second_derivative_is_refused_not_wrong(known):
     p = trainable_problem(5)
     with pytest.raises(NotImplementedError, match="second derivative"):
         torch.autograd.grad(step("reverse_kl", known, p), p.hidden, create_graph=True)
+
+
+MATMULS = {
+    "kept, known": (3, 4, 4, 4),
+    "kept, upstream": (3, 4, 4, 4),
+    "not kept, known": (3, 4, 4, 5),
+    "not kept, upstream": (4, 6, 5, 5),
+}
+"""Of N V D, forward and backward: log p(y), divergences, sampled token, centred sampled token."""
+
+
+class CountedMatmuls(TorchDispatchMode):
+    """Counts the multiplications of matmuls, also inside of operators where it is entered there."""
+
+    multiplications = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__.strip("_")
+        if name in ("mm", "addmm", "matmul"):
+            a, b = args[-2:]
+            self.multiplications += a.numel() * b.shape[1]
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("case", MATMULS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_matmuls_are_as_few_as_they_can_be(name, case, monkeypatch):
+    n, v, d, counter = 32, 96, 16, CountedMatmuls()
+
+    def counting(function):
+        def call(*args, **kwargs):
+            with counter:
+                return function(*args, **kwargs)
+
+        return call
+
+    for inside in ("run", "run_kept", "products"):
+        monkeypatch.setattr(op, inside, counting(getattr(op, inside)))
+    kept, known = case.split(", ")
+    row = 8 * v
+    # two blocks of two chunks, if not kept
+    room = n * row if kept == "kept" else n * row // 2
+    p = problem(n, v, d, 1.0, torch.float64)
+    evaluate(name, p, known=known == "known", chunk_bytes=2 * 8 * row, grad_bytes=room)
+    kind = 0 if name == "logprob" else 3 if "centred" in name else 2 if "sampled" in name else 1
+    assert counter.multiplications == MATMULS[case][kind] * n * v * d
 
 
 def test_inference_mode():

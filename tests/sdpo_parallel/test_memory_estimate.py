@@ -133,9 +133,9 @@ LOAD = Load(
 )
 
 
-def on_gpus(teacher=None, lora=None, ranks: int = 8, **layout) -> dict[str, int]:
+def on_gpus(teacher=None, lora=None, ranks: int = 8, load: Load = LOAD, **layout) -> dict[str, int]:
     parallel, lora = ParallelConfig(**layout), lora or LoraConfig()
-    return estimate(QWEN3_8B, parallel, lora, teacher or Live(), ranks=ranks, load=LOAD)
+    return estimate(QWEN3_8B, parallel, lora, teacher or Live(), ranks=ranks, load=load)
 
 
 def test_master_weights_gradients_and_moments_take_16_bytes_a_parameter():
@@ -144,6 +144,19 @@ def test_master_weights_gradients_and_moments_take_16_bytes_a_parameter():
     assert QWEN3_8B.parameters() == 8_190_735_360
     assert each == pytest.approx(16 * QWEN3_8B.parameters() / 8, rel=1e-6)
     assert on_gpus(replicate=2)["optimizer"] == pytest.approx(2 * parts["optimizer"])
+
+
+def test_gradients_of_logits_are_counted_that_there_is_room_for():
+    """Of a chunk, 1104 tokens; of blocks of one and of two chunks; of all 4096 tokens."""
+    load, row = replace(LOAD, chunk_bytes=1280 * 2**20), 2 * 151_936
+    rows = load.chunk_bytes // (4 * row)
+    rooms = [rows * row - 1, rows * row, 3 * rows * row - 1, 4096 * row]
+    layout = (QWEN3_8B, ParallelConfig(), LoraConfig(), Live(), 8)
+    sizes = [memory._Rank(*layout, replace(load, grad_bytes=r)).kernels() for r in rooms]
+    one, two, kept = (size - sizes[0] for size in sizes[1:])
+    assert one == pytest.approx(rows * (row + 6 * 4096))
+    assert two == pytest.approx(2 * one)
+    assert kept == pytest.approx(4096 * row - 4 * QWEN3_8B.head())
 
 
 def test_teachers_of_their_own_are_counted():

@@ -7,7 +7,7 @@ from .options import IGNORE_INDEX, IMPLS, Inputs, Spec
 from .tuning import HAS_TRITON
 
 
-def check(x: Inputs, spec: Spec, token_weights: Tensor | None) -> None:
+def check(x: Inputs, spec: Spec, mask: Tensor | None, token_weights: Tensor | None) -> None:
     """Check every tensor and setting of a call.
 
     Raises:
@@ -27,25 +27,26 @@ def check(x: Inputs, spec: Spec, token_weights: Tensor | None) -> None:
         )
     for name in ("bias", "teacher_bias"):
         _check_vector(name, getattr(x, name), v, "V", hidden)
-    for name in ("targets", "old_logp", "advantage"):
+    for name in ("targets", "old_logp"):
         _check_vector(name, getattr(x, name), n, "N", hidden, integer=name == "targets")
     _check_vector("token_weights", token_weights, n, "N", hidden)
     if token_weights is not None and token_weights.requires_grad:
         raise ValueError("token_weights must not require a gradient: they are constants")
-    if x.mask is not None:
-        if x.mask.shape != (n,) or x.mask.dtype != torch.bool:
+    if mask is not None:
+        if mask.shape != (n,) or mask.dtype != torch.bool:
             raise ValueError(
-                f"mask must be (N,) = ({n},) of bool, got {tuple(x.mask.shape)} of {x.mask.dtype}"
+                f"mask must be (N,) = ({n},) of bool, got {tuple(mask.shape)} of {mask.dtype}"
             )
-        if x.mask.device.type != "cpu" and x.mask.device != hidden.device:
+        if mask.device.type != "cpu" and mask.device != hidden.device:
             raise ValueError(
-                f"mask is on {x.mask.device}: it must be on the CPU or on {hidden.device}"
+                f"mask is on {mask.device}: it must be on the CPU or on {hidden.device}"
             )
     _check_spec(x, spec)
 
 
-def check_targets(x: Inputs, vocabulary: int) -> None:
-    """Check the token ids of every row that counts, on a CPU; on a GPU to look at them is to wait.
+def check_targets(x: Inputs, vocabulary: int, counted: Tensor | None = None) -> None:
+    """Check the token ids of all rows, or those that count, on a CPU; on a GPU to look at them is
+    to wait.
 
     Raises:
         ValueError: one is neither in the vocabulary nor -100.
@@ -53,8 +54,8 @@ def check_targets(x: Inputs, vocabulary: int) -> None:
     if x.targets is None or x.targets.device.type != "cpu":
         return
     outside = ((x.targets < 0) | (x.targets >= vocabulary)) & (x.targets != IGNORE_INDEX)
-    if x.mask is not None:
-        outside &= x.mask
+    if counted is not None:
+        outside &= counted
     if outside.any():
         row = int(outside.nonzero()[0, 0])
         raise ValueError(

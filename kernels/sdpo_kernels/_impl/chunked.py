@@ -1,18 +1,22 @@
 """The chunk loop: hidden states -> per-token values and statistics and, if asked for, gradients.
 (N, V) logits never exist as a whole.
 
-Shapes: N tokens, C tokens of a chunk, V rows of this rank's lm_head, D hidden size.
+Shapes: N tokens, C tokens of a chunk, B of a block, V rows of this rank's lm_head, D hidden size.
   z_CV = h_CD @ w_VD.T   student logits, float32,  p = softmax(z)
   u_CV = g_CD @ v_VD.T   teacher logits, float32,  q = softmax(u)
 
 Per chunk: one matmul for the logits (both streams stacked if they share an lm_head), row statistics
-(merged over tensor-parallel ranks), values, and the gradient G with respect to the logits. What
-becomes of G depends on how much of it there is:
+(merged over tensor-parallel ranks), values, and G, the gradient of each value with respect to its
+row of logits. dH = diag(s) G W and dW = G^T diag(s) H, where s is the upstream gradient of each
+value. What becomes of G depends on how much of it there is:
 
-  run_kept  G of all tokens is kept, in the inputs' dtype, for the backward, where the upstream
-            gradient is known: ``products`` makes dH and dW of it by one matmul each
-  run       G of a chunk is left in the logits' own memory, and becomes dH and an addend of dW at
-            once: all that can be done for more tokens than that, if their weights are known
+  run_kept  G of all tokens is kept, in the inputs' dtype, for the backward, where s is known:
+            ``products`` makes dH and dW of it by one matmul each
+  run       s is known. G of a block of chunks, as many as there is room for, becomes dH and an
+            addend of dW; if there is room for none, that of each chunk, in the logits' own memory
+
+Rows of G are 0 where statistics are no finite numbers (``defined`` is False); s is then no number,
+unless it is 0. So a row whose s is 0 adds nothing, whatever its hidden states are.
 
 Logits, statistics and sums of dW are float32 whatever the inputs' dtype (float64 stays float64).
 Oracle: reference.py. Derivations: kernels/README.md.
@@ -27,13 +31,16 @@ from torch import Tensor
 
 from .. import vocab_parallel as vocab
 from . import partials, rows_torch
+from .checks import check_targets
 from .matmul import (
     accumulation_dtype,
     add_weight_gradient,
+    bias_gradient,
     chunks,
     hidden_gradient,
     logits,
     narrow,
+    scaled,
     weight_gradient,
 )
 from .options import Inputs, Spec
@@ -47,7 +54,7 @@ CHUNK_MULTIPLE = 128
 """Tokens of a chunk are a multiple of the matmuls' tiles, where a chunk holds several."""
 HEADROOM = {torch.float16: 2.0**7}
 """What G is multiplied by before it is rounded, by dtype: most of its entries in a real vocabulary
-are too small for float16, and none is larger than the largest advantage."""
+are too small for float16."""
 ROW_MULTIPLE = 16
 """Rows of logits start at addresses that a vector access may have, whatever the vocabulary."""
 
@@ -71,24 +78,24 @@ class Result(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Values, statistics and the gradients with respect to the logits, divided by ``scale``: of
-    sum token_weights * value if token weights are given, else of each token's value."""
+    """Values, statistics and G."""
 
     value: Tensor
     """(N,)"""
     stats: Tensor
     """(6, N)"""
     grad: Tensor
-    """(N, V and what fills its rows up), in the inputs' dtype."""
-    scale: Tensor
-    """()"""
+    """(N, V and what fills its rows up), in the inputs' dtype, times its ``HEADROOM``."""
+    defined: Tensor
+    """(N,) bool."""
 
 
 def empty_kept(x: Inputs) -> Kept:
     """The tensors of a ``Kept``, for the loop to fill."""
-    value, stats, *_, scale = empty_result(x)
+    value, stats, *_ = empty_result(x)
     n, vocabulary = x.student_hidden.shape[0], x.lm_head_weight.shape[0]
-    return Kept(value, stats, x.student_hidden.new_empty((n, row_length(vocabulary))), scale)
+    grad = x.student_hidden.new_empty((n, row_length(vocabulary)))
+    return Kept(value, stats, grad, value.new_empty(n, dtype=torch.bool))
 
 
 def row_length(vocabulary: int) -> int:
@@ -98,8 +105,12 @@ def row_length(vocabulary: int) -> int:
 
 def kept_bytes(x: Inputs, spec: Spec) -> int:
     """What ``run_kept`` would keep."""
-    n, item = x.student_hidden.shape[0], x.student_hidden.element_size()
-    return n * row_length(_even_vocabulary(x, spec)) * item
+    return x.student_hidden.shape[0] * _row_bytes(x, spec)
+
+
+def _row_bytes(x: Inputs, spec: Spec) -> int:
+    """Of a row of G."""
+    return row_length(_even_vocabulary(x, spec)) * x.student_hidden.element_size()
 
 
 def _even_vocabulary(x: Inputs, spec: Spec) -> int:
@@ -109,14 +120,14 @@ def _even_vocabulary(x: Inputs, spec: Spec) -> int:
     return -(-spec.total // vocab.size(spec.group))
 
 
-def empty_result(x: Inputs, wanted: Sequence[bool] = (), zero: bool = False) -> Result:
+def empty_result(x: Inputs, wanted: Sequence[bool] = ()) -> Result:
     """A result's tensors, for the loop to fill.
 
     Args:
         wanted: for which of ``DIFFERENTIABLE`` a gradient is asked for.
     """
     dtype = accumulation_dtype(x.student_hidden.dtype)
-    new = functools.partial(torch.zeros if zero else torch.empty, device=x.student_hidden.device)
+    new = functools.partial(torch.empty, device=x.student_hidden.device)
     n, vocabulary = x.student_hidden.shape[0], x.lm_head_weight.shape[0]
     hidden, weight, bias = wanted or (False, False, False)
     return Result(
@@ -134,53 +145,63 @@ def run(
     x: Inputs, spec: Spec, weights_N: Tensor | None = None, wanted: Sequence[bool] = ()
 ) -> Result:
     """Values and statistics and, given token weights, gradients of the values' weighted sum."""
-    if x.mask is not None:
-        return _run_masked(x, x.mask, spec, weights_N, wanted)
-    result = empty_result(x, wanted)
-    for summed in (result.dweight, result.dbias):
-        summed.zero_()
-    result.scale.fill_(1)
-    n = x.student_hidden.shape[0]
-    if weights_N is not None and n:
-        # G is rounded to the inputs' dtype, as every mixed-precision linear layer does, but
-        # relative to the largest weight: a mean over many tokens would underflow in float16
-        tiny = torch.finfo(result.scale.dtype).tiny
-        torch.amax(weights_N.abs().to(result.scale.dtype).clamp_(min=tiny), 0, out=result.scale)
-        result.scale.div_(HEADROOM.get(x.student_hidden.dtype, 1.0))
-        weights_N = weights_N / result.scale
-    _Loop(x, spec, weights_N if any(wanted) else None, result).run()
+    result, n = empty_result(x, wanted), x.student_hidden.shape[0]
+    with torch.autocast(x.student_hidden.device.type, enabled=False):
+        if weights_N is None or not any(wanted) or not n:
+            for summed in (result.dweight, result.dbias, result.scale):
+                summed.zero_()
+            loop = _Loop(x, spec, result.value, result.stats)
+            loop.run(slice(0, n))
+        else:
+            loop = _Loop(x, spec, result.value, result.stats, torch.empty_like(weights_N).bool())
+            _differentiate(loop, result, weights_N)
+        loop.finish()
     return result
 
 
-@torch.no_grad()
-def run_kept(
-    x: Inputs, spec: Spec, weights_N: Tensor | None = None, counted_N: Tensor | None = None
-) -> Kept:
-    """Values, statistics and the gradients with respect to the logits of all tokens.
+def _differentiate(loop: "_Loop", result: Result, weights_N: Tensor) -> None:
+    """Run the loop in blocks, and add up their gradients."""
+    x, spec, n = loop.x, loop.spec, len(weights_N)
+    # factors are rounded to the inputs' dtype with the hidden states, and a mean over many tokens
+    # would underflow in float16
+    tiny = torch.finfo(weights_N.dtype).tiny
+    torch.amax(weights_N.abs().clamp_(min=tiny), 0, out=result.scale)
+    weights_N = weights_N / result.scale
+    result.scale.div_(loop.headroom)
+    rows, grad = loop.chunk_rows, None
+    if most := spec.grad_bytes // (rows * _row_bytes(x, spec)):
+        rows *= _evenly(-(-n // rows), most)
+        grad = x.student_hidden.new_empty((min(rows, n), row_length(loop.vocabulary)))
+    for c in chunks(n, rows):
+        grad_BV, factor_B, first = loop.run(c, grad), weights_N[c], c.start == 0
+        assert grad_BV is not None and loop.defined is not None
+        if spec.kind == "sampled_token":
+            logp, logq = result.stats[:2, c]
+            old_logp = None if x.old_logp is None else x.old_logp[c]
+            result.value[c], slope = policy_gradient(logp, logq - logp, old_logp, *spec.parameters)
+            factor_B = torch.where(factor_B == 0, 0, factor_B * slope)
+        factor_B = where_defined(factor_B, loop.defined[c])
+        if result.dhidden.numel():
+            dhidden = hidden_gradient(grad_BV, x.lm_head_weight, factor_B.dtype)
+            torch.mul(dhidden, factor_B[:, None], out=result.dhidden[c])
+            del dhidden
+        if result.dweight.numel():
+            hidden = scaled(x.student_hidden[c], factor_B)
+            add_weight_gradient(result.dweight, grad_BV, hidden, first)
+        if result.dbias.numel():
+            dbias = bias_gradient(grad_BV, factor_B)
+            result.dbias.copy_(dbias) if first else result.dbias.add_(dbias)
 
-    Args:
-        counted_N: bool; other rows have value, statistics and gradient 0.
-    """
+
+@torch.no_grad()
+def run_kept(x: Inputs, spec: Spec) -> Kept:
+    """Values, statistics and G of all tokens."""
     kept = empty_kept(x)
-    value, stats, grad, scale = kept
-    vocabulary = x.lm_head_weight.shape[0]
-    grad[:, vocabulary:] = 0
-    scale.fill_(1 / HEADROOM.get(grad.dtype, 1.0))
-    known = weights_N is not None
-    if weights_N is None:
-        weights_N = torch.ones_like(value)
-    elif len(weights_N):
-        # a power of two, so that multiplying by it rounds nothing
-        scale.mul_(torch.exp2(torch.frexp(weights_N.abs().amax())[1]))
-        scale.clamp_(min=torch.finfo(scale.dtype).tiny)
-    weights_N = weights_N / scale
-    if counted_N is not None:
-        weights_N = torch.where(counted_N, weights_N, 0)
-    result = empty_result(x)._replace(value=value, stats=stats)
-    _Loop(x, spec, weights_N, result, grad, finite=not known).run()
-    if counted_N is not None:
-        for t in (value, stats):
-            t.masked_fill_(~counted_N, 0)
+    kept.grad[:, x.lm_head_weight.shape[0] :] = 0
+    with torch.autocast(x.student_hidden.device.type, enabled=False):
+        loop = _Loop(x, spec, kept.value, kept.stats, kept.defined)
+        loop.run(slice(0, len(kept.value)), kept.grad)
+        loop.finish()
     return kept
 
 
@@ -204,57 +225,29 @@ def products(
         if wanted[1]:
             outs[1] = weight_gradient(grad_NV, hidden_ND, scale_N)
         if wanted[2]:
-            dbias = scale_N.new_zeros(weight_VD.shape[0])
-            for c in chunks(len(scale_N), CHUNK_MULTIPLE):
-                dbias += scale_N[c] @ grad_NV[c].to(scale_N.dtype)
-            outs[2] = dbias
+            outs[2] = bias_gradient(grad_NV, scale_N)
     return outs[0], outs[1], outs[2]
 
 
-def _run_masked(
-    x: Inputs, mask: Tensor, spec: Spec, weights_N: Tensor | None, wanted: Sequence[bool]
-) -> Result:
-    """A mask in host memory drops rows; one on the device only silences them, because the host
-    would have to wait for the device to know their number."""
-    device = x.student_hidden.device
-    if device.type != "cpu" and mask.device == device:
-        weights_N = None if weights_N is None else torch.where(mask, weights_N, 0)
-        out = run(x.silenced(mask), spec, weights_N, wanted)
-        value, stats = (torch.where(mask, t, 0) for t in (out.value, out.stats))
-        return out._replace(value=value, stats=stats)
-    index = mask.nonzero()[:, 0].to(device, non_blocking=True)
-    weights_N = None if weights_N is None else weights_N[index]
-    part = run(x.map_tokens(lambda t: t[index]), spec, weights_N, wanted)
-    hidden = bool(wanted) and wanted[0]
-    out = empty_result(x, (hidden, False, False), zero=True)
-    out.value.index_copy_(0, index, part.value)
-    out.stats.index_copy_(1, index, part.stats)
-    if hidden:
-        out.dhidden.index_copy_(0, index, part.dhidden)
-    return out._replace(dweight=part.dweight, dbias=part.dbias, scale=part.scale)
+def where_defined(factor_N: Tensor, defined_N: Tensor) -> Tensor:
+    """NaN in the other rows, unless they are 0."""
+    return torch.where(defined_N | (factor_N == 0), factor_N, torch.nan)
 
 
 class _Loop:
     """The buffers that the chunks of a call share, and what is done with each chunk."""
 
     def __init__(
-        self,
-        x: Inputs,
-        spec: Spec,
-        weights_N: Tensor | None,
-        result: Result,
-        grad: Tensor | None = None,
-        finite: bool = False,
+        self, x: Inputs, spec: Spec, value: Tensor, stats: Tensor, defined: Tensor | None = None
     ):
         """
         Args:
-            weights_N: factors of G; None: no G.
-            grad: where G is kept; None: it becomes dH and dW.
-            finite: rows of G whose value is infinite are 0, where G would be NaN.
+            value, stats, defined: (N,), (6, N), (N,): what is filled. None: no G.
         """
-        self.spec, self.result, self.kept, self.finite = spec, result, grad, finite
-        self.weights_N = weights_N
-        self.dtype = result.value.dtype
+        check_targets(x, spec.total)
+        self.spec, self.value, self.stats, self.defined = spec, value, stats, defined
+        self.headroom = value.new_full((), HEADROOM.get(x.student_hidden.dtype, 1.0))
+        self.dtype = value.dtype
         self.fused = spec.impl == "fused" and not spec.paired
         self.rows = _row_operations(spec.impl)
         self.values_are_partial = (
@@ -262,22 +255,20 @@ class _Loop:
         )
         self.x = x = self._prepared(x)
         streams = 2 if x.teacher_hidden is not None and not self.fused else 1
-        if self.fused and self.weights_N is None:
+        self.vocabulary = x.lm_head_weight.shape[0]
+        if self.fused and defined is None:
             self.chunk_rows = _chunk_rows(x, spec, FUSED_BYTES_PER_ROW)
             return
         self.chunk_rows = _chunk_rows(x, spec, streams * self.dtype.itemsize)
-        self.vocabulary = x.lm_head_weight.shape[0]
         shape = (streams * self.chunk_rows, row_length(self.vocabulary))
         self.buffer = x.student_hidden.new_empty(shape, dtype=self.dtype)
         # Triton's kernels read rows to their end, where -inf is no logit; transformed it would be
         plain = spec.temperature == 1 and not spec.softcap and x.bias is x.teacher_bias is None
         self.read = shape[1] if plain and spec.impl in ("triton", "fused") else self.vocabulary
-        self.buffer[:, self.vocabulary :] = -torch.inf
 
     def _prepared(self, x: Inputs) -> Inputs:
         """Vectors in the logits' dtype, targets among this rank's rows, the teacher's bias."""
-        names = ("bias", "teacher_bias", "old_logp", "advantage")
-        vectors = [(name, getattr(x, name)) for name in names]
+        vectors = [(name, getattr(x, name)) for name in ("bias", "teacher_bias", "old_logp")]
         x = x._replace(**{name: t.to(self.dtype) for name, t in vectors if t is not None})
         if x.targets is not None:
             rows = x.lm_head_weight.shape[0]
@@ -286,63 +277,79 @@ class _Loop:
             x = x._replace(teacher_bias=x.bias)
         return x
 
-    def run(self) -> None:
-        with torch.autocast(self.x.student_hidden.device.type, enabled=False):
-            for c in chunks(self.x.student_hidden.shape[0], self.chunk_rows):
-                self.run_chunk(c)
-        if self.spec.group and self.values_are_partial:
-            vocab.sum_(self.spec.group, self.result.value)
+    def run(self, block: slice, grad: Tensor | None = None) -> Tensor | None:
+        """Values, statistics and, where ``defined`` was given, G of a block of tokens, (B, V).
 
-    def run_chunk(self, c: slice) -> None:
+        Args:
+            grad: (B or more, V or more), where G is put. None: in the logits' memory, if the block
+                is one chunk.
+        """
+        n = block.stop - block.start
+        if not self.fused or self.defined is not None:
+            self.buffer[:, self.vocabulary :] = -torch.inf  # G may have taken its place
+        if grad is None and self.defined is not None:
+            grad = narrow(self.buffer[:n], self.x.student_hidden.dtype)
+        for c in chunks(n, self.chunk_rows):
+            tokens = slice(block.start + c.start, block.start + c.stop)
+            self._run_chunk(tokens, None if grad is None else grad[c, : self.read])
+        return None if grad is None else grad[:n, : self.vocabulary]
+
+    def finish(self) -> None:
+        """Add up what several ranks have of the values."""
+        if self.spec.group and self.values_are_partial:
+            vocab.sum_(self.spec.group, self.value)
+
+    def _run_chunk(self, c: slice, grad_CV: Tensor | None) -> None:
         x = self.x.map_tokens(lambda t: t[c])
-        z_CV = u_CV = grad_CV = None
+        z_CV = u_CV = None
         if not self.fused:
             z_CV, u_CV = self._logits(x)
-        elif self.weights_N is not None:
+        elif self.defined is not None:
             z_CV, _ = self._logits(x._replace(teacher_hidden=None))
-        if self.weights_N is not None:
-            grad_CV = self._place_of_grad(c, z_CV)
         blocks = iter([slice(0, c.stop - c.start)])
         if z_CV is not None and self.spec.impl == "torch" and not self.spec.group:
             blocks = rows_torch.blocks(z_CV)
         for r in blocks:
             of_rows = (None if t is None else t[r] for t in (z_CV, u_CV, grad_CV))
             self._run_rows(slice(c.start + r.start, c.start + r.stop), *of_rows)
-        if grad_CV is not None and self.kept is None:
-            self._accumulate(c, grad_CV[:, : self.vocabulary])
-            if grad_CV.dtype == self.dtype:  # G has overwritten what fills the rows up
-                self.buffer[:, self.vocabulary :] = -torch.inf
 
     def _run_rows(
         self, c: slice, z_CV: Tensor | None, u_CV: Tensor | None, grad_CV: Tensor | None
     ) -> None:
         """Values, statistics and G of raw logits."""
         x = self.x.map_tokens(lambda t: t[c])
-        weight_C = None if self.weights_N is None else self.weights_N[c]
         norm, gap = self._read(x, c, z_CV, u_CV)
+        weight_C = None if grad_CV is None else self._weight(c, gap)
         if not self.spec.paired:
-            value_C = self._function_of_logp(x, c, z_CV, norm, weight_C, grad_CV)
+            value_C = self.stats[0, c]
+            if weight_C is not None:
+                assert z_CV is not None and grad_CV is not None
+                given = (z_CV, norm, -weight_C, weight_C, x.targets, grad_CV)
+                self.rows.softmax_grad(self.spec, *given)
         elif self.spec.k:
             assert z_CV is not None and u_CV is not None
-            value_C = topk_divergence(
-                self.rows, self.spec, z_CV, u_CV, weight_C, grad_CV, self.finite
-            )
+            value_C = topk_divergence(self.rows, self.spec, z_CV, u_CV, weight_C, grad_CV)
+            if self.defined is not None:
+                self.defined[c] = value_C.isfinite()
         else:
             value_C = self._divergence(z_CV, u_CV, norm, gap, weight_C, grad_CV)
-        self.result.value[c] = value_C
+        self.value[c] = value_C
 
-    def _place_of_grad(self, c: slice, z_CV: Tensor | None) -> Tensor:
-        """Its rows of what is kept, or the memory of the student's logits."""
-        if self.kept is not None:
-            return self.kept[c, : self.read]
-        assert z_CV is not None
-        return narrow(z_CV, self.x.student_hidden.dtype)
+    def _weight(self, c: slice, gap: Tensor | None) -> Tensor:
+        """What rows of G are multiplied by, (C,)."""
+        assert self.defined is not None
+        of_row = self.stats[4, c] + self.stats[5, c]
+        if self.spec.kind in rows_torch.CENTRED and not self.spec.k:
+            assert gap is not None
+            of_row = gap
+        torch.lt(of_row.abs(), torch.inf, out=self.defined[c])
+        return self.defined[c] * self.headroom
 
     def _read(
         self, x: Inputs, c: slice, z: Tensor | None, u: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Norm and gap; statistics. The logits are transformed in place."""
-        out_6C = self.result.stats[:, c]
+        out_6C = self.stats[:, c]
         given = (x.targets, x.bias, x.teacher_bias)
         if self.fused:
             part_FC = self._read_fused(x, z)
@@ -397,8 +404,6 @@ class _Loop:
     def _divergence(self, z, u, norm, gap, weight_C, grad_CV) -> Tensor:
         """Values (C,); given weights, G into ``grad_CV``."""
         if self.spec.kind not in rows_torch.TWO_PASSES:
-            if self.finite and self.spec.kind in rows_torch.CENTRED:
-                weight_C = weight_C * gap.isfinite()
             return self.rows.divergence(self.spec, z, u, norm, gap, weight_C, grad_CV)[0]
         if not self.spec.group:
             return self.rows.divergence(self.spec, z, u, norm, None, weight_C, grad_CV)[0]
@@ -407,36 +412,6 @@ class _Loop:
         if weight_C is not None:
             self.rows.divergence(self.spec, z, u, norm, sums[1], weight_C, grad_CV)
         return sums[0]
-
-    def _function_of_logp(
-        self, x: Inputs, c: slice, z, norm, weight_C: Tensor | None, grad_CV: Tensor | None
-    ) -> Tensor:
-        """The same for a value that depends on the student's logits through log p(y) alone."""
-        logp, logp_teacher = self.result.stats[:2, c]
-        advantage_C = x.advantage
-        if self.spec.kind == "logprob":
-            value, slope = logp, torch.ones_like(logp)
-        else:
-            if advantage_C is None:
-                advantage_C = logp_teacher - logp
-            value, slope = policy_gradient(logp, advantage_C, x.old_logp, *self.spec.parameters)
-        if weight_C is None or grad_CV is None:
-            return value
-        if self.finite:
-            weight_C = weight_C * slope.isfinite()
-        by = torch.where(weight_C == 0, 0, weight_C * slope)
-        self.rows.softmax_grad(self.spec, z, norm, -by, by, x.targets, grad_CV)
-        return value
-
-    def _accumulate(self, c: slice, grad_CV: Tensor) -> None:
-        """dH = G W, dW += G^T H, db += sum G."""
-        x, out = self.x, self.result
-        if out.dhidden.numel():
-            out.dhidden[c] = hidden_gradient(grad_CV, x.lm_head_weight, self.dtype)
-        if out.dweight.numel():
-            add_weight_gradient(out.dweight, grad_CV, x.student_hidden[c])
-        if out.dbias.numel():
-            out.dbias.add_(grad_CV.sum(0, dtype=self.dtype))
 
 
 def policy_gradient(
@@ -463,9 +438,14 @@ def _chunk_rows(x: Inputs, spec: Spec, bytes_per_row: float) -> int:
     """Tokens of a chunk: as many as the budget allows, but at least one, and chunks of one size."""
     n, vocabulary = x.student_hidden.shape[0], _even_vocabulary(x, spec)
     most = max(1, int(spec.chunk_bytes / (bytes_per_row * max(1, vocabulary))))
-    rows = max(1, -(-n // -(-n // most))) if n else 1
+    rows = _evenly(n, most)
     rounded = -(-rows // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
     return rounded if rounded <= most else rows
+
+
+def _evenly(n: int, most: int) -> int:
+    """The size of parts of n, where as few as possible have at most ``most``."""
+    return max(1, -(-n // -(-n // most))) if n else 1
 
 
 def _row_operations(impl: str):

@@ -11,15 +11,9 @@ from .options import Inputs, Spec
 
 def full_logits(x: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
     """Values (N,), differentiable, and statistics (6, N)."""
-    device = x.student_hidden.device
     check_targets(x, spec.total)
-    x = x.ignored_masked()
-    with torch.autocast(device.type, enabled=False):
-        if x.mask is None:
-            return _evaluate(x, spec)
-        mask = x.mask.to(device)
-        value, stats = _evaluate(x.silenced(mask), spec)
-    return torch.where(mask, value, 0), torch.where(mask, stats, 0)
+    with torch.autocast(x.student_hidden.device.type, enabled=False):
+        return _evaluate(x, spec)
 
 
 def _evaluate(x: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
@@ -56,11 +50,6 @@ def _stream(hidden, weight, bias, targets, spec: Spec) -> list[Tensor]:
 def _value(x: Inputs, spec: Spec, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
     if spec.kind == "logprob":
         return student[1]
-    if spec.kind == "sampled_token":
-        advantage = teacher[1] - student[1] if x.advantage is None else x.advantage
-        ppo_clip, importance_clip = (clip or None for clip in spec.parameters)
-        clips = dict(ppo_clip=ppo_clip, importance_clip=importance_clip)
-        return reference.policy_gradient(student[1], advantage, x.old_logp, **clips)
     logp, logq = student[0], teacher[0]
     if spec.k:
         support = logp.detach() if spec.support == "student" else logq

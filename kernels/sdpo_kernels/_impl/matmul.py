@@ -19,6 +19,8 @@ from torch import Tensor
 HEAD_ROWS = 4096
 """Rows of an lm_head that are multiplied at a time on a CPU, where operands are cast or the result
 is copied."""
+BIAS_ROWS = 128
+"""Rows of G that are cast to float32 at a time, for the bias's gradient."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,39 +81,55 @@ def hidden_gradient(grad_CV: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> T
     return out_CD
 
 
-def add_weight_gradient(dweight_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
-    """dW += G^T H, in float32."""
-    dtype = dweight_VD.dtype
+def add_weight_gradient(
+    dweight_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, first: bool
+) -> None:
+    """dW += G^T H, in float32; the first sum replaces what dW holds."""
+    dtype, beta = dweight_VD.dtype, 0 if first else 1
     if hidden_CD.dtype == dtype:
-        dweight_VD.addmm_(grad_CV.T, hidden_CD)
+        dweight_VD.addmm_(grad_CV.T, hidden_CD, beta=beta)
     elif hidden_CD.is_cuda:
-        grad_CV = grad_CV.to(hidden_CD.dtype)
-        torch.addmm(dweight_VD, grad_CV.T, hidden_CD, out_dtype=dtype, out=dweight_VD)
+        grad_CV, out = grad_CV.to(hidden_CD.dtype), dweight_VD
+        torch.addmm(out, grad_CV.T, hidden_CD, out_dtype=dtype, beta=beta, out=out)
     elif grad_CV.dtype == hidden_CD.dtype and _half_matmuls(hidden_CD):
         for v in chunks(grad_CV.shape[1], HEAD_ROWS):
-            dweight_VD[v] += grad_CV[:, v].T @ hidden_CD
+            product = grad_CV[:, v].T @ hidden_CD
+            dweight_VD[v].copy_(product) if first else dweight_VD[v].add_(product)
     else:
         hidden_CD = hidden_CD.to(dtype)
         for v in chunks(grad_CV.shape[1], HEAD_ROWS):
-            dweight_VD[v].addmm_(grad_CV[:, v].T.to(dtype), hidden_CD)
+            dweight_VD[v].addmm_(grad_CV[:, v].T.to(dtype), hidden_CD, beta=beta)
 
 
 def weight_gradient(grad_NV: Tensor, hidden_ND: Tensor, scale_N: Tensor) -> Tensor:
-    """G^T diag(s) H, (V, D) in the hidden states' dtype; s H is rounded to it.
+    """G^T diag(s) H, (V, D) in the hidden states' dtype.
 
     float16 has too few exponents for s H, and too few to be summed in: there s is relative to its
     largest, and the sum float32.
     """
     dtype = hidden_ND.dtype
     if dtype == scale_N.dtype or (dtype == torch.bfloat16 and hidden_ND.is_cuda):
-        return grad_NV.T @ (hidden_ND * scale_N[:, None]).to(dtype)
+        return grad_NV.T @ scaled(hidden_ND, scale_N)
     if not len(scale_N):
         return hidden_ND.new_zeros(grad_NV.shape[1], hidden_ND.shape[1])
     top = scale_N.abs().amax().clamp_(min=torch.finfo(scale_N.dtype).tiny)
-    scaled_ND = (hidden_ND * (scale_N / top)[:, None]).to(dtype)
-    sum_VD = scale_N.new_zeros((grad_NV.shape[1], hidden_ND.shape[1]))
-    add_weight_gradient(sum_VD, grad_NV, scaled_ND)
+    sum_VD = scale_N.new_empty((grad_NV.shape[1], hidden_ND.shape[1]))
+    add_weight_gradient(sum_VD, grad_NV, scaled(hidden_ND, scale_N / top), first=True)
     return torch.mul(sum_VD, top, out=torch.empty_like(sum_VD, dtype=dtype))
+
+
+def scaled(hidden_ND: Tensor, scale_N: Tensor) -> Tensor:
+    """diag(s) H, rounded to H's dtype; 0 where s is 0, whatever H is."""
+    out = (hidden_ND * scale_N[:, None]).masked_fill_((scale_N == 0)[:, None], 0)
+    return out.to(hidden_ND.dtype)
+
+
+def bias_gradient(grad_NV: Tensor, scale_N: Tensor) -> Tensor:
+    """G^T s, (V,) in s's dtype; G is cast a few rows at a time."""
+    out = scale_N.new_zeros(grad_NV.shape[1])
+    for c in chunks(len(scale_N), BIAS_ROWS):
+        out += scale_N[c] @ grad_NV[c].to(scale_N.dtype)
+    return out
 
 
 def narrow(z_CV: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,20 +1,20 @@
 """The custom operators, and the one call that every public function ends in.
 
-``sdpo_kernels::kept``       values and statistics, and the gradients with respect to the logits, of
-                             which the backward (``products``) makes those of hidden states and
-                             lm_head, for any upstream gradient of the values or, if the token
-                             weights are known, of their weighted sum.
+``sdpo_kernels::kept``       values and statistics, and the gradients of each value with respect to
+                             its logits, of which the backward (``products``) makes those of hidden
+                             states and lm_head, for any upstream gradient.
 ``sdpo_kernels::values``     values and statistics; if there is too much to keep, its backward forms
                              the logits again.
 ``sdpo_kernels::gradients``  the same and, as the token weights are known, the gradients of the
-                             weighted sum, formed while the logits are there; its backward scales
-                             them.
+                             weighted sum, formed block by block; its backward scales them.
 
 They take the tensors of ``Inputs`` by position and the fields of ``Spec`` by keyword, are opaque to
-torch.compile, do their own collectives, and change none of their inputs.
+torch.compile, do their own collectives, and change none of their inputs. They know no mask: rows
+that do not count are left out, or made harmless, around them.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,12 +22,20 @@ from torch import Tensor
 from ..vocab_parallel import VocabShard
 from . import tuning
 from .checks import check, check_targets
-from .chunked import Kept, Result, empty_kept, empty_result, kept_bytes, products, run, run_kept
+from .chunked import (
+    HEADROOM,
+    empty_kept,
+    empty_result,
+    kept_bytes,
+    products,
+    run,
+    run_kept,
+    where_defined,
+)
 from .full_logits import full_logits
 from .matmul import accumulation_dtype
 from .options import DIFFERENTIABLE, IGNORE_INDEX, Impl, Inputs, Options, Spec
 from .partials import TokenStats
-from .rows_torch import CENTRED
 
 _TYPES = {str: "str", float: "float", int: "int", list[float]: "float[]"}
 _REQUIRED = ("student_hidden", "lm_head_weight")
@@ -35,13 +43,24 @@ _INPUTS = ", ".join(f"Tensor{'' if n in _REQUIRED else '?'} {n}" for n in Inputs
 _SPEC = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in Spec.__annotations__.items())
 _POSITIONS = [Inputs._fields.index(name) for name in DIFFERENTIABLE]
 
+_Answer = tuple[Tensor, Tensor, Tensor | None]
+"""Values, statistics and, with token weights, the loss."""
+
 
 def call(
-    kind: str, x: Inputs, token_weights: Tensor | None, options: Options, **own
+    kind: str,
+    x: Inputs,
+    token_weights: Tensor | None,
+    options: Options,
+    finish: Callable[[Tensor, TokenStats], tuple[Tensor, Tensor | None]] | None = None,
+    /,
+    **own,
 ) -> tuple[Tensor, TokenStats, Tensor | None]:
     """Check the arguments, choose an implementation, and run it.
 
     Args:
+        finish: log p(y) and statistics -> value and loss, for the kind "logprob", and for
+            "sampled_token" wherever it is no dearer that the operators compute log p(y).
         own: the fields of ``Spec`` that belong to the kind.
 
     Returns:
@@ -57,11 +76,11 @@ def call(
         teacher_lm_head_weight=_detached(x.teacher_lm_head_weight) if own_head else None,
         bias=options.get("bias"),
         teacher_bias=_detached(options.get("teacher_bias")),
-        mask=options.get("mask"),
     )
-    settings = {name: value for name, value in options.items() if name not in Inputs._fields}
+    mask, names = options.get("mask"), ("mask", *Inputs._fields)
+    settings = {name: value for name, value in options.items() if name not in names}
     spec = _spec(kind, x, **settings, **own)  # pyright: ignore[reportArgumentType]
-    check(x, spec, token_weights)
+    check(x, spec, mask, token_weights)
     leaves = [getattr(x, name) for name in DIFFERENTIABLE]
     wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in leaves]
     hidden = x.student_hidden
@@ -71,56 +90,75 @@ def call(
         spec = spec._replace(impl=impl)
     if token_weights is not None:
         token_weights = token_weights.to(accumulation_dtype(hidden.dtype))
-    run_it = _reference
-    if spec.impl != "reference":
-        keeps = any(wanted) and kept_bytes(x, spec) <= spec.grad_bytes
-        run_it = _keep if keeps else _recompute
-    value, stats, loss = run_it(x, spec, token_weights, wanted)
-    if token_weights is not None:
-        value = value.detach()
-    return value, TokenStats(*stats.detach().unbind()), loss
+    at_once = token_weights is not None and any(wanted) and not _keeps(x, spec)
+    if kind == "sampled_token" and (spec.impl == "reference" or not at_once):
+        spec = spec._replace(kind="logprob")
+    if spec.kind != "logprob":
+        finish = None
+    weights = token_weights if finish is None else None
+    value, stats, loss = _of_counted_rows(x, spec, mask, weights, wanted)
+    found = TokenStats(*stats.detach().unbind())
+    if finish is not None:
+        value, loss = finish(value, found)
+    return value if token_weights is None else value.detach(), found, loss
 
 
-_Answer = tuple[Tensor, Tensor, Tensor | None]
-"""Values, statistics and, with token weights, the loss."""
+def _keeps(x: Inputs, spec: Spec) -> bool:
+    """Whether G may be kept."""
+    return kept_bytes(x, spec) <= spec.grad_bytes
 
 
-def _reference(x: Inputs, spec: Spec, token_weights: Tensor | None, _: list[bool]) -> _Answer:
-    value, stats = full_logits(x, spec)
-    return value, stats, _weighted_sum(value, token_weights)
-
-
-def _recompute(x: Inputs, spec: Spec, token_weights: Tensor | None, wanted: list[bool]) -> _Answer:
-    if token_weights is not None and any(wanted):
-        loss, value, stats, *_ = _gradients(*x, token_weights, wanted, **spec._asdict())
-        return value, stats, loss
-    value, stats = _values(*x, **spec._asdict())
-    return value, stats, _weighted_sum(value, token_weights)
-
-
-def _keep(x: Inputs, spec: Spec, token_weights: Tensor | None, _: list[bool]) -> _Answer:
-    mask, n = x.mask, x.student_hidden.shape[0]
-    if mask is None:
-        loss, value, stats, *_ = _kept(*x, token_weights, **spec._asdict())
-        return value, stats, None if token_weights is None else loss
-    device = x.student_hidden.device
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling():
-        # rows are dropped; a mask on the device would have to be waited for
-        index = mask.nonzero()[:, 0]
-        if device.type == "cuda":
-            index = index.pin_memory()  # other memory cannot be copied without waiting, either
-        index = index.to(device, non_blocking=True)
-        if token_weights is not None:
-            token_weights = token_weights[index]
+def _of_counted_rows(
+    x: Inputs, spec: Spec, mask: Tensor | None, weights: Tensor | None, wanted: list[bool]
+) -> _Answer:
+    """The call, with value and statistics 0, and no gradient, in rows that the mask or their target
+    leaves out. Rows that are known in host memory are dropped before any work; others would have to
+    be waited for: their values' upstream gradient is 0, which is enough."""
+    device, n = x.student_hidden.device, x.student_hidden.shape[0]
+    marks = [] if mask is None else [mask]
+    if x.targets is not None:
+        marks.append(x.targets != IGNORE_INDEX)
+    on_host = [t for t in marks if t.device.type == "cpu" and not torch.compiler.is_compiling()]
+    if on_host and not (counted := functools.reduce(torch.logical_and, on_host)).all():
+        check_targets(x, spec.total, counted)
+        index = to_device(counted.nonzero()[:, 0], device)
+        if weights is not None:
+            weights = weights[index]
         part = x.map_tokens(lambda t: t.index_select(0, index))
-        value, stats, loss = _keep(part, spec, token_weights, [])
+        value, stats, loss = _of_counted_rows(part, spec, None, weights, wanted)
         value = value.new_zeros(n).index_copy(0, index, value)
         return value, stats.new_zeros(len(stats), n).index_copy(1, index, stats), loss
-    mask = mask.to(device, non_blocking=True)
-    if token_weights is not None:
-        token_weights = torch.where(mask, token_weights, 0)
-    value, stats, loss = _keep(x.silenced(mask), spec, token_weights, [])
-    return torch.where(mask, value, 0), torch.where(mask, stats, 0), loss
+    if len(marks) == len(on_host):
+        return _evaluate(x, spec, weights, wanted)
+    counted = functools.reduce(torch.logical_and, [to_device(t, device) for t in marks])
+    if weights is not None:
+        weights = torch.where(counted, weights, 0)
+    if spec.impl == "reference":  # whose gradients are autograd's
+        x = x.map_tokens(lambda t: torch.where(counted[:, None] if t.ndim == 2 else counted, t, 0))
+    elif x.targets is not None and mask is not None:
+        x = x._replace(targets=torch.where(counted, x.targets, IGNORE_INDEX))
+    value, stats, loss = _evaluate(x, spec, weights, wanted)
+    return torch.where(counted, value, 0), torch.where(counted, stats, 0), loss
+
+
+def _evaluate(x: Inputs, spec: Spec, weights: Tensor | None, wanted: list[bool]) -> _Answer:
+    if spec.impl == "reference":
+        value, stats = full_logits(x, spec)
+    elif any(wanted) and spec.kind != "sampled_token" and _keeps(x, spec):
+        value, stats, *_ = _kept(*x, **spec._asdict())
+    elif any(wanted) and weights is not None:
+        loss, value, stats, *_ = _gradients(*x, weights, wanted, **spec._asdict())
+        return value, stats, loss
+    else:
+        value, stats = _values(*x, **spec._asdict())
+    return value, stats, weighted_sum(value, weights)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """``x`` on the device, where the host waits for nothing."""
+    if device.type == "cuda" and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        x = x.pin_memory()  # other memory cannot be copied without waiting
+    return x.to(device, non_blocking=True)
 
 
 def _detached(x: Tensor | None) -> Tensor | None:
@@ -159,44 +197,18 @@ def _spec(
     )
 
 
-def _weighted_sum(value: Tensor, token_weights: Tensor | None) -> Tensor | None:
+def weighted_sum(value: Tensor, token_weights: Tensor | None) -> Tensor | None:
     """A weight of 0 silences whatever the value is."""
     if token_weights is None:
         return None
     return torch.where(token_weights == 0, 0, value * token_weights).sum()
 
 
-def _run(
-    x: Inputs, spec: Spec, weights_N: Tensor | None = None, wanted: Sequence[bool] = ()
-) -> Result:
-    """``run``, in which rows whose target is ``IGNORE_INDEX`` are as masked."""
-    if x.targets is None:
-        return run(x, spec, weights_N, wanted)
-    if x.targets.device.type == "cpu":
-        check_targets(x, spec.total)
-        some = bool((x.targets == IGNORE_INDEX).any())
-        return run(x.ignored_masked() if some else x, spec, weights_N, wanted)
-    return _run_silenced(x, spec, weights_N, wanted)
-
-
-def _run_silenced(
-    x: Inputs, spec: Spec, weights_N: Tensor | None = None, wanted: Sequence[bool] = ()
-) -> Result:
-    """On a GPU, where the host does not wait for the ignored rows' number. A mask would copy the
-    hidden states; here their rows cost their matmuls, and nothing else."""
-    assert x.targets is not None
-    kept = x.targets != IGNORE_INDEX
-    weights_N = None if weights_N is None else torch.where(kept, weights_N, 0)
-    out = run(x, spec, weights_N, wanted)
-    value, stats = (torch.where(kept, t, 0) for t in (out.value, out.stats))
-    return out._replace(value=value, stats=stats)
-
-
 @torch.library.custom_op(
     "sdpo_kernels::values", mutates_args=(), schema=f"({_INPUTS}, *, {_SPEC}) -> (Tensor, Tensor)"
 )
 def _values(*tensors, **spec):
-    return _run(Inputs(*tensors), Spec(**spec))[:2]
+    return run(Inputs(*tensors), Spec(**spec))[:2]
 
 
 @_values.register_fake
@@ -212,41 +224,29 @@ def _(*tensors, **spec):
 )
 def _gradients(*args, **spec):
     *tensors, token_weights, wanted = args
-    result = _run(Inputs(*tensors), Spec(**spec), token_weights, wanted)
-    return _with_loss(result, token_weights)
+    result = run(Inputs(*tensors), Spec(**spec), token_weights, wanted)
+    return weighted_sum(result.value, token_weights), *result
 
 
 @_gradients.register_fake
 def _(*args, **spec):
-    *tensors, token_weights, wanted = args
-    return _with_loss(empty_result(Inputs(*tensors), wanted), token_weights)
-
-
-def _with_loss(result: Result | Kept, token_weights: Tensor | None) -> tuple[Tensor, ...]:
-    loss = _weighted_sum(result.value, token_weights)
-    return result.scale.new_zeros(()) if loss is None else loss, *result
+    *tensors, _, wanted = args
+    result = empty_result(Inputs(*tensors), wanted)
+    return torch.empty_like(result.scale), *result
 
 
 @torch.library.custom_op(
     "sdpo_kernels::kept",
     mutates_args=(),
-    schema=f"({_INPUTS}, Tensor? token_weights, *, {_SPEC}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_INPUTS}, *, {_SPEC}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _kept(*args, **spec):
-    *tensors, token_weights = args
-    x, settings, counted = Inputs(*tensors), Spec(**spec), None
-    if x.targets is not None:
-        if x.targets.device.type == "cpu":
-            check_targets(x, settings.total)
-        counted = x.targets != IGNORE_INDEX
-    return _with_loss(run_kept(x, settings, token_weights, counted), token_weights)
+def _kept(*tensors, **spec):
+    return tuple(run_kept(Inputs(*tensors), Spec(**spec)))
 
 
 @_kept.register_fake
-def _(*args, **spec):
-    *tensors, token_weights = args
-    return _with_loss(empty_kept(Inputs(*tensors)), token_weights)
+def _(*tensors, **spec):
+    return tuple(empty_kept(Inputs(*tensors)))
 
 
 @torch.library.custom_op(
@@ -268,17 +268,19 @@ def _(grad, hidden, weight, scale, wanted):
 
 
 def _values_setup(ctx, inputs, keyword_only_inputs, output):
-    ctx.spec = keyword_only_inputs
-    ctx.save_for_backward(*inputs)
+    x, ctx.spec = Inputs(*inputs), keyword_only_inputs
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs]
+    if ctx.spec["kind"] == "logprob":  # whose gradient needs no teacher
+        x = x._replace(teacher_hidden=None, teacher_lm_head_weight=None, teacher_bias=None)
+    ctx.save_for_backward(*x)
 
 
 def _values_backward(ctx, upstream, _):
     _refuse_double_backward()
     wanted = [ctx.needs_input_grad[i] for i in _POSITIONS]
-    tensors = ctx.saved_tensors
-    _, _, _, *grads, scale = _gradients(*tensors, upstream.contiguous(), wanted, **ctx.spec)
-    dtypes = [None if x is None else x.dtype for x in tensors]
-    return tuple(_to_inputs(dtypes, wanted, grads, scale))
+    args = (*ctx.saved_tensors, upstream.contiguous(), wanted)
+    _, _, _, *grads, scale = _gradients(*args, **ctx.spec)
+    return tuple(_to_inputs(ctx.dtypes, wanted, grads, scale))
 
 
 def _gradients_setup(ctx, inputs, keyword_only_inputs, output):
@@ -297,27 +299,20 @@ def _gradients_backward(ctx, upstream, *_):
 
 
 def _kept_setup(ctx, inputs, keyword_only_inputs, output):
-    x, token_weights = Inputs(*inputs[:-1]), inputs[-1]
-    _, value, _, grad, scale = output
-    ctx.known = token_weights is not None
-    ctx.dtypes = [None if t is None else t.dtype for t in inputs[:-1]]
-    kind, k = keyword_only_inputs["kind"], keyword_only_inputs["k"]
-    ctx.silent = ctx.known or not (k or kind in CENTRED or kind == "sampled_token")
+    x, (_, stats, grad, defined) = Inputs(*inputs), output
+    ctx.dtypes = [None if t is None else t.dtype for t in inputs]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[2:], *((value,) if ctx.known else (output[0],)))
-    ctx.save_for_backward(grad, x.student_hidden, x.lm_head_weight, value, scale)
+    ctx.mark_non_differentiable(stats, grad, defined)
+    ctx.save_for_backward(grad, x.student_hidden, x.lm_head_weight, defined)
 
 
-def _kept_backward(ctx, upstream_loss, upstream_value, *_):
+def _kept_backward(ctx, upstream, *_):
     _refuse_double_backward()
-    out: list[Tensor | None] = [None] * (len(Inputs._fields) + 1)
-    upstream = upstream_loss if ctx.known else upstream_value
+    out: list[Tensor | None] = [None] * len(Inputs._fields)
     if upstream is None:
         return tuple(out)
-    grad, hidden, weight, value, scale = ctx.saved_tensors
-    factor = (upstream * scale).expand_as(value)
-    if not ctx.silent:  # where the value is infinite, G is 0, but no number
-        factor = torch.where(value.isfinite() | (factor == 0), factor, torch.nan)
+    grad, hidden, weight, defined = ctx.saved_tensors
+    factor = where_defined(upstream / HEADROOM.get(grad.dtype, 1.0), defined)
     wanted = [ctx.needs_input_grad[i] for i in _POSITIONS]
     found = _products(grad, hidden, weight, factor.contiguous(), wanted)
     for i, want, gradient in zip(_POSITIONS, wanted, found, strict=True):

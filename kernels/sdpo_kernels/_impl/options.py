@@ -3,7 +3,6 @@
 
 from typing import Literal, NamedTuple, TypedDict, get_args
 
-import torch
 from torch import Tensor
 
 from ..vocab_parallel import VocabShard
@@ -16,7 +15,7 @@ IMPLS: tuple[str, ...] = get_args(Impl)
 IGNORE_INDEX = -100
 """A target that stands for none, as in torch's cross-entropy: its row is as masked."""
 DIFFERENTIABLE = ("student_hidden", "lm_head_weight", "bias")
-PER_TOKEN = ("student_hidden", "teacher_hidden", "targets", "old_logp", "advantage")
+PER_TOKEN = ("student_hidden", "teacher_hidden", "targets", "old_logp")
 
 
 class Options(TypedDict, total=False):
@@ -25,7 +24,7 @@ class Options(TypedDict, total=False):
     mask: Tensor | None
     """(N,) bool; rows where it is False have value, statistics and gradient 0 whatever they hold.
     With a mask in host memory they cost nothing; with one on the GPU, where their number is not
-    known without waiting for the device, their matmuls are still computed."""
+    known without waiting for the device, or in a compiled graph, their matmuls are computed."""
     bias: Tensor | None
     """(V,) bias of the student's lm_head, of any floating dtype; differentiable."""
     teacher_bias: Tensor | None
@@ -43,8 +42,8 @@ class Options(TypedDict, total=False):
     """Upper limit for the gradients with respect to logits, in the inputs' dtype, that a call keeps
     until its backward, in bytes; with a shard, the size of an even shard counts. A call that stays
     below it costs four matmuls whatever its upstream gradient is. One that does not forms dH and dW
-    in its forward if ``token_weights`` are given; if not, its backward forms the logits again.
-    None: a default for the device."""
+    in its forward if ``token_weights`` are given, in blocks of as many tokens as stay below; if
+    not, its backward forms the logits again. None: a default for the device."""
     impl: Impl
     """Forces an implementation; see ``Impl``. Default "auto"."""
 
@@ -68,35 +67,21 @@ class Inputs(NamedTuple):
     """(N,) token ids, or ``IGNORE_INDEX``."""
     old_logp: Tensor | None = None
     """(N,) log-probabilities of the targets when they were sampled."""
-    advantage: Tensor | None = None
-    """(N,); None: computed from the two streams."""
-    mask: Tensor | None = None
-    """(N,) bool"""
-
-    def ignored_masked(self) -> "Inputs":
-        """With a mask that leaves out the rows whose target is ``IGNORE_INDEX``, too."""
-        if self.targets is None:
-            return self
-        kept = self.targets != IGNORE_INDEX
-        return self._replace(mask=kept if self.mask is None else kept & self.mask.to(kept.device))
 
     def map_tokens(self, function) -> "Inputs":
-        """``function`` applied to every tensor that has a row per token; without the mask."""
+        """``function`` applied to every tensor that has a row per token."""
         changed = {
             name: function(x) for name in PER_TOKEN if (x := getattr(self, name)) is not None
         }
-        return self._replace(mask=None, **changed)
-
-    def silenced(self, mask: Tensor) -> "Inputs":
-        """With 0 in the rows where a mask on the tensors' device is False; without the mask."""
-        return self.map_tokens(lambda x: torch.where(mask[:, None] if x.ndim == 2 else mask, x, 0))
+        return self._replace(**changed)
 
 
 class Spec(NamedTuple):
     """Everything about a call that is not a tensor; the types are those of operator schemas."""
 
     kind: str
-    """"logprob", "sampled_token" or a divergence of ``rows_torch.FORMULAS``."""
+    """"logprob", "sampled_token" or a divergence of ``rows_torch.FORMULAS``. What is kept or formed
+    again is log p(y): of the sampled token's loss that is a function outside of the operators."""
     impl: str = "auto"
     parameters: list[float] = []
     """The kind's own numbers: (beta,) of the JSD; (ppo_clip, importance_clip) of the sampled token,

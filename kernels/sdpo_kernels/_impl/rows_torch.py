@@ -153,7 +153,7 @@ class Rows:
         grad_CV: Tensor,
     ) -> None:
         """a p + b onehot(y) with respect to raw logits, into ``grad_CV``, from transformed ones,
-        whose memory it may be."""
+        whose memory it may be; no p where a is 0, whatever the logits are."""
         for r in blocks(z_CV):
             z = z_CV[r]
             m, log_s = norm_2C[:2, r, None].unbind()
@@ -161,6 +161,9 @@ class Rows:
             if self._read is not z_CV:
                 _exponentials(z, m, grad, e)
             torch.mul(e, (-log_s).exp_().mul_(a_C[r, None]), out=grad)
+            silent = a_C[r, None] == 0
+            if z.device.type != "cpu" or silent.any():
+                grad.masked_fill_(silent, 0)
             if b_C is not None and z.shape[1]:
                 assert targets_C is not None
                 at = torch.where(targets_C[r] >= 0, b_C[r], 0)[:, None]

@@ -487,7 +487,7 @@ def softmax_grad_kernel(
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocabulary
         z = tl.load(z_ptr + columns, mask=inside, other=float("-inf"))
-        grad = a * exp((z - m) - log_s)
+        grad = tl.where(a == 0, 0.0, a * exp((z - m) - log_s))
         if TARGETS:
             grad += tl.where(columns == target, b, 0.0)
         if CAP or SCALE:

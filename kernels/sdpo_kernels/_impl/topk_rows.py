@@ -22,14 +22,13 @@ def topk_divergence(
     u: Tensor,
     weight_C: Tensor | None,
     grad_CV: Tensor | None,
-    finite: bool,
 ) -> Tensor:
-    """Values (C,) and, given weights, the gradient in raw logits in ``grad_CV``.
+    """Values (C,) and, given weights, the gradient in raw logits in ``grad_CV``; 0 in rows whose
+    value is no finite number.
 
     Args:
         rows: a ``rows_torch.Rows``, or ``rows_triton``.
         z, u: (C, V) transformed logits in this rank's part of the vocabulary; both are overwritten.
-        finite: a gradient is 0 where the value is infinite, where it would be NaN.
     """
     columns = _top_columns(z if spec.support == "student" else u, spec)
     here, safe = columns >= 0, columns.clamp(min=0)
@@ -57,8 +56,7 @@ def topk_divergence(
     value, grad = _bucket_divergence(plain, z_CB, u_CB, weight_C)
     if grad is None or grad_CV is None:
         return value
-    if finite:
-        grad.masked_fill_(~value.isfinite()[:, None], 0)
+    grad.masked_fill_(~value.isfinite()[:, None], 0)
     # no other tokens: e^(-inf) of them
     norm = norm[:2].masked_fill(norm[:2].isinf(), 0)
     last = grad[:, -1].contiguous()
