@@ -166,11 +166,12 @@ def test_autocast_computes_in_its_dtype(loss):
 
 @BOTH
 def test_no_shape_and_no_host_value_depends_on_the_labels(loss):
-    """As on a GPU, where either would wait for it: fake tensors have no values to ask for."""
+    """On a GPU, where either would wait for it: fake tensors have no values to ask for."""
     x, y = problem(), labels("some")
-    with FakeTensorMode() as fake:
-        streams = [fake.from_tensor(t.requires_grad_()) for t in list(x.values())[:4]]
-        out = loss(*streams, fake.from_tensor(y))
+    with FakeTensorMode():
+        given = (*list(x.values())[:4], y)
+        on_gpu = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in given]
+        out = loss(*(t.requires_grad_() for t in on_gpu[:4]), on_gpu[4])
         assert out.shape == () and out.requires_grad
         with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
             out.item()
