@@ -35,7 +35,6 @@ from sdpo.interactions import read_interactions
 from sdpo_parallel.huggingface import load_tokenizer
 
 WORKER = Path(__file__).with_name("step_worker.py")
-LEAST_ROUNDS = 5
 LIMIT = 1e-4
 """Relative difference of loss or gradient norm beyond which the two do not compute the same."""
 
@@ -54,8 +53,10 @@ class Settings(Output):
     characters: int = 500
     """The longest of the interactions that are taken from ``data``."""
     objective: tuple[ObjectiveName, ...] = ("reverse_kl", "sampled_token")
+    rounds: int = 5
+    """At least so many."""
     seconds: float = 20.0
-    """Of both, by objective; at least five rounds."""
+    """Of both, by objective, after their first steps."""
 
 
 class Worker:
@@ -162,7 +163,7 @@ def compare(
         _agree({name: worker.step() for name, worker in workers.items()})
         times: dict[str, list[float]] = {f"{n}{w}": [] for n in workers for w in ("", " wall")}
         order = list(workers)
-        while len(times["now"]) < LEAST_ROUNDS or _spent(times) < settings.seconds:
+        while len(times["now"]) < settings.rounds or _spent(times) < settings.seconds:
             for name in order:
                 found = workers[name].step()
                 times[name].append(found["process"])

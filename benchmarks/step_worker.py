@@ -12,6 +12,7 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from sdpo import hindsight
 from sdpo.batching import BatchConfig, micro_batches
 from sdpo.hindsight import Encoded
 from sdpo.objective import ReverseKL, SampledToken
@@ -19,6 +20,8 @@ from sdpo.step import two_pass_loss
 from sdpo_parallel.transformers.engine import TransformersModel
 
 OBJECTIVES = {"reverse_kl": ReverseKL, "sampled_token": SampledToken}
+# three flags, before truncation was by structure
+UNTRUNCATED = getattr(hindsight, "Truncated", lambda: (False, False, False))()
 
 
 def main() -> None:
@@ -42,7 +45,7 @@ def main() -> None:
             response=tuple(response),
             old_logprobs=None,
             ends=True,
-            truncated=(False, False, False),  # pyright: ignore
+            truncated=UNTRUNCATED,
         )
         for i, (prompt, hindsight, response) in enumerate(job["examples"])
     ]
