@@ -112,6 +112,10 @@ def install(
         folder: as `fill` left it.
         into: becomes the value of TRITON_CACHE_DIR; must not exist.
     """
+    if not (folder / BUILT).is_file():
+        sys.exit(
+            f"error: {folder} has no {BUILT}: `python -m benchmarks.triton_cache fill` leaves one"
+        )
     shutil.copytree(folder, into)
     into = into.resolve()
     for index in into.glob("*/__grp__*"):

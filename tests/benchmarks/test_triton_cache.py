@@ -80,3 +80,5 @@ def test_another_build_of_triton_is_named(tmp_path):
     (folder / "built.json").write_text(json.dumps(built))
     with pytest.raises(SystemExit, match="another Triton: ptxas: Cuda compilation tools, rel"):
         triton_cache.install(folder, tmp_path / "into")
+    with pytest.raises(SystemExit, match="has no built.json"):
+        triton_cache.install(tmp_path / "no-such-folder", tmp_path / "another")
