@@ -288,26 +288,24 @@ def floors(kind: Kind, x: Problem) -> dict[str, Callable[[], None]]:
     On a GPU half-precision inputs have a second floor, whose logits come out in float32: those of
     who does not round them.
     """
-    found = {FLOOR: _matmuls(kind, x, x.hidden.dtype)}
-    if x.hidden.is_cuda and x.hidden.dtype != torch.float32:
-        found[f"{FLOOR}, float32 logits"] = _matmuls(kind, x, torch.float32)
+    h, w, u = x.hidden.detach(), x.weight.detach(), x.teacher
+    z_NV, dh_ND, dw_VD = torch.mm(h, w.T), torch.empty_like(h), torch.empty_like(w)
+
+    def matmuls(out_NV: Tensor, **dtype: torch.dtype) -> None:
+        if kind != "logprob":
+            torch.mm(u, w.T, out=out_NV, **dtype)
+        torch.mm(h, w.T, out=out_NV, **dtype)
+        torch.mm(z_NV, w, out=dh_ND)
+        torch.mm(z_NV.T, h, out=dw_VD)
+
+    found = {FLOOR: partial(matmuls, z_NV)}
+    if _wide(h):
+        wide_NV = torch.empty_like(z_NV, dtype=torch.float32)
+        wide = partial(matmuls, wide_NV, out_dtype=torch.float32)
+        found[f"{FLOOR}, float32 logits"] = wide
     return found
 
 
-def _matmuls(kind: Kind, x: Problem, dtype: torch.dtype) -> Callable[[], None]:
-    """``dtype``: of the logits."""
-    h, w, u = x.hidden.detach(), x.weight.detach(), x.teacher
-    wide = {} if dtype == h.dtype else dict(out_dtype=dtype)
-    z_NV = h.new_empty((h.shape[0], w.shape[0]), dtype=dtype)
-    # zeros would be multiplied faster than numbers
-    g_NV = torch.mm(h, w.T) if wide else z_NV
-    dh_ND, dw_VD = torch.empty_like(h), torch.empty_like(w)
-
-    def matmuls() -> None:
-        if kind != "logprob":
-            torch.mm(u, w.T, out=z_NV, **wide)
-        torch.mm(h, w.T, out=z_NV, **wide)
-        torch.mm(g_NV, w, out=dh_ND)
-        torch.mm(g_NV.T, h, out=dw_VD)
-
-    return matmuls
+def _wide(h: Tensor) -> bool:
+    """Whether torch multiplies such tensors with a float32 result."""
+    return h.is_cuda and h.dtype != torch.float32

@@ -38,11 +38,13 @@ def fill(
     """Compile what tests and benchmarks launch.
 
     Args:
-        folder: of the cache; kernels that are there already stay.
+        folder: of the cache; must not exist.
         sm: compute capability of the machine that will use it, times ten.
         wheel: Triton as it is installed there, of this release; needed where Python is another one.
     """
     folder = folder.resolve()
+    if folder.exists():
+        sys.exit(f"error: {folder} is there; name a new folder")
     os.environ["TRITON_CACHE_DIR"] = str(folder)
     os.environ.pop("TRITON_INTERPRET", None)
     if wheel is not None:

@@ -99,6 +99,26 @@ def test_wrong_failed_and_absent_contenders_are_named_and_have_no_speed(
     assert about["commit"] != "unknown" and about["versions"]["torch"] == torch.__version__
 
 
+def test_a_gpus_half_precision_has_a_second_floor_whose_logits_are_float32(monkeypatch):
+    """With a double of a GPU's matmul, as a CPU has none with a float32 result."""
+    calls, mm = [], torch.mm
+
+    def double(a, b, *, out, out_dtype=None):
+        assert out.dtype == (out_dtype or a.dtype)
+        calls.append((out.shape, out.dtype))
+        return out.copy_(mm(a, b))
+
+    x = problem(4, 30, 8, 0.1, torch.bfloat16, CPU)
+    assert list(peers.floors("jsd", x)) == ["floor"]
+    monkeypatch.setattr(peers, "_wide", lambda h: True)
+    floors = peers.floors("jsd", x)
+    monkeypatch.setattr(torch, "mm", double)
+    floors["floor, float32 logits"]()
+    half, full = torch.bfloat16, torch.float32
+    logits, gradients = [((4, 30), full)] * 2, [((4, 8), half), ((30, 8), half)]
+    assert calls == logits + gradients
+
+
 def test_plots_are_made_from_what_was_written(tmp_path):
     out = tmp_path / "results.jsonl"
     settings = replace(SMALL, out=out, only=("sdpo torch", "TRL"))

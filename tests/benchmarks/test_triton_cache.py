@@ -1,6 +1,7 @@
 """A cache of compiled kernels that was carried to another folder serves there."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,30 @@ def test_kernels_are_kept_as_those_of_another_wheel(tmp_path):
     assert compile_in(folder)[0] == "False"
     with pytest.raises(ValueError, match="is not of Triton"):
         triton_cache.pose_as(Path("triton-1.0.0-cp399-cp399-linux.whl"))
+
+
+def test_filling_is_a_rehearsal_into_a_new_folder(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "cache"
+
+    def rehearsal(module: str, run_name: str) -> None:
+        assert (module, run_name) == ("benchmarks.rehearsal", "__main__")
+        kernel = Path(os.environ["TRITON_CACHE_DIR"], "ABC")
+        kernel.mkdir(parents=True)
+        for suffix in ("cubin", "ptx", "json"):
+            (kernel / f"a_kernel.{suffix}").write_text(" ".join(sys.argv[1:]))
+        raise SystemExit(1)
+
+    monkeypatch.setattr(triton_cache.runpy, "run_module", rehearsal)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.setenv("TRITON_INTERPRET", "")
+    monkeypatch.setattr(sys, "argv", [])
+    triton_cache.fill(folder, sm=100)
+    assert sorted(f.name for f in folder.glob("ABC/*")) == ["a_kernel.cubin", "a_kernel.json"]
+    assert (folder / "ABC" / "a_kernel.cubin").read_text() == "--sm 100"
+    assert json.loads((folder / "built.json").read_text())["sm"] == 100
+    assert "exit status 1\n1 kernels in" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="name a new folder"):
+        triton_cache.fill(folder)
 
 
 def test_another_build_of_triton_is_named(tmp_path):
