@@ -16,9 +16,10 @@ signature, are not prepared, as they need the GPU's driver.
 """
 
 import hashlib
+import importlib
+import itertools
 import json
 import os
-import runpy
 import shutil
 import sys
 import zipfile
@@ -30,6 +31,11 @@ import tyro
 BUILT = "built.json"
 KEPT = (".cubin", ".json")
 """Suffixes of what is read when a kernel is launched; the stages' sources are many times that."""
+
+
+TESTED = (300, 5003, 256)
+"""N, V and D of most tests in ``tests/gpu``."""
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def fill(
@@ -49,14 +55,23 @@ def fill(
     os.environ.pop("TRITON_INTERPRET", None)
     if wheel is not None:
         pose_as(wheel)
-    sys.argv = ["rehearsal", "--sm", str(sm)]
-    try:
-        runpy.run_module("benchmarks.rehearsal", run_name="__main__")
-    except SystemExit as done:
-        print(f"rehearsal: exit status {done.code}")
+    rehearse(sm)
     close(folder, sm)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     print(f"{len(kernels(folder))} kernels in {size / 2**20:.1f} MiB")
+
+
+def rehearse(sm: int) -> None:
+    """Compile what the rehearsal launches, and every function as ``tests/gpu`` calls it."""
+    # imported late, as it tells torch and Triton of a GPU that is not there
+    rehearsal = importlib.import_module("benchmarks.rehearsal")
+    rehearsal.run(rehearsal.Settings(sm=(sm,)))
+    stage = rehearsal.Stage()
+    for function, dtype, impl, transforms, kept in itertools.product(
+        rehearsal.FUNCTIONS, DTYPES, ("triton", "fused"), (False, True), (False, True)
+    ):
+        given = dict(function=function, dtype=dtype, impl=impl, transforms=transforms, kept=kept)
+        rehearsal.rehearse(rehearsal.Case(shape=TESTED, **given), stage, (sm,))
 
 
 def pose_as(wheel: Path) -> None:

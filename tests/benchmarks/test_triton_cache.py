@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,25 +74,31 @@ def test_kernels_are_kept_as_those_of_another_wheel(tmp_path):
 
 
 def test_filling_is_a_rehearsal_into_a_new_folder(tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "cache"
+    folder, calls = tmp_path / "cache", []
 
-    def rehearsal(module: str, run_name: str) -> None:
-        assert (module, run_name) == ("benchmarks.rehearsal", "__main__")
+    def compile_one(settings: SimpleNamespace) -> None:
         kernel = Path(os.environ["TRITON_CACHE_DIR"], "ABC")
         kernel.mkdir(parents=True)
         for suffix in ("cubin", "ptx", "json"):
-            (kernel / f"a_kernel.{suffix}").write_text(" ".join(sys.argv[1:]))
-        raise SystemExit(1)
+            (kernel / f"a_kernel.{suffix}").write_text(str(settings.sm))
 
-    monkeypatch.setattr(triton_cache.runpy, "run_module", rehearsal)
+    double = SimpleNamespace(
+        run=compile_one,
+        Settings=SimpleNamespace,
+        Stage=lambda: "stage",
+        FUNCTIONS={"reverse KL": None},
+        Case=SimpleNamespace,
+        rehearse=lambda case, stage, sms: calls.append((case.dtype, case.kept, sms)),
+    )
+    monkeypatch.setitem(sys.modules, "benchmarks.rehearsal", double)
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
     monkeypatch.setenv("TRITON_INTERPRET", "")
-    monkeypatch.setattr(sys, "argv", [])
     triton_cache.fill(folder, sm=100)
     assert sorted(f.name for f in folder.glob("ABC/*")) == ["a_kernel.cubin", "a_kernel.json"]
-    assert (folder / "ABC" / "a_kernel.cubin").read_text() == "--sm 100"
+    assert (folder / "ABC" / "a_kernel.cubin").read_text() == "(100,)"
+    assert len(calls) == 24 and {c[2] for c in calls} == {(100,)}
     assert json.loads((folder / "built.json").read_text())["sm"] == 100
-    assert "exit status 1\n1 kernels in" in capsys.readouterr().out
+    assert "1 kernels in" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="name a new folder"):
         triton_cache.fill(folder)
 
