@@ -16,11 +16,11 @@ from typing import Annotated, NamedTuple
 import tyro
 from rich.console import Console
 
-from benchmarks.peers import OURS
+from benchmarks.peers import FLOOR, OURS
 from benchmarks.report import Row, grid, read
 
 KEY = ("benchmark", "kind", "objective", "model", "head", "tokens", "vocabulary", "hidden")
-KEY += ("dtype", "weights", "checkpointing", "distance", "sweep", "contender")
+KEY += ("problem", "dtype", "weights", "checkpointing", "distance", "sweep", "contender")
 MEMORY_NOISE = 0.05
 
 
@@ -55,17 +55,19 @@ def compare(old: Iterable[Row], new: Iterable[Row]) -> list[Moved]:
 
 
 def _by_key(rows: Iterable[Row]) -> dict[tuple, Row]:
-    return {tuple(row.get(name) for name in KEY): row for row in rows if "contender" in row}
+    # results from before there was another problem have the Gaussian one
+    named = (row if "kind" not in row else {"problem": "gaussian"} | row for row in rows)
+    return {tuple(row.get(name) for name in KEY): row for row in named if "contender" in row}
 
 
 def _floor(rows: dict[tuple, Row], key: tuple) -> dict[str, float] | None:
-    row = rows.get((*key[:-1], "floor"))
+    row = rows.get((*key[:-1], FLOOR))
     return row["seconds"]["both"] if row is not None and "seconds" in row else None
 
 
 def _times(name: str, a: Row, b: Row, floors: list[dict[str, float] | None]) -> Iterable[Moved]:
     unit = "x floor"
-    if not all(floors) or a["contender"] == "floor":
+    if not all(floors) or a["contender"].startswith(FLOOR):
         if a["machine"]["device"] != b["machine"]["device"]:
             return
         unit, floors = "s", [dict(median=1.0, low=1.0, high=1.0)] * 2

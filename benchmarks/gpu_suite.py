@@ -1,12 +1,13 @@
 """All that a GPU can tell, in one command that fits in nine minutes and needs no network.
 
-    python benchmarks/gpu_suite.py OUT [--minutes 9]
+    python benchmarks/gpu_suite.py OUT [--minutes 9] [--triton-cache FOLDER]
     python benchmarks/gpu_suite.py OUT --dry-run       # tiny sizes on a CPU: does it still work?
 
 Parts run one after another, the most valuable first, each in a process of its own with a limit:
 one that fails, hangs or does not fit in what is left costs nothing else. OUT gets a few small
 files: ``suite.json`` (what ran, what failed, what was skipped and why), ``suite.log`` (all output),
-and JSON lines per benchmark, written as results come in.
+and JSON lines per benchmark, written as results come in. With a cache that ``triton_cache`` filled,
+nothing of ours is compiled; ``suite.json`` says which kernels were all the same.
 """
 
 import json
@@ -16,7 +17,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -79,23 +82,29 @@ def parts(out: Path) -> list[Part]:
     divergence = "divergence --dtype bfloat16 --distances --seconds"
     reverse, quick = "--kinds reverse_kl", "--only sdpo upstream 'Liger fused' TRL fla"
     qwen, llama = "--heads qwen3-8b --tokens 8192", "--heads llama-3.2-1b --tokens"
-    logprob = f"logprob --seconds 0.4 --dtype bfloat16 {qwen} --only sdpo"
+    half = "--dtype bfloat16"
+    logprob = f"logprob --seconds 0.4 {half} {qwen} --only sdpo"
     step, few = "step --seconds 0.5 --models", "--no-liger --only sdpo 'full logits'"
     compiled = "--only sdpo torch.compile 'Liger chunked'"
+    peaked = "--problem peaked --kinds reverse_kl jsd --only sdpo upstream TRL"
+    peers = "--only sdpo 'sdpo fused' QuACK 'Liger SM90' 'Liger scaled'"
     return [
         benchmark(
             "reverse KL, Qwen3-8B", 90, f"{divergence} 0.4 {reverse} {quick} {qwen} 4096 1024"
         ),
-        Part("gpu tests", 220, (*TESTS, *SIDE_BY_SIDE, "--durations=10", "-q", "--tb=short")),
+        Part("gpu tests", 240, (*TESTS, *SIDE_BY_SIDE, "--durations=10", "-q", "--tb=short")),
         benchmark(
             "reverse KL, Llama-3.2-1B", 40, f"{divergence} 0.4 {reverse} {quick} {llama} 8192"
         ),
+        benchmark("a peaked problem", 40, f"{divergence} 0.3 {peaked} {qwen}"),
         benchmark("step, 0.6B", 70, f"{step} qwen3-0.6b {few}"),
         benchmark("profile", 40, "profiling"),
         benchmark(
-            "the other divergences", 60, f"{divergence} 0.3 --kinds jsd forward_kl {qwen} {quick}"
+            *("the other divergences", 60),
+            f"{divergence} 0.3 --kinds jsd forward_kl {qwen} {quick} 'Liger fused KL'",
         ),
         benchmark("logprob", 45, f"{logprob} 'sdpo fused' Liger TRL"),
+        benchmark("logprob, CuTe DSL", 60, f"logprob --seconds 0.4 {half} {llama} 4096 {peers}"),
         benchmark("ceilings", 30, "ceilings"),
         benchmark("tuning", 100, "tuning --seconds 0.2"),
         Part("ncu", 60, NCU),
@@ -119,7 +128,9 @@ def rehearsal(out: Path) -> list[Part]:
     step = "step --seconds 0.01 --models check --interactions 4 --prompt 16"
     tuning = benchmark("tuning", 300, f"tuning --seconds 0.01 {small} --chunk 8")
     return [
-        benchmark("divergence", 300, f"divergence {tiny} --kinds reverse_kl"),
+        benchmark(
+            "divergence", 300, f"divergence {tiny} --kinds reverse_kl --problem gaussian peaked"
+        ),
         benchmark("ceilings", 60, "ceilings --seconds 0.01 --head 300x32 --tokens 32 --chunk 8"),
         Part("gpu tests", 120, (*TESTS, "--collect-only")),
         benchmark("step", 120, step),
@@ -137,7 +148,9 @@ def _benchmark(out: Path, name: str, seconds: float, line: str) -> Part:
     return Part(name, seconds, (sys.executable, "-m", f"benchmarks.{module}", *file, *options))
 
 
-def run(part: Part, seconds: float, log: Path, dry: bool) -> Outcome:
+def run(
+    part: Part, seconds: float, log: Path, dry: bool, triton_cache: Path | None = None
+) -> Outcome:
     """Run one part, and survive whatever it does."""
     if shutil.which(part.command[0]) is None:
         return Outcome(part.name, "skipped", 0.0, f"{part.command[0]} is not there")
@@ -151,6 +164,8 @@ def run(part: Part, seconds: float, log: Path, dry: bool) -> Outcome:
         "CUDA_VISIBLE_DEVICES": "" if dry else os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
     }
     environment.pop("TRITON_INTERPRET", None)
+    if triton_cache is not None:
+        environment["TRITON_CACHE_DIR"] = str(triton_cache)
     if part.interpret:
         environment["TRITON_INTERPRET"] = "1"
     begin = time.monotonic()
@@ -186,8 +201,16 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def _kernels(cache: Path) -> set[tuple[str, str]]:
+    """(name, hash) of the compiled kernels that a Triton cache holds."""
+    return {(file.stem, file.parent.name) for file in cache.glob("*/*.cubin")}
+
+
 def main(
-    out: Annotated[Path, tyro.conf.Positional], minutes: float = 9.0, dry_run: bool = False
+    out: Annotated[Path, tyro.conf.Positional],
+    minutes: float = 9.0,
+    dry_run: bool = False,
+    triton_cache: Path | None = None,
 ) -> None:
     """Run the suite. Exits 1 if a part failed or timed out.
 
@@ -195,6 +218,8 @@ def main(
         out: a folder for results; must be empty, or not there yet.
         minutes: for everything.
         dry_run: every part with tiny sizes on the CPU, Triton interpreted where it must run.
+        triton_cache: a folder that `python -m benchmarks.triton_cache fill` left. It stays as it
+            is: the parts use a copy, whose installation is a part.
     """
     if out.exists() and any(out.iterdir()):
         sys.exit(f"error: {out} is not empty; name a new folder")
@@ -202,19 +227,29 @@ def main(
     out = out.resolve()
     log, summary = out / "suite.log", out / "suite.json"
     end = time.monotonic() + 60 * minutes
-    outcomes = []
-    for part in rehearsal(out) if dry_run else parts(out):
-        left = end - time.monotonic()
-        if left < LEAST_SECONDS:
-            outcome = Outcome(part.name, "skipped", 0.0, "no time was left")
-        else:
-            outcome = run(part, left, log, dry_run)
-        outcomes.append(outcome)
-        status = f"{outcome.status}, {outcome.seconds:.0f} s {outcome.why}"
-        print(f"{outcome.name}: {status}", flush=True)
-        text = json.dumps({"dry_run": dry_run, "parts": [asdict(o) for o in outcomes]}, indent=1)
-        summary.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
-        summary.with_suffix(".tmp").replace(summary)
+    outcomes, told = [], {"dry_run": dry_run}
+    with tempfile.TemporaryDirectory() as scratch:
+        todo, cache = rehearsal(out) if dry_run else parts(out), None
+        if triton_cache is not None:
+            cache = Path(scratch, "triton")
+            command = ("-m", "benchmarks.triton_cache", "install", triton_cache.resolve(), cache)
+            todo.insert(0, Part("triton cache", 60, (sys.executable, *map(str, command))))
+        for part in todo:
+            left = end - time.monotonic()
+            if left < LEAST_SECONDS:
+                outcome = Outcome(part.name, "skipped", 0.0, "no time was left")
+            else:
+                outcome = run(part, left, log, dry_run, cache)
+            outcomes.append(outcome)
+            status = f"{outcome.status}, {outcome.seconds:.0f} s {outcome.why}"
+            print(f"{outcome.name}: {status}", flush=True)
+            if triton_cache is not None and cache is not None:
+                carried, here = _kernels(triton_cache), _kernels(cache)
+                anew = Counter(name for name, _ in here - carried)
+                told |= dict(kernels_carried=len(carried), compiled_anew=anew)
+            text = json.dumps(told | {"parts": [asdict(o) for o in outcomes]}, indent=1)
+            summary.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
+            summary.with_suffix(".tmp").replace(summary)
     sys.exit(any(o.status in ("failed", "timed out") for o in outcomes))
 
 

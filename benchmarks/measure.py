@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COLD_BYTES = {"cuda": 256 * 2**20, "cpu": 64 * 2**20}
 """Overwritten before each timed call: more than the last-level caches of both hold."""
 VERSIONED = ("triton", "transformers", "liger-kernel", "trl", "fla-core", "cut-cross-entropy")
-VERSIONED += ("quack-kernels", "flash-attn")
+VERSIONED += ("quack-kernels", "nvidia-cutlass-dsl", "nemo-rl", "flash-attn")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 

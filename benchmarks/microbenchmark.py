@@ -26,8 +26,8 @@ from benchmarks.measure import (
     peak_bytes,
     relative_error,
 )
-from benchmarks.peers import Contender, Loss, chosen, floor
-from benchmarks.problems import Kind, Problem, Truth, head, problem, truth
+from benchmarks.peers import FLOOR, Contender, Loss, chosen, floors
+from benchmarks.problems import Kind, Problem, Shape, Truth, entropy, head, problem, truth
 from benchmarks.report import excuses, first_line, plot, table
 
 LIMIT = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -45,6 +45,8 @@ class Settings(OnDevice):
     """Tokens per problem, N. Default: by device."""
     dtype: tuple[str, ...] = ("bfloat16", "float32")
     """Dtypes of hidden states and lm_head."""
+    problem: tuple[Shape, ...] = ("gaussian",)
+    """Gaussian logits of 5 to 8 nats, or peaked ones of 1.5, as in real conversations."""
     distance: float = 0.1
     """Standard deviation of the difference between student's and teacher's logits."""
     distances: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0, 3.0)
@@ -56,12 +58,12 @@ class Settings(OnDevice):
     plots: Path | None = None
     """Folder for plots."""
 
-    def shapes(self) -> list[tuple[str, int]]:
-        """(head, N)."""
+    def shapes(self) -> list[tuple[Shape, str, int]]:
+        """(problem, head, N)."""
         gpu = torch.device(self.device).type == "cuda"
         heads = self.heads or (("qwen3-8b", "llama-3.2-1b") if gpu else ("32000x512",))
         tokens = self.tokens or ((1024, 4096, 8192) if gpu else (512, 2048))
-        return [(name, n) for name in heads for n in tokens]
+        return [(shape, name, n) for shape in self.problem for name in heads for n in tokens]
 
 
 def run(benchmark: str, kinds: Sequence[Kind], settings: Settings) -> list[dict[str, Any]]:
@@ -97,20 +99,28 @@ def _title(about: dict[str, Any]) -> str:
 
 
 def _posed(
-    kind: Kind, model: str, n: int, distance: float, dtype: torch.dtype, device: str
+    *,
+    kind: Kind,
+    shape: Shape,
+    model: str,
+    n: int,
+    distance: float,
+    dtype: torch.dtype,
+    device: str,
 ) -> tuple[dict[str, Any], Problem, Truth]:
     """What a row says of a problem, the problem, and its truth."""
     v, d = head(model)
-    x = problem(n, v, d, distance, dtype, torch.device(device))
+    x = problem(n, v, d, distance, dtype, torch.device(device), shape)
     at = dict(head=model, tokens=n, vocabulary=v, hidden=d, distance=distance)
-    return at, x, truth(kind, x)
+    return at | dict(problem=shape, entropy=entropy(x)), x, truth(kind, x)
 
 
 def _compare(
-    kind: Kind, model: str, n: int, dtype: torch.dtype, settings: Settings
+    kind: Kind, shape: Shape, model: str, n: int, dtype: torch.dtype, settings: Settings
 ) -> list[dict[str, Any]]:
-    """One row for the floor and one for each contender."""
-    at, x, oracle = _posed(kind, model, n, settings.distance, dtype, settings.device)
+    """One row for each floor and one for each contender."""
+    where = dict(distance=settings.distance, dtype=dtype, device=settings.device)
+    at, x, oracle = _posed(kind=kind, shape=shape, model=model, n=n, **where)
     _empty_cache()
     rows, timed = {}, {}
     for contender in chosen(settings.only, kind):
@@ -120,14 +130,20 @@ def _compare(
             timed[contender.name] = loss
     del oracle
     _empty_cache()
-    matmuls = floor(kind, x)
-    tasks: dict[str, Timed] = {"floor": lambda _: matmuls()}
+    bare = floors(kind, x)
+    tasks: dict[str, Timed] = {name: lambda _, call=call: call() for name, call in bare.items()}
     for name, loss in timed.items():
         tasks[f"{name}/forward"] = _forward(loss, x)
         tasks[f"{name}/both"] = _both(loss, x)
     seconds = interleaved(tasks, x.hidden.device, settings.seconds)
-    lowest = Spread.of(map(sum, seconds["floor"]))
-    best = at | dict(contender="floor", verdict="floor", seconds={"both": asdict(lowest)})
+    spreads = {name: Spread.of(map(sum, seconds[name])) for name in bare}
+    lowest = spreads[FLOOR]
+    best = [
+        at
+        | dict(contender=name, verdict="floor", seconds={"both": asdict(spread)})
+        | ({} if name == FLOOR else dict(over_floor=spread.median / lowest.median))
+        for name, spread in spreads.items()
+    ]
     for name in timed:
         forward, both = seconds[f"{name}/forward"], seconds[f"{name}/both"]
         total = Spread.of(map(sum, both))
@@ -140,7 +156,7 @@ def _compare(
             rows[name] |= dict(seconds_of_wrong=passes)
         else:
             rows[name] |= dict(seconds=passes, over_floor=total.median / lowest.median)
-    return [best, *rows.values()]
+    return [*best, *rows.values()]
 
 
 def _try(
@@ -182,10 +198,11 @@ def errors(loss: Loss, x: Problem, oracle: Truth) -> dict[str, float]:
 
 def _distances(kind: Kind, dtype: torch.dtype, settings: Settings) -> list[dict[str, Any]]:
     """Errors alone, from distributions that almost agree to ones that do not."""
-    model, n = settings.shapes()[0]
+    shape, model, n = settings.shapes()[0]
+    where = dict(kind=kind, shape=shape, model=model, n=min(n, 1024), dtype=dtype)
     rows = []
     for distance in settings.distances:
-        at, x, oracle = _posed(kind, model, min(n, 1024), distance, dtype, settings.device)
+        at, x, oracle = _posed(**where, distance=distance, device=settings.device)
         for contender in chosen(settings.only, kind):
             if contender.missing(kind, x.hidden.device) is None:
                 row, _ = _try(contender, kind, x, oracle)

@@ -1,9 +1,10 @@
 """Everybody who computes these losses, each behind one adapter: ``Problem`` -> the mean loss.
 
-A contender that cannot run here says why, by name; see ``Contender.missing``. The floor is no
-contender: it is the matmuls that none can do without.
+A contender that cannot run here says why, by name; see ``Contender.missing``. The floors are no
+contenders: they are the matmuls that none can do without.
 """
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,14 +30,24 @@ OUR_FUNCTIONS = {
     "forward_kl": linear_forward_kl,
     "jsd": linear_jsd,
 }
-PACKAGES = {"fla": "flash-linear-attention", "quack": "quack-kernels"}
+LIGER_SM90 = "liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90"
+NEMO = "nemo_rl.distributed"
+NEMO_CHUNK = 1024
+"""Tokens of NeMo-RL's chunks of float32 log-probabilities."""
+PACKAGES = {
+    "fla": "flash-linear-attention",
+    "quack": "quack-kernels",
+    "cutlass": "nvidia-cutlass-dsl[cu13]",
+    NEMO: "git+https://github.com/NVIDIA-NeMo/RL",  # PyPI's nemo-rl is an empty package
+}
 """Packages whose module has another name."""
 
 
-def lacking(module: str | None) -> str | None:
+def lacking(module: str) -> str | None:
     """Name for pip of the package that a module is missing from; None: it is there."""
-    if module is None or find_spec(module) is not None:
-        return None
+    with contextlib.suppress(ModuleNotFoundError):  # its parent is not there
+        if find_spec(module) is not None:
+            return None
     return PACKAGES.get(module, module.replace("_", "-"))
 
 
@@ -47,10 +59,12 @@ class Contender:
     kinds: tuple[Kind, ...]
     make: Callable[[Kind], Loss]
     """The adapter: given a kind, a function of a problem. It imports what it needs."""
-    package: str | None = None
-    """Module that must be importable."""
+    packages: tuple[str, ...] = ()
+    """Modules that must be importable."""
     gpu: bool = False
     """The contender has no CPU path."""
+    hopper: bool = False
+    """It has kernels for compute capability 9.0 alone."""
 
     def missing(self, kind: Kind, device: torch.device) -> str | None:
         """Why it cannot compute ``kind`` on ``device``; None: it can."""
@@ -58,8 +72,10 @@ class Contender:
             return f"has no {kind}"
         if self.gpu and device.type != "cuda":
             return "needs a GPU"
-        absent = lacking(self.package)
-        return absent and f"is not installed: pip install {absent}"
+        if self.hopper and torch.cuda.get_device_capability(device) != (9, 0):
+            return "needs a GPU of compute capability 9.0"
+        absent = " ".join(filter(None, map(lacking, self.packages)))
+        return f"is not installed: pip install {absent}" if absent else None
 
 
 def ours(kind: Kind, impl: str = "auto", known: bool = True) -> Loss:
@@ -122,11 +138,61 @@ def _liger_chunked(kind: Kind) -> Loss:
     return lambda x: module(x.hidden, x.weight, x.teacher, x.weight.detach(), x.targets)
 
 
+def _liger_kl(_: Kind) -> Loss:
+    """Takes the teacher's probabilities, which are computed here as its users would."""
+    from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
+
+    module = LigerFusedLinearKLDivLoss(accum_dtype=torch.float32)
+
+    def loss(x: Problem) -> Tensor:
+        with torch.no_grad():
+            q_NV = (x.teacher @ x.weight.T).float().softmax(-1)
+        return module(x.hidden, x.weight, q_NV)
+
+    return loss
+
+
 def _liger_cross_entropy(_: Kind) -> Loss:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     module = LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)
     return lambda x: module(x.weight, x.hidden, x.targets)
+
+
+def _liger_scaled(_: Kind) -> Loss:
+    """-log p(y) per token; on Hopper by CuTe DSL."""
+    module = importlib.import_module("liger_kernel.ops.fused_linear_scaled_cross_entropy")
+    function = module.LigerFusedLinearScaledCrossEntropyFunction
+    return lambda x: function.apply(x.hidden, x.weight, x.targets).mean()
+
+
+def _liger_sm90(_: Kind) -> Loss:
+    """Its forward keeps the logits' gradient, as ours does. N and V by multiples of 128 and 256."""
+    module = importlib.import_module(LIGER_SM90)
+    function = module.LigerFusedLinearCrossEntropySM90Function
+    return lambda x: function.apply(x.hidden, x.weight, x.targets)
+
+
+def _nemo(_: Kind) -> Loss:
+    """Takes both logits, which are computed here as its trainers would; on one tensor rank."""
+    module = importlib.import_module("nemo_rl.distributed.model_utils")
+    function = module.ChunkedDistributedReverseKLToFixedLogits
+
+    def loss(x: Problem) -> Tensor:
+        with torch.no_grad():
+            u_NV = x.teacher @ x.weight.T
+        z_NV = x.hidden @ x.weight.T
+        return function.apply(z_NV[None], u_NV[None], NEMO_CHUNK, _alone(x)).mean()
+
+    return loss
+
+
+def _alone(x: Problem):
+    """A process group of this process."""
+    if not dist.is_initialized():
+        backend = "nccl" if x.hidden.is_cuda else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return dist.group.WORLD
 
 
 def _fla(_: Kind) -> Loss:
@@ -162,6 +228,7 @@ def _cce(_: Kind) -> Loss:
 
 
 def _quack(_: Kind) -> Loss:
+    """From 0.6 on its scaled-exponential pipeline on Hopper, where V is a multiple of 128."""
     function = importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
     return lambda x: function(x.hidden, x.weight, x.targets)
 
@@ -172,23 +239,28 @@ def _torch_chunked(_: Kind) -> Loss:
 
 
 ALL: tuple[Kind, ...] = (*DIVERGENCES, "logprob")
+LIGER, TRITON = ("liger_kernel",), ("triton",)
 CONTENDERS = (
     Contender(OURS, ALL, ours),
     Contender("sdpo, any upstream", ALL, partial(ours, known=False)),
     Contender("sdpo torch", ALL, partial(ours, impl="torch")),
-    Contender("sdpo triton", ALL, partial(ours, impl="triton"), "triton", gpu=True),
-    Contender("sdpo fused", ("logprob",), partial(ours, impl="fused"), "triton", gpu=True),
+    Contender("sdpo triton", ALL, partial(ours, impl="triton"), TRITON, gpu=True),
+    Contender("sdpo fused", ("logprob",), partial(ours, impl="fused"), TRITON, gpu=True),
     Contender("torch", ALL, partial(_plain, upcast=False)),
     Contender("torch, float32 operands", ALL, partial(_plain, upcast=True)),
     Contender("torch.compile", ALL, _compiled),
-    Contender("Liger fused JSD", DIVERGENCES, _liger_fused, "liger_kernel", gpu=True),
-    Contender("Liger chunked JSD", DIVERGENCES, _liger_chunked, "liger_kernel"),
-    Contender("Liger cross-entropy", ("logprob",), _liger_cross_entropy, "liger_kernel", gpu=True),
-    Contender("fla fused KL", ("forward_kl",), _fla, "fla", gpu=True),
-    Contender("TRL chunked divergence", DIVERGENCES, _trl, "trl"),
-    Contender("TRL chunked logprob", ("logprob",), _trl_logprob, "trl"),
-    Contender("Apple CCE", ("logprob",), _cce, "cut_cross_entropy", gpu=True),
-    Contender("QuACK", ("logprob",), _quack, "quack", gpu=True),
+    Contender("Liger fused JSD", DIVERGENCES, _liger_fused, LIGER, gpu=True),
+    Contender("Liger chunked JSD", DIVERGENCES, _liger_chunked, LIGER),
+    Contender("Liger fused KL", ("forward_kl",), _liger_kl, LIGER, gpu=True),
+    Contender("Liger cross-entropy", ("logprob",), _liger_cross_entropy, LIGER, gpu=True),
+    Contender("Liger scaled cross-entropy", ("logprob",), _liger_scaled, LIGER),
+    Contender("Liger SM90", ("logprob",), _liger_sm90, (*LIGER, "cutlass"), True, hopper=True),
+    Contender("fla fused KL", ("forward_kl",), _fla, ("fla",), gpu=True),
+    Contender("TRL chunked divergence", DIVERGENCES, _trl, ("trl",)),
+    Contender("TRL chunked logprob", ("logprob",), _trl_logprob, ("trl",)),
+    Contender("NeMo-RL chunked reverse KL", ("reverse_kl",), _nemo, (NEMO,)),
+    Contender("Apple CCE", ("logprob",), _cce, ("cut_cross_entropy",), gpu=True),
+    Contender("QuACK", ("logprob",), _quack, ("quack",), gpu=True),
     Contender("torch linear_cross_entropy", ("logprob",), _torch_chunked),
 )
 
@@ -205,18 +277,35 @@ def chosen(only: tuple[str, ...], kind: Kind) -> list[Contender]:
     return [c for c in CONTENDERS if relatives & set(c.kinds) and asked(c)]
 
 
-def floor(kind: Kind, x: Problem) -> Callable[[], None]:
-    """The bare matmuls in the inputs' dtype: both logits (log p(y): one), dH and dW; their outputs
-    are there before."""
-    h, w, g = x.hidden.detach(), x.weight.detach(), x.teacher
-    z_NV = h.new_empty((h.shape[0], w.shape[0]))
-    dh_ND, dw_VD = torch.empty_like(h), torch.empty_like(w)
+FLOOR = "floor"
+"""What times are multiples of."""
 
-    def matmuls() -> None:
+
+def floors(kind: Kind, x: Problem) -> dict[str, Callable[[], None]]:
+    """The bare matmuls that no implementation can do without: both logits (log p(y): one), dH and
+    dW, in the inputs' dtype, their outputs there before.
+
+    On a GPU half-precision inputs have a second floor, whose logits come out in float32: those of
+    who does not round them.
+    """
+    h, w, u = x.hidden.detach(), x.weight.detach(), x.teacher
+    z_NV, dh_ND, dw_VD = torch.mm(h, w.T), torch.empty_like(h), torch.empty_like(w)
+
+    def matmuls(out_NV: Tensor, **dtype: torch.dtype) -> None:
         if kind != "logprob":
-            torch.mm(g, w.T, out=z_NV)
-        torch.mm(h, w.T, out=z_NV)
+            torch.mm(u, w.T, out=out_NV, **dtype)
+        torch.mm(h, w.T, out=out_NV, **dtype)
         torch.mm(z_NV, w, out=dh_ND)
         torch.mm(z_NV.T, h, out=dw_VD)
 
-    return matmuls
+    found = {FLOOR: partial(matmuls, z_NV)}
+    if _wide(h):
+        wide_NV = torch.empty_like(z_NV, dtype=torch.float32)
+        wide = partial(matmuls, wide_NV, out_dtype=torch.float32)
+        found[f"{FLOOR}, float32 logits"] = wide
+    return found
+
+
+def _wide(h: Tensor) -> bool:
+    """Whether torch multiplies such tensors with a float32 result."""
+    return h.is_cuda and h.dtype != torch.float32

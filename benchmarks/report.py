@@ -77,7 +77,8 @@ def table(rows: Sequence[Row]) -> Table:
     first = rows[0]
     found = grid(
         f"{first['kind']}: N={first['tokens']:,}, V={first['vocabulary']:,}, "
-        f"D={first['hidden']:,} ({first['head']}), {first['dtype']}",
+        f"D={first['hidden']:,} ({first['head']}), {first['dtype']}, "
+        f"{first['problem']} ({first['entropy']:.1f} nats)",
         *("", "forward, ms", "backward, ms", "both, ms", "x floor", "memory, MiB"),
         *("error loss", "error dH", "error dW"),
     )
@@ -114,19 +115,21 @@ def first_line(error: Exception) -> str:
 
 def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Time, memory and distance from the floor over N, and errors over the distance between the
-    distributions: one PNG per kind and dtype. The files written."""
+    distributions: one PNG per kind, dtype and problem. The files written."""
     import matplotlib
 
     matplotlib.use("agg")
     folder.mkdir(parents=True, exist_ok=True)
     written = []
 
-    def which(row: Row) -> tuple[str, str, str]:
-        return row["benchmark"], row["kind"], row["dtype"]
+    def which(row: Row) -> tuple[str, ...]:
+        problem = row.get("problem", "gaussian")
+        names = row["benchmark"], row["kind"], row["dtype"]
+        return names if problem == "gaussian" else (*names, problem)
 
-    for (benchmark, kind, dtype), group in groupby(sorted(rows, key=which), which):
-        path = folder / f"{benchmark}-{kind}-{dtype}.png"
-        _plot_one(list(group), f"{kind}, {dtype}", path)
+    for names, group in groupby(sorted(rows, key=which), which):
+        path = folder / f"{'-'.join(names)}.png"
+        _plot_one(list(group), ", ".join(names[1:]), path)
         written.append(path)
     return written
 

@@ -71,6 +71,26 @@ def test_the_summary_says_what_was_skipped(tmp_path, monkeypatch, capsys):
         gpu_suite.main(tmp_path / "a", dry_run=True)
 
 
+def test_parts_use_a_copy_of_a_carried_cache_and_what_they_compile_is_told(tmp_path, monkeypatch):
+    carried = tmp_path / "carried"
+    (carried / "ABC").mkdir(parents=True)
+    (carried / "ABC" / "stats_kernel.cubin").write_bytes(b"")
+    copy = "import os, shutil; at = os.environ['TRITON_CACHE_DIR']; shutil.copytree(%r, at)"
+    add = "import os, pathlib; p = pathlib.Path(os.environ['TRITON_CACHE_DIR'], 'DEF'); p.mkdir(); "
+    add += "(p / 'another_kernel.cubin').touch()"
+    one = [Part("install's double", 60, (PYTHON, "-c", copy % str(carried)))]
+    one += [Part("compiles", 60, (PYTHON, "-c", add))]
+    monkeypatch.setattr(gpu_suite, "rehearsal", lambda out: one)
+    # the real installation fails, as nobody says which Triton this is for, and nothing else does
+    with pytest.raises(SystemExit):
+        gpu_suite.main(tmp_path / "out", dry_run=True, triton_cache=carried)
+    told = json.loads((tmp_path / "out" / "suite.json").read_text())
+    statuses = {p["name"]: p["status"] for p in told["parts"]}
+    assert statuses.pop("triton cache") == "failed"
+    assert told["kernels_carried"] == 1 and told["compiled_anew"] == {"another_kernel": 1}
+    assert os.listdir(carried) == ["ABC"]
+
+
 @pytest.mark.slow
 def test_the_rehearsal_passes(tmp_path):
     out = tmp_path / "out"
