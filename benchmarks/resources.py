@@ -54,6 +54,7 @@ def kernels(sm: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any],
                 constants = dict(
                     FORMULA=formula,
                     TWO_PASSES=two_passes,
+                    CENTRED=kind in rows_triton.CENTRED,
                     CENTRE=dtype is not None or not two_passes,
                     GRAD=dtype is not None,
                     **narrow,

@@ -24,9 +24,9 @@ GRAD_BYTES = {"cuda": 2560 * 2**20, "cpu": 0}
 """Gradients with respect to logits that a call may keep for its backward, by device. On a GPU, 8192
 tokens at V = 151,936 in half precision: no more than a float32 dW of D = 4096 would take."""
 
-ROW_BLOCK, ROW_WARPS, ROW_REGISTERS = 4096, 16, 128
+ROW_BLOCK, ROW_WARPS, ROW_REGISTERS = 4096, 16, 64
 """Logits of a row that a program processes at a time, 8 per thread, and the registers a thread may
-have at most."""
+have at most: with 64, two programs share a multiprocessor."""
 
 LANES, LANE_ROWS, LANE_WARPS = 1024, 2, 8
 """Running statistics of a row that the statistics kernel keeps apart until its end, 4 per thread,
