@@ -71,7 +71,7 @@ def weighted(p, x):
 def log2_over(x, peak):
     """x log2(e) - peak, rounded once: hardware has powers of 2, and where ``peak`` is m log2(e) of
     a logit near x no digit is lost."""
-    return tl.fma(x, tl.full(x.shape, LOG2E, tl.float32), -peak)
+    return tl.fma(x, LOG2E, -peak)
 
 
 @triton.jit
@@ -122,6 +122,13 @@ def taken_in(peak, s, t, x):
 
 
 @triton.jit
+def in_base_e(s, t, rest):
+    """s and t below a maximum m, from those below a peak, m log2(e) - rest; the factor of s."""
+    undo = 1.0 - rest * LN2
+    return s * undo, (t - rest * s) * (undo * LN2), undo
+
+
+@triton.jit
 def gathered(peak, s, t):
     """All lanes' partials as one, (m, s, t) of ``partials`` in base e, and the lanes' scale.
 
@@ -135,8 +142,8 @@ def gathered(peak, s, t):
     m = top * LN2
     # m log2(e) is not quite the peak
     rest = tl.where(top == -FAR, 0.0, tl.fma(m, LOG2E, -top))
-    undo = 1.0 - rest * LN2
-    return m, s * undo, (t - rest * s) * (undo * LN2), scale * undo
+    s, t, undo = in_base_e(s, t, rest)
+    return m, s, t, scale * undo
 
 
 @triton.jit
@@ -352,7 +359,7 @@ def stats_kernel(
     m, s, t, scale = gathered(m, s, t)
     if PAIRED:
         n, r, w, _ = gathered(n, r, w)
-        offset = -log2_over(tl.full(offset.shape, 1.0, tl.float32) * (m - n), offset)
+        offset = -log2_over(m - n, offset)
         c = tl.sum(weighted(scale, c + lanes_s * offset), 0) * LN2
     else:
         n, r, w, c = 0.0, 1.0, 0.0, 0.0
@@ -763,8 +770,8 @@ def softmax_grad_kernel(
         grad = a * tl.exp2(log2_over(z, peak))
         if TARGETS:
             grad += tl.where(columns == target, b, 0.0)
-        if CAP:
-            grad *= cap_grad(z, cap, temperature)
+        if CAP:  # a logit that was taken out after it was transformed is -inf
+            grad = weighted(grad, cap_grad(z, cap, temperature))
         if IN_PLACE:
             tl.debug_barrier()
         tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=inside)
