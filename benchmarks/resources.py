@@ -5,8 +5,8 @@ is needed.
 
 Triton compiles each kernel for a GPU that is not there, and cuobjdump, which comes with Triton,
 prints what the machine code uses. Instructions are those of the loop over a row, for each logit
-of one stream or pair of logits of two. Exits 1 if a kernel spills or asks for more shared memory than a
-block of that architecture may have.
+of one stream or pair of logits of two. Exits 1 if a kernel spills or asks for more shared memory
+than a block of that architecture may have.
 """
 
 import re
