@@ -117,8 +117,8 @@ def measure(sm: int) -> list[dict[str, Any]]:
     """Every kernel's resources on one architecture: registers and spills (local memory) of a
     thread, shared memory of a block; of kernels that read rows, instructions per logit or pair."""
     found = []
-    for variant, *kernel in kernels(sm):
-        compiled = compile_for(sm, *kernel)
+    for variant, kernel, types, constants, options in kernels(sm):
+        compiled = compile_for(sm, kernel, types, constants, options)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "kernel.cubin")
             path.write_bytes(compiled.asm["cubin"])
@@ -127,7 +127,6 @@ def measure(sm: int) -> list[dict[str, Any]]:
         row = dict(kernel=compiled.metadata.name, variant=variant, sm=sm, registers=account["REG"])
         row |= dict(spill_bytes=account["LOCAL"] + account["STACK"])
         row |= dict(shared_bytes=compiled.metadata.shared, warps=compiled.metadata.num_warps)
-        _, _, constants, _ = kernel
         columns = constants.get("BLOCK") or constants.get("ROWS", 0) * constants.get("LANES", 0)
         row |= dict(instructions=32 * row["warps"] * loop / columns if columns else None)
         found.append(row)

@@ -132,23 +132,19 @@ def in_base_e(s, t, rest):
 def gathered(peak, s, t):
     """All lanes' partials as one, (m, s, t) of ``partials`` in base e, and the lanes' scale.
 
-    Without a logit m is about -FAR; ``finished`` makes it -inf.
+    Without a logit m is -FAR.
     """
     top = tl.max(peak, 0)
     shift = peak - top
     scale = tl.exp2(shift)
     t = tl.sum(weighted(scale, t + s * shift), 0)
     s = tl.sum(scale * s, 0)
-    m = top * LN2
+    # a selection's result is rounded, whatever multiplications and additions are fused
+    m = tl.where(top == -FAR, -FAR, top * LN2)
     # m log2(e) is not quite the peak
     rest = tl.where(top == -FAR, 0.0, tl.fma(m, LOG2E, -top))
     s, t, undo = in_base_e(s, t, rest)
     return m, s, t, scale * undo
-
-
-@triton.jit
-def finished(m):
-    return tl.where(m < -0.5 * FAR, float("-inf"), m)
 
 
 @triton.jit
@@ -363,8 +359,8 @@ def stats_kernel(
         c = tl.sum(weighted(scale, c + lanes_s * offset), 0) * LN2
     else:
         n, r, w, c = 0.0, 1.0, 0.0, 0.0
-    m = finished(m)
-    n = finished(n)
+    m = tl.where(m == -FAR, float("-inf"), m)
+    n = tl.where(n == -FAR, float("-inf"), n)
     if WHOLE:
         log_s = tl.log(s)
         log_r = tl.log(r)
