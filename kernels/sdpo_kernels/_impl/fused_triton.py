@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import partials
 from .options import Spec
-from .rows_triton import FAR, LOG2E, in_base_e, log2_over, transformed
+from .rows_triton import FAR, LN2, LOG2E, log2_over, transformed
 from .tuning import FP_FUSION, fused_tiles, multiprocessors
 
 GROUP = 8
@@ -98,9 +98,11 @@ def fused_stats_kernel(
         z = tl.maximum(log2_over(z, peak[:, None]), -FAR)
         e = tl.exp2(z)
         rest = tl.fma(m, LOG2E, -peak)
-        s, t, _ = in_base_e(tl.sum(e, 1), tl.sum(e * z, 1), rest)
-        tl.store(out + tokens, s, mask=rows < tokens)
-        tl.store(out + 2 * tokens, t, mask=rows < tokens)
+        s = tl.sum(e, 1)
+        undo = 1.0 - rest * LN2  # below m, not below the rounded peak
+        tl.store(out + tokens, s * undo, mask=rows < tokens)
+        t = (tl.sum(e * z, 1) - rest * s) * LN2
+        tl.store(out + 2 * tokens, t * undo, mask=rows < tokens)
 
 
 def stream_stats(

@@ -104,13 +104,14 @@ def log1p_nonpositive(x):
 
 
 @triton.jit
-def taken_in(peak, s, t, x):
-    """Lanes' partials (peak, s, t), (LANES,), with a block x (ROWS, LANES) of more logits.
+def taken_in(m, peak, s, t, x):
+    """Lanes' partials (m, peak, s, t), (LANES,), with a block x (ROWS, LANES) of more logits.
 
-    Base 2: peak is the largest logit times log2(e), s = sum 2^y and t = sum y 2^y, where
+    Base 2: m is the largest logit, peak is m log2(e), s = sum 2^y and t = sum y 2^y, where
     y = x log2(e) - peak. Returns them, 2^y, and what sums under the old peaks are to be scaled by.
     """
-    top = tl.maximum(peak, tl.max(x, 0) * LOG2E)
+    m = tl.maximum(m, tl.max(x, 0))
+    top = m * LOG2E
     shift = peak - top
     scale = tl.exp2(shift)
     # a logit of -inf is none: 0 times a large number is 0
@@ -118,33 +119,21 @@ def taken_in(peak, s, t, x):
     e = tl.exp2(y)
     t = scale * (t + s * shift) + tl.sum(e * y, 0)
     s = scale * s + tl.sum(e, 0)
-    return top, s, t, e, scale
+    return m, top, s, t, e, scale
 
 
 @triton.jit
-def in_base_e(s, t, rest):
-    """s and t below a maximum m, from those below a peak, m log2(e) - rest; the factor of s."""
-    undo = 1.0 - rest * LN2
-    return s * undo, (t - rest * s) * (undo * LN2), undo
-
-
-@triton.jit
-def gathered(peak, s, t):
-    """All lanes' partials as one, (m, s, t) of ``partials`` in base e, and the lanes' scale.
-
-    Without a logit m is -FAR.
-    """
+def gathered(m, peak, s, t):
+    """All lanes' partials as one, t in base e, the lanes' scale, and what s and the scale are to be
+    multiplied by for sums below m, not below a rounded m log2(e). Without a logit m is -FAR."""
+    m = tl.max(m, 0)
     top = tl.max(peak, 0)
     shift = peak - top
     scale = tl.exp2(shift)
     t = tl.sum(weighted(scale, t + s * shift), 0)
     s = tl.sum(scale * s, 0)
-    # a selection's result is rounded, whatever multiplications and additions are fused
-    m = tl.where(top == -FAR, -FAR, top * LN2)
-    # m log2(e) is not quite the peak
-    rest = tl.where(top == -FAR, 0.0, tl.fma(m, LOG2E, -top))
-    s, t, undo = in_base_e(s, t, rest)
-    return m, s, t, scale * undo
+    rest = tl.where(m == -FAR, 0.0, tl.fma(m, LOG2E, -top))
+    return m, s, (t - rest * s) * LN2, scale, 1.0 - rest * LN2
 
 
 @triton.jit
@@ -187,13 +176,14 @@ def replaced(
 @triton.jit
 def absorbed(
     m,
+    peak,
     s,
     t,
     n,
+    teacher_peak,
     r,
     w,
     c,
-    offset,
     z_ptr,
     u_ptr,
     bias_ptr,
@@ -211,7 +201,7 @@ def absorbed(
 ):
     """Lanes' partials of both streams with a block of more columns.
 
-    c = sum 2^y ((z - u) log2(e) - offset), where the offset is the difference of the peaks.
+    c = sum 2^y ((z - u) - (m - n)).
     """
     z = loaded(z_ptr, columns, vocabulary, MASKED)
     u = z
@@ -221,7 +211,8 @@ def absorbed(
         z_ptr, z, bias_ptr, columns, vocabulary, cap, temperature, BIAS, CAP, SCALE, MASKED
     )
     before = s
-    m, s, t, e, scale = taken_in(m, s, t, z)
+    offset = m - n
+    m, peak, s, t, e, scale = taken_in(m, peak, s, t, z)
     if PAIRED:
         u = replaced(
             u_ptr,
@@ -236,13 +227,12 @@ def absorbed(
             SCALE,
             MASKED,
         )
-        n, r, w, _, _ = taken_in(n, r, w, u)
+        n, teacher_peak, r, w, _, _ = taken_in(n, teacher_peak, r, w, u)
         now = m - n
         c = weighted(scale, c + before * (offset - now))
         # z - u is exact where the two almost agree; where e is 0 it may be infinite or NaN
-        c += tl.sum(e * tl.where(e == 0, 0.0, log2_over(z - u, now[None, :])), 0)
-        offset = now
-    return m, s, t, n, r, w, c, offset
+        c += tl.sum(e * tl.where(e == 0, 0.0, (z - u) - now[None, :]), 0)
+    return m, peak, s, t, n, teacher_peak, r, w, c
 
 
 @triton.jit
@@ -292,25 +282,27 @@ def stats_kernel(
             x = tl.where(here, transformed(x, cap, temperature, CAP, SCALE), float("-inf"))
         tl.debug_barrier()
     m = tl.full((LANES,), -FAR, tl.float32)
+    peak = m * LOG2E
     s = tl.zeros((LANES,), tl.float32)
     t = tl.zeros((LANES,), tl.float32)
-    n = tl.full((LANES,), -FAR, tl.float32)
+    n = m
+    teacher_peak = peak
     r = tl.zeros((LANES,), tl.float32)
     w = tl.zeros((LANES,), tl.float32)
     c = tl.zeros((LANES,), tl.float32)
-    offset = tl.zeros((LANES,), tl.float32)
     at = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     whole = vocabulary // (ROWS * LANES) * (ROWS * LANES)
     for start in range(0, whole, ROWS * LANES):
-        m, s, t, n, r, w, c, offset = absorbed(
+        m, peak, s, t, n, teacher_peak, r, w, c = absorbed(
             m,
+            peak,
             s,
             t,
             n,
+            teacher_peak,
             r,
             w,
             c,
-            offset,
             z_ptr,
             u_ptr,
             bias_ptr,
@@ -327,15 +319,16 @@ def stats_kernel(
             False,
         )
     if whole < vocabulary:
-        m, s, t, n, r, w, c, offset = absorbed(
+        m, peak, s, t, n, teacher_peak, r, w, c = absorbed(
             m,
+            peak,
             s,
             t,
             n,
+            teacher_peak,
             r,
             w,
             c,
-            offset,
             z_ptr,
             u_ptr,
             bias_ptr,
@@ -352,18 +345,20 @@ def stats_kernel(
             True,
         )
     lanes_s = s
-    m, s, t, scale = gathered(m, s, t)
+    offset = m - n
+    undo = 1.0
+    teacher_undo = 1.0
+    m, s, t, scale, undo = gathered(m, peak, s, t)
     if PAIRED:
-        n, r, w, _ = gathered(n, r, w)
-        offset = -log2_over(m - n, offset)
-        c = tl.sum(weighted(scale, c + lanes_s * offset), 0) * LN2
+        n, r, w, _, teacher_undo = gathered(n, teacher_peak, r, w)
+        c = tl.sum(weighted(scale, c + lanes_s * (offset - (m - n))), 0)
     else:
         n, r, w, c = 0.0, 1.0, 0.0, 0.0
     m = tl.where(m == -FAR, float("-inf"), m)
     n = tl.where(n == -FAR, float("-inf"), n)
     if WHOLE:
-        log_s = tl.log(s)
-        log_r = tl.log(r)
+        log_s = tl.log(s * undo)
+        log_r = tl.log(r * teacher_undo)
         tl.store(out_ptr, m)
         tl.store(out_ptr + tokens, log_s)
         tl.store(out_ptr + 2 * tokens, n)
@@ -385,15 +380,15 @@ def stats_kernel(
         tl.store(stats_ptr + 5 * stats_stride, n + log_r)
     else:
         tl.store(out_ptr, m)
-        tl.store(out_ptr + tokens, s)
-        tl.store(out_ptr + 2 * tokens, t)
+        tl.store(out_ptr + tokens, s * undo)
+        tl.store(out_ptr + 2 * tokens, t * undo)
         tl.store(out_ptr + 3 * tokens, y)
         if PAIRED:
             tl.store(out_ptr + 4 * tokens, n)
-            tl.store(out_ptr + 5 * tokens, r)
-            tl.store(out_ptr + 6 * tokens, w)
+            tl.store(out_ptr + 5 * tokens, r * teacher_undo)
+            tl.store(out_ptr + 6 * tokens, w * teacher_undo)
             tl.store(out_ptr + 7 * tokens, x)
-            tl.store(out_ptr + 8 * tokens, c)
+            tl.store(out_ptr + 8 * tokens, c * undo)
 
 
 def stats(
@@ -458,7 +453,7 @@ def _reverse_kl(p, q, d, centre, beta):
     d = bounded(d)
     pd = p * d
     value = tl.where(tl.abs(d) < NEAR, pd * d * series(d), (q - p) - pd)
-    return value, 0.0, -(pd + p * centre)
+    return value, 0.0, -(p * (d + centre))
 
 
 @triton.jit
