@@ -111,7 +111,9 @@ def taken_in(m, peak, s, t, x):
     y = x log2(e) - peak. Returns them, 2^y, and what sums under the old peaks are to be scaled by.
     """
     m = tl.maximum(m, tl.max(x, 0))
-    top = m * LOG2E
+    # no product, which the compiler would fuse, unrounded, into the difference: where the maximum
+    # stays, nothing must shift
+    top = tl.fma(m, LOG2E, 0.0)
     shift = peak - top
     scale = tl.exp2(shift)
     # a logit of -inf is none: 0 times a large number is 0
