@@ -48,7 +48,9 @@ def test_equal_distant_and_missing_logits(kind, parameters):
     assert grad[1].abs().max() < 1e-6
     for row, most in ((0, 1e-5), (2, 1e-5), (3, 1e-3), (4, 1e-3)):  # few digits are left of gaps
         assert rel_err(value[row], true_value[row]) < most, row
-        assert rel_err(grad[row], true_grad[row]) < most, row
+        # a JSD of distributions that share no word has no gradient
+        error = (grad[row].double() - true_grad[row]).norm()
+        assert error < most * true_grad[row].norm() + 1e-6, row
 
 
 @pytest.mark.parametrize(("kind", "parameters"), KINDS)
