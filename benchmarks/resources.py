@@ -1,10 +1,12 @@
-"""Registers, spills and shared memory of every Triton kernel, by architecture; no GPU is needed.
+"""Registers, spills, shared memory and instructions of every Triton kernel, by architecture; no GPU
+is needed.
 
     python -m benchmarks.resources [--out resources.jsonl]
 
 Triton compiles each kernel for a GPU that is not there, and cuobjdump, which comes with Triton,
-prints what the machine code uses. Exits 1 if a kernel spills or asks for more shared memory than a
-block of that architecture may have.
+prints what the machine code uses. Instructions are those of the loop over a row, for each logit
+of one stream or pair of logits of two. Exits 1 if a kernel spills or asks for more shared memory
+than a block of that architecture may have.
 """
 
 import re
@@ -24,7 +26,7 @@ from triton.compiler import ASTSource
 from benchmarks.report import Output, grid
 from sdpo_kernels._impl import fused_triton, rows_triton, tuning
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 """Bytes a block may have, by compute capability (CUDA C++ programming guide, table 30)."""
 MEASURED = ("3.6", "3.7", "3.8", "3.9")
 """Releases of Triton with which every kernel was compiled and found to fit. With others, a kernel
@@ -54,6 +56,7 @@ def kernels(sm: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any],
                 constants = dict(
                     FORMULA=formula,
                     TWO_PASSES=two_passes,
+                    CENTRED=kind in rows_triton.CENTRED,
                     CENTRE=dtype is not None or not two_passes,
                     GRAD=dtype is not None,
                     **narrow,
@@ -112,14 +115,20 @@ def compile_for(sm: int, kernel, types: dict, constants: dict, options: dict):
 
 def measure(sm: int) -> list[dict[str, Any]]:
     """Every kernel's resources on one architecture: registers and spills (local memory) of a
-    thread, shared memory of a block."""
+    thread, shared memory of a block; of kernels that read rows, instructions per logit or pair."""
     found = []
-    for variant, *kernel in kernels(sm):
-        compiled = compile_for(sm, *kernel)
-        account = _account(compiled.asm["cubin"])
+    for variant, kernel, types, constants, options in kernels(sm):
+        compiled = compile_for(sm, kernel, types, constants, options)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "kernel.cubin")
+            path.write_bytes(compiled.asm["cubin"])
+            account = _account(path)
+            loop = _longest_loop(path)
         row = dict(kernel=compiled.metadata.name, variant=variant, sm=sm, registers=account["REG"])
         row |= dict(spill_bytes=account["LOCAL"] + account["STACK"])
         row |= dict(shared_bytes=compiled.metadata.shared, warps=compiled.metadata.num_warps)
+        columns = constants.get("BLOCK") or constants.get("ROWS", 0) * constants.get("LANES", 0)
+        row |= dict(instructions=32 * row["warps"] * loop / columns if columns else None)
         found.append(row)
     return found
 
@@ -129,18 +138,26 @@ def fits(row: Mapping[str, Any]) -> bool:
     return not row["spill_bytes"] and row["shared_bytes"] <= SHARED_LIMIT[row["sm"]]
 
 
-def _account(cubin: bytes) -> dict[str, int]:
+def _account(cubin: Path) -> dict[str, int]:
     """REG, STACK, LOCAL and more, as cuobjdump prints them."""
+    text = _cuobjdump("--dump-resource-usage", cubin)
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", text)}
+
+
+def _longest_loop(cubin: Path) -> int:
+    """Instructions from where the farthest branch backwards goes to that branch."""
+    text = _cuobjdump("--dump-sass", cubin)
+    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.M)
+    at = {int(address, 16): i for i, (address, _) in enumerate(code)}
+    targets = [re.search(r"\bBRA\b.*\b(0x[0-9a-f]+)", instruction) for _, instruction in code]
+    return max((i - at[int(t[1], 16)] + 1 for i, t in enumerate(targets) if t), default=0)
+
+
+def _cuobjdump(what: str, cubin: Path) -> str:
     from triton import knobs
 
-    tool = knobs.nvidia.cuobjdump.path
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", path], check=True, capture_output=True, text=True
-        ).stdout
-    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", text)}
+    argv = [knobs.nvidia.cuobjdump.path, what, cubin]
+    return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
 
 
 def main(out: Path | None = None, sm: tuple[int, ...] = tuple(SHARED_LIMIT)) -> None:
@@ -151,11 +168,12 @@ def main(out: Path | None = None, sm: tuple[int, ...] = tuple(SHARED_LIMIT)) -> 
         sm: architectures.
     """
     found = [r for arch in sm for r in measure(arch)]
-    numbers = "sm", "warps", "registers", "spills, B", "shared, KiB", ""
+    numbers = "sm", "warps", "registers", "spills, B", "shared, KiB", "instructions", ""
     table = grid(f"Triton {triton.__version__}", "kernel", "variant", *numbers, left=2)
     for r in found:
         shared = f"{r['shared_bytes'] / 1024:.0f} of {SHARED_LIMIT[r['sm']] // 1024}"
-        cells = (r["sm"], r["warps"], r["registers"], r["spill_bytes"], shared)
+        count = "" if r["instructions"] is None else f"{r['instructions']:.1f}"
+        cells = (r["sm"], r["warps"], r["registers"], r["spill_bytes"], shared, count)
         verdict = "" if fits(r) else "does not fit"
         table.add_row(r["kernel"], r["variant"], *map(str, cells), verdict)
     Console(width=150).print(table)

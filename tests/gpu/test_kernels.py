@@ -220,7 +220,7 @@ def test_peak_memory_is_logits_and_what_is_kept(known, room):
 
 def test_scoring_takes_the_fused_kernel_and_little_memory():
     p = on_gpu(2048, 151_936, 256, 0.1, dtype=torch.bfloat16)
-    assert tuning.choose_impl(p.hidden.device, torch.bfloat16, 2048, True) == "fused"
+    assert tuning.choose_impl(p.hidden.device, torch.bfloat16, 2048, [256], True) == "fused"
     statistics("logprob", p)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

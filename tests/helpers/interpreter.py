@@ -1,4 +1,5 @@
-"""Triton's interpreter, mended: bfloat16 as GPUs round it, and Triton 3.6 with numpy 2.4."""
+"""Triton's interpreter, mended: bfloat16 and fused multiply-adds as GPUs round them, and Triton 3.6
+with numpy 2.4."""
 
 import torch
 import triton
@@ -12,6 +13,7 @@ _patch = interpreter._patch_lang_tensor
 def mend() -> None:
     """To be called once, before any kernel."""
     interpreter.InterpreterBuilder.create_fp_trunc = _round_to_nearest
+    interpreter.InterpreterBuilder.create_fma = _fused
     if triton.__version__.startswith("3.6."):
         interpreter._patch_lang_tensor = _patch_and_squeeze
 
@@ -22,6 +24,13 @@ def _round_to_nearest(builder, source, to):
         return _cut_off(builder, source, to)
     rounded = torch.from_numpy(source.data.copy()).bfloat16().view(torch.uint16).numpy()
     return interpreter.TensorHandle(rounded, to.scalar)
+
+
+def _fused(builder, x, y, z):
+    """x y + z of float32, rounded once; the interpreter rounds the product, too."""
+    assert z.dtype.scalar == tl.float32
+    exact = x.data.astype("float64") * y.data + z.data
+    return interpreter.TensorHandle(exact.astype("float32"), z.dtype.scalar)
 
 
 def _patch_and_squeeze(tensor, scope) -> None:

@@ -468,12 +468,21 @@ def test_an_unknown_option_is_refused():
 def test_auto_chooses_by_device_dtype_and_tokens():
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
     choose = tuning.choose_impl
-    assert choose(cuda, torch.bfloat16, 4096, True) == "fused"
-    assert choose(cuda, torch.bfloat16, 8, True) == "triton"
-    assert choose(cuda, torch.float32, 4096, True) == "triton"
-    assert choose(cuda, torch.bfloat16, 4096, False) == "triton"
-    assert choose(cuda, torch.float64, 4096, True) == "torch"
-    assert choose(cpu, torch.bfloat16, 4096, True) == "torch"
+    assert choose(cuda, torch.bfloat16, 4096, [2048], True) == "fused"
+    assert choose(cuda, torch.bfloat16, 8, [2048], True) == "triton"
+    assert choose(cuda, torch.float32, 4096, [2048], True) == "triton"
+    assert choose(cuda, torch.bfloat16, 4096, [2048], False) == "triton"
+    assert choose(cuda, torch.float64, 4096, [2048], True) == "torch"
+    assert choose(cpu, torch.bfloat16, 4096, [2048], True) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("widths", "impl"),
+    [((4096,), "fused"), ((4088, 2048), "fused"), ((4090,), "triton"), ((4096, 250), "triton")],
+)
+def test_rows_that_no_wide_access_can_read_do_not_go_to_the_fused_kernel(widths, impl):
+    cuda = torch.device("cuda", 0)
+    assert tuning.choose_impl(cuda, torch.bfloat16, 4096, widths, True) == impl
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import partials
 from .options import Spec
-from .rows_triton import transformed, weighted
+from .rows_triton import FAR, LN2, LOG2E, log2_over, transformed
 from .tuning import FP_FUSION, fused_tiles, multiprocessors
 
 GROUP = 8
@@ -86,17 +86,23 @@ def fused_stats_kernel(
         # (tiles, fields, tokens); each field is stored as soon as it is known, to free registers
         out = out_ptr + tile_v.to(tl.int64) * 4 * tokens + rows
         if TARGETS:
-            target = tl.load(targets_ptr + rows, mask=rows < tokens, other=-1)
+            target = tl.load(targets_ptr + rows, mask=rows < tokens, other=-1).to(tl.int32)
             y = tl.max(tl.where(columns[None, :] == target[:, None], z, float("-inf")), 1)
         else:
             y = tl.full((BLOCK_N,), float("-inf"), tl.float32)
         tl.store(out + 3 * tokens, y, mask=rows < tokens)
         m = tl.max(z, 1)
         tl.store(out, m, mask=rows < tokens)
-        z -= tl.where(m == float("-inf"), 0.0, m)[:, None]
-        e = tl.exp(z)
-        tl.store(out + tokens, tl.sum(e, 1), mask=rows < tokens)
-        tl.store(out + 2 * tokens, tl.sum(weighted(e, z), 1), mask=rows < tokens)
+        m = tl.where(m == float("-inf"), 0.0, m)
+        peak = m * LOG2E
+        z = tl.maximum(log2_over(z, peak[:, None]), -FAR)
+        e = tl.exp2(z)
+        rest = tl.fma(m, LOG2E, -peak)
+        s = tl.sum(e, 1)
+        undo = 1.0 - rest * LN2  # below m, not below the rounded peak
+        tl.store(out + tokens, s * undo, mask=rows < tokens)
+        t = (tl.sum(e * z, 1) - rest * s) * LN2
+        tl.store(out + 2 * tokens, t * undo, mask=rows < tokens)
 
 
 def stream_stats(

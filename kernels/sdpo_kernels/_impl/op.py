@@ -86,7 +86,9 @@ def call(
     hidden = x.student_hidden
     if spec.impl == "auto":
         statistics = not any(wanted) and not spec.paired
-        impl = tuning.choose_impl(hidden.device, hidden.dtype, hidden.shape[0], statistics)
+        widths = [t.shape[1] for t in (hidden, x.teacher_hidden) if t is not None]
+        given = (hidden.device, hidden.dtype, hidden.shape[0], widths, statistics)
+        impl = tuning.choose_impl(*given)
         spec = spec._replace(impl=impl)
     if token_weights is not None:
         token_weights = token_weights.to(accumulation_dtype(hidden.dtype))

@@ -21,16 +21,14 @@ from torch import Tensor
 from . import tuning
 from .options import Spec
 from .partials import PAIR, SINGLE
-from .rows_torch import TWO_PASSES
+from .rows_torch import CENTRED, TWO_PASSES
 
-
-@triton.jit
-def expm1_nonpositive(x):
-    """e^x - 1 for x <= 0: its series where the difference would lose digits."""
-    series = x * (
-        1.0 + x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720)))))
-    )
-    return tl.where(x > -0.3, series, tl.exp(x) - 1.0)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+FAR: tl.constexpr = tl.constexpr(1.0e38)
+"""In place of an infinity that is multiplied by 0; -FAR is also the maximum of no logits."""
+NEAR: tl.constexpr = tl.constexpr(0.3)
+"""Exponents below which a power series replaces a difference."""
 
 
 @triton.jit
@@ -57,15 +55,10 @@ def transformed(x, cap, temperature, CAP: tl.constexpr, SCALE: tl.constexpr):
 
 
 @triton.jit
-def transform_grad(z, cap, temperature, CAP: tl.constexpr, SCALE: tl.constexpr):
-    """d z / d raw, from the transformed logits z."""
-    one = tl.full(z.shape, 1.0, tl.float32)
-    if CAP:
-        t = z * (temperature / cap)
-        one = 1.0 - t * t
-    if SCALE:
-        one = one / temperature
-    return one
+def cap_grad(z, cap, temperature):
+    """d z / d raw times the temperature, from logits z transformed with a cap."""
+    t = z * (temperature / cap)
+    return 1.0 - t * t
 
 
 @triton.jit
@@ -75,62 +68,173 @@ def weighted(p, x):
 
 
 @triton.jit
-def exp(x):
-    """e^x as 2^(x log2 e), which is what the hardware has."""
-    return tl.exp2(x * 1.4426950408889634)
-
-
-@triton.jit
-def absorbed(m, s, t, x):
-    """Lanes' partials (m, s, t), (LANES,), with a block x (ROWS, LANES) of more logits.
-
-    Returns them, e^(x - m), and what sums under the old maxima are to be scaled by. A lane without
-    a logit has LOW for its maximum, which is far below any logit and no infinity.
-    """
-    new_m = tl.maximum(m, tl.max(x, 0))
-    shift = m - new_m
-    scale = exp(shift)
-    below = x - new_m[None, :]
-    e = exp(below)
-    t = scale * (t + s * shift) + tl.sum(weighted(e, below), 0)
-    s = scale * s + tl.sum(e, 0)
-    return new_m, s, t, e, scale
-
-
-@triton.jit
-def gathered(m, s, t):
-    """All lanes' partials as one, scalars, and the lanes' scale; a maximum of -inf: no logit."""
-    top = tl.max(m, 0)
-    shift = m - top
-    scale = exp(shift)
-    t = tl.sum(weighted(scale, t + s * shift), 0)
-    s = tl.sum(scale * s, 0)
-    return top, s, t, scale
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) for x > -1: the rounding of 1 + x is divided out again."""
-    y = 1.0 + x
-    return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
-
-
-@triton.jit
-def excess(p, d, difference):
-    """p (e^d - 1 - d) >= 0, given difference = p (e^d - 1); 0 where p is 0 and so is e^d p."""
-    return tl.where(tl.abs(d) < 0.3, p * (d * d * series(d)), difference - weighted(p, d))
+def log2_over(x, peak):
+    """x log2(e) - peak, rounded once: hardware has powers of 2, and where ``peak`` is m log2(e) of
+    a logit near x no digit is lost."""
+    return tl.fma(x, LOG2E, -peak)
 
 
 @triton.jit
 def series(d):
-    """(e^d - 1 - d) / d^2 for |d| < 0.3."""
-    return 0.5 + d * (
-        1.0 / 6 + d * (1.0 / 24 + d * (1.0 / 120 + d * (1.0 / 720 + d * (1.0 / 5040))))
+    """(e^d - 1 - d) / d^2 for |d| < NEAR, to half an ulp."""
+    return 0.5 + d * (0.16666616499 + d * (0.04166677222 + d * (0.00835566409 + d * 0.00138981768)))
+
+
+@triton.jit
+def expm1_nonpositive(x):
+    """e^x - 1 for x <= 0: its series where the difference would lose digits."""
+    return tl.where(x > -NEAR, x + x * (x * series(x)), tl.exp2(x * LOG2E) - 1.0)
+
+
+@triton.jit
+def log1p_nonpositive(x):
+    """log(1 + x) for -1 < x <= 0, to about an ulp.
+
+    1 + x = 2^-k (1 + f) with -1/3 <= f < 1/3; f keeps the digits of x that 1 + x loses.
+    """
+    bits = (1.0 + x).to(tl.int32, bitcast=True) - 0x3F2AAAAB  # 2/3
+    exponent = bits & -0x800000  # -k, where a float has it
+    scale = (0x3F800000 - exponent).to(tl.float32, bitcast=True)  # 2^k
+    f = tl.fma(x, scale, scale - 1.0)
+    q = 0.20011167228 + f * (
+        -0.16415956617 + f * (0.13995827735 + f * (-0.15388558805 + f * 0.14026251435))
     )
+    q = -0.49999937415 + f * (0.33333197236 + f * (-0.2500782013 + f * q))
+    return (f + f * f * q) + exponent.to(tl.float32) * (LN2 / 0x800000)
 
 
-LOW = tl.constexpr(-1.0e38)
-"""The maximum of no logits, while they are read."""
+@triton.jit
+def taken_in(m, peak, s, t, x):
+    """Lanes' partials (m, peak, s, t), (LANES,), with a block x (ROWS, LANES) of more logits.
+
+    Base 2: m is the largest logit, peak is m log2(e), s = sum 2^y and t = sum y 2^y, where
+    y = x log2(e) - peak. Returns them, 2^y, and what sums under the old peaks are to be scaled by.
+    """
+    m = tl.maximum(m, tl.max(x, 0))
+    # no product, which the compiler would fuse, unrounded, into the difference: where the maximum
+    # stays, nothing must shift
+    top = tl.fma(m, LOG2E, 0.0)
+    shift = peak - top
+    scale = tl.exp2(shift)
+    # a logit of -inf is none: 0 times a large number is 0
+    y = tl.maximum(log2_over(x, top[None, :]), -FAR)
+    e = tl.exp2(y)
+    t = scale * (t + s * shift) + tl.sum(e * y, 0)
+    s = scale * s + tl.sum(e, 0)
+    return m, top, s, t, e, scale
+
+
+@triton.jit
+def gathered(m, peak, s, t):
+    """All lanes' partials as one, t in base e, the lanes' scale, and what s and the scale are to be
+    multiplied by for sums below m, not below a rounded m log2(e). Without a logit m is -FAR."""
+    m = tl.max(m, 0)
+    top = tl.max(peak, 0)
+    shift = peak - top
+    scale = tl.exp2(shift)
+    t = tl.sum(weighted(scale, t + s * shift), 0)
+    s = tl.sum(scale * s, 0)
+    rest = tl.where(m == -FAR, 0.0, tl.fma(m, LOG2E, -top))
+    return m, s, (t - rest * s) * LN2, scale, 1.0 - rest * LN2
+
+
+@triton.jit
+def loaded(ptr, columns, vocabulary, MASKED: tl.constexpr):
+    """Logits of a row; without a mask where all columns are within it."""
+    if MASKED:
+        x = tl.load(ptr + columns, mask=columns < vocabulary, other=float("-inf"))
+    else:
+        x = tl.load(ptr + columns)
+    return x
+
+
+@triton.jit
+def replaced(
+    ptr,
+    x,
+    bias_ptr,
+    columns,
+    vocabulary,
+    cap,
+    temperature,
+    BIAS: tl.constexpr,
+    CAP: tl.constexpr,
+    SCALE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Transformed logits, which take the raw ones' place in memory."""
+    inside = columns < vocabulary
+    if BIAS:
+        x += tl.load(bias_ptr + columns, mask=inside, other=0.0)
+    if CAP or SCALE:
+        x = transformed(x, cap, temperature, CAP, SCALE)
+        if MASKED:
+            x = tl.where(inside, x, float("-inf"))
+    if BIAS or CAP or SCALE:
+        tl.store(ptr + columns, x, mask=inside)
+    return x
+
+
+@triton.jit
+def absorbed(
+    m,
+    peak,
+    s,
+    t,
+    n,
+    teacher_peak,
+    r,
+    w,
+    c,
+    z_ptr,
+    u_ptr,
+    bias_ptr,
+    teacher_bias_ptr,
+    columns,
+    vocabulary,
+    cap,
+    temperature,
+    PAIRED: tl.constexpr,
+    BIAS: tl.constexpr,
+    TEACHER_BIAS: tl.constexpr,
+    CAP: tl.constexpr,
+    SCALE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Lanes' partials of both streams with a block of more columns.
+
+    c = sum 2^y ((z - u) - (m - n)).
+    """
+    z = loaded(z_ptr, columns, vocabulary, MASKED)
+    u = z
+    if PAIRED:  # before z is waited for
+        u = loaded(u_ptr, columns, vocabulary, MASKED)
+    z = replaced(
+        z_ptr, z, bias_ptr, columns, vocabulary, cap, temperature, BIAS, CAP, SCALE, MASKED
+    )
+    before = s
+    offset = m - n
+    m, peak, s, t, e, scale = taken_in(m, peak, s, t, z)
+    if PAIRED:
+        u = replaced(
+            u_ptr,
+            u,
+            teacher_bias_ptr,
+            columns,
+            vocabulary,
+            cap,
+            temperature,
+            TEACHER_BIAS,
+            CAP,
+            SCALE,
+            MASKED,
+        )
+        n, teacher_peak, r, w, _, _ = taken_in(n, teacher_peak, r, w, u)
+        now = m - n
+        c = weighted(scale, c + before * (offset - now))
+        # z - u is exact where the two almost agree; where e is 0 it may be infinite or NaN
+        c += tl.sum(e * tl.where(e == 0, 0.0, (z - u) - now[None, :]), 0)
+    return m, peak, s, t, n, teacher_peak, r, w, c
 
 
 @triton.jit
@@ -179,53 +283,84 @@ def stats_kernel(
                 x += tl.load(teacher_bias_ptr + target, mask=here, other=0.0)
             x = tl.where(here, transformed(x, cap, temperature, CAP, SCALE), float("-inf"))
         tl.debug_barrier()
-    m = tl.full((LANES,), LOW, tl.float32)
+    m = tl.full((LANES,), -FAR, tl.float32)
+    peak = m * LOG2E
     s = tl.zeros((LANES,), tl.float32)
     t = tl.zeros((LANES,), tl.float32)
-    n = tl.full((LANES,), LOW, tl.float32)
+    n = m
+    teacher_peak = peak
     r = tl.zeros((LANES,), tl.float32)
     w = tl.zeros((LANES,), tl.float32)
     c = tl.zeros((LANES,), tl.float32)
     at = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    for start in range(0, vocabulary, ROWS * LANES):
-        columns = start + at
-        inside = columns < vocabulary
-        z = tl.load(z_ptr + columns, mask=inside, other=float("-inf"))
-        u = z
-        if PAIRED:  # before z is waited for
-            u = tl.load(u_ptr + columns, mask=inside, other=float("-inf"))
-        if BIAS:
-            z += tl.load(bias_ptr + columns, mask=inside, other=0.0)
-        if CAP or SCALE:
-            z = tl.where(inside, transformed(z, cap, temperature, CAP, SCALE), float("-inf"))
-        if BIAS or CAP or SCALE:
-            tl.store(z_ptr + columns, z, mask=inside)
-        before = s
-        offset = m - n
-        m, s, t, e, scale = absorbed(m, s, t, z)
-        if PAIRED:
-            if TEACHER_BIAS:
-                u += tl.load(teacher_bias_ptr + columns, mask=inside, other=0.0)
-            if CAP or SCALE:
-                u = tl.where(inside, transformed(u, cap, temperature, CAP, SCALE), float("-inf"))
-            if TEACHER_BIAS or CAP or SCALE:
-                tl.store(u_ptr + columns, u, mask=inside)
-            n, r, w, _, _ = absorbed(n, r, w, u)
-            c = scale * (c + weighted(before, offset - (m - n)))
-            c += tl.sum(weighted(e, (z - u) - (m - n)[None, :]), 0)
+    whole = vocabulary // (ROWS * LANES) * (ROWS * LANES)
+    for start in range(0, whole, ROWS * LANES):
+        m, peak, s, t, n, teacher_peak, r, w, c = absorbed(
+            m,
+            peak,
+            s,
+            t,
+            n,
+            teacher_peak,
+            r,
+            w,
+            c,
+            z_ptr,
+            u_ptr,
+            bias_ptr,
+            teacher_bias_ptr,
+            start + at,
+            vocabulary,
+            cap,
+            temperature,
+            PAIRED,
+            BIAS,
+            TEACHER_BIAS,
+            CAP,
+            SCALE,
+            False,
+        )
+    if whole < vocabulary:
+        m, peak, s, t, n, teacher_peak, r, w, c = absorbed(
+            m,
+            peak,
+            s,
+            t,
+            n,
+            teacher_peak,
+            r,
+            w,
+            c,
+            z_ptr,
+            u_ptr,
+            bias_ptr,
+            teacher_bias_ptr,
+            whole + at,
+            vocabulary,
+            cap,
+            temperature,
+            PAIRED,
+            BIAS,
+            TEACHER_BIAS,
+            CAP,
+            SCALE,
+            True,
+        )
     lanes_s = s
     offset = m - n
-    m, s, t, scale = gathered(m, s, t)
+    undo = 1.0
+    teacher_undo = 1.0
+    m, s, t, scale, undo = gathered(m, peak, s, t)
     if PAIRED:
-        n, r, w, _ = gathered(n, r, w)
-        c = tl.sum(weighted(scale, c + weighted(lanes_s, offset - (m - n))), 0)
+        n, r, w, _, teacher_undo = gathered(n, teacher_peak, r, w)
+        c = tl.sum(weighted(scale, c + lanes_s * (offset - (m - n))), 0)
     else:
         n, r, w, c = 0.0, 1.0, 0.0, 0.0
-    m = tl.where(m == LOW, float("-inf"), m)
-    n = tl.where(n == LOW, float("-inf"), n)
+    m = tl.where(m == -FAR, float("-inf"), m)
+    n = tl.where(n == -FAR, float("-inf"), n)
     if WHOLE:
-        log_s = tl.log(s)
-        log_r = tl.log(r)
+        log_s = tl.log(s * undo)
+        log_r = tl.log(r * teacher_undo)
         tl.store(out_ptr, m)
         tl.store(out_ptr + tokens, log_s)
         tl.store(out_ptr + 2 * tokens, n)
@@ -247,15 +382,15 @@ def stats_kernel(
         tl.store(stats_ptr + 5 * stats_stride, n + log_r)
     else:
         tl.store(out_ptr, m)
-        tl.store(out_ptr + tokens, s)
-        tl.store(out_ptr + 2 * tokens, t)
+        tl.store(out_ptr + tokens, s * undo)
+        tl.store(out_ptr + 2 * tokens, t * undo)
         tl.store(out_ptr + 3 * tokens, y)
         if PAIRED:
             tl.store(out_ptr + 4 * tokens, n)
-            tl.store(out_ptr + 5 * tokens, r)
-            tl.store(out_ptr + 6 * tokens, w)
+            tl.store(out_ptr + 5 * tokens, r * teacher_undo)
+            tl.store(out_ptr + 6 * tokens, w * teacher_undo)
             tl.store(out_ptr + 7 * tokens, x)
-            tl.store(out_ptr + 8 * tokens, c)
+            tl.store(out_ptr + 8 * tokens, c * undo)
 
 
 def stats(
@@ -310,37 +445,120 @@ def _launch_stats(spec, z_CV, u_CV, targets_C, bias_V, teacher_bias_V, out, stat
 
 
 @triton.jit
-def _reverse_kl(p, q, d, gap, centre, beta):
-    pd = weighted(p, d)
-    value = tl.where(tl.abs(d) < 0.3, pd * d * series(d), (q - p) - pd)
-    return value, 0.0, weighted(p, gap - centre)
+def bounded(d):
+    """d, finite, so that 0 d is 0."""
+    return tl.minimum(tl.maximum(d, -FAR), FAR)
 
 
 @triton.jit
-def _forward_kl(p, q, d, gap, centre, beta):
-    # q - p loses every digit where the two agree
-    near = tl.abs(d) < 0.3
-    pd = weighted(p, d)
-    qd = weighted(q, d)
-    value = tl.where(near, qd * d * series(-d), (p - q) + qd)
-    return value, 0.0, tl.where(near, -(pd + pd * d * series(d)), p - q)
+def _reverse_kl(p, q, d, centre, beta):
+    d = bounded(d)
+    pd = p * d
+    value = tl.where(tl.abs(d) < NEAR, pd * d * series(d), (q - p) - pd)
+    return value, 0.0, -(p * (d + centre))
 
 
 @triton.jit
-def _jsd(p, q, d, gap, centre, beta):
-    expm1 = expm1_nonpositive(-tl.abs(d))
-    difference = tl.where(d < 0, p, -q) * expm1
-    half = log1p(tl.where(d < 0, beta, 1.0 - beta) * expm1)
+def _forward_kl(p, q, d, centre, beta):
+    # not from above: infinite where the student has no probability and the teacher has
+    d = tl.maximum(d, -FAR)
+    # q - p = p (e^d - 1) loses every digit where the two agree
+    near = tl.abs(d) < NEAR
+    pd = p * d
+    y = d * series(d)
+    value = tl.where(near, pd * ((d - y) + d * y), (p - q) + q * d)
+    # the maximum of 0 and of a NaN, from q = 0 and an infinite d, is 0
+    return tl.maximum(value, 0.0), 0.0, tl.where(near, -(pd + pd * y), p - q)
+
+
+@triton.jit
+def _jsd(p, q, d, centre, beta):
+    # of the mixture M: log M - log p and log M - log q, from a non-positive exponent
+    d = bounded(d)
+    x = tl.where(d < 0, beta, 1.0 - beta) * expm1_nonpositive(-tl.abs(d))
+    half = log1p_nonpositive(x)
     to_p = half + tl.maximum(d, 0.0)
-    kl_p = excess(p, to_p, beta * difference)
-    kl_q = excess(q, half + tl.maximum(-d, 0.0), (beta - 1.0) * difference)
-    value = (1.0 - beta) * kl_p + beta * kl_q
-    return value, kl_p, (beta - 1.0) * weighted(p, to_p + centre)
+    to_q = half - tl.minimum(d, 0.0)
+    # M - p - p to_p and M - q - q to_q; far from 0, what M adds to both cancels
+    near = tl.abs(d) < NEAR
+    p_to_p = p * to_p
+    of_p = tl.where(near, to_p * series(to_p), -1.0)
+    of_q = tl.where(near, to_q * series(to_q), -1.0)
+    value = (1.0 - beta) * (p_to_p * of_p) + beta * (q * to_q * of_q)
+    return value, -p_to_p, p * ((beta - 1.0) * to_p + (beta - 1.0) * centre)
+
+
+@triton.jit
+def one_over(log_s, lost):
+    """2^-lost / s."""
+    power = log_s * LOG2E
+    return tl.exp2(-power) * tl.exp2(-lost - tl.fma(log_s, LOG2E, -power))
 
 
 FORMULAS = {"reverse_kl": _reverse_kl, "forward_kl": _forward_kl, "jsd": _jsd}
-"""``rows_torch.FORMULAS`` for a block of one row: terms of the value, terms of the sum that centres
-the gradient (0.0 unless in ``TWO_PASSES``), and the gradient."""
+"""Divergence -> a function of a block of one row that returns terms of the value, terms of the sum
+that centres the gradient (0.0 unless in ``TWO_PASSES``), and the gradient.
+
+  p, q    probabilities of student and teacher, both times one positive number: all that is returned
+          is proportional to them
+  d       log q - log p; infinite or NaN where a logit is
+  centre  for ``CENTRED``: the sum of -p d over the whole vocabulary; for ``TWO_PASSES``: the second
+          sum
+
+Values of ``CENTRED`` are infinite where their centre is, whatever is returned.
+"""
+
+
+@triton.jit
+def compared(
+    value,
+    second,
+    z_ptr,
+    u_ptr,
+    grad_ptr,
+    columns,
+    vocabulary,
+    peak,
+    teacher_peak,
+    ratio,
+    apart,
+    shift,
+    centre,
+    weight,
+    beta,
+    cap,
+    temperature,
+    FORMULA: tl.constexpr,
+    SECOND: tl.constexpr,
+    GRAD: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    CAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The sums with a block of more columns, whose gradient is stored."""
+    z = loaded(z_ptr, columns, vocabulary, MASKED)
+    u = loaded(u_ptr, columns, vocabulary, MASKED)
+    p = tl.exp2(log2_over(z, peak))
+    q = tl.exp2(log2_over(u, teacher_peak)) * ratio
+    # z - u, like m - n, is exact where the two almost agree
+    of_value, of_second, grad = FORMULA(p, q, shift - ((z - u) - apart), centre, beta)
+    value += of_value
+    if SECOND:
+        second += of_second
+    if GRAD:
+        grad *= weight
+        if CAP:
+            grad *= cap_grad(z, cap, temperature)
+        # an infinite value has no gradient, and hidden states may be no numbers
+        grad = tl.where(weight == 0, 0.0, grad)
+        if IN_PLACE:
+            tl.debug_barrier()
+        grad = grad.to(grad_ptr.dtype.element_ty)
+        if MASKED:
+            tl.store(grad_ptr + columns, grad, mask=columns < vocabulary)
+        else:
+            tl.store(grad_ptr + columns, grad)
+    return value, second
 
 
 @triton.jit
@@ -362,6 +580,7 @@ def divergence_kernel(
     temperature,
     FORMULA: tl.constexpr,
     TWO_PASSES: tl.constexpr,
+    CENTRED: tl.constexpr,
     CENTRE: tl.constexpr,
     GRAD: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -377,40 +596,90 @@ def divergence_kernel(
     log_s = tl.load(norm_ptr + tokens)
     n = tl.load(norm_ptr + 2 * tokens)
     log_r = tl.load(norm_ptr + 3 * tokens)
+    apart = m - n
+    shift = log_s - log_r
+    # p and q are s times the probabilities, and times what rounding took from the peaks
+    peak = m * LOG2E
+    teacher_peak = n * LOG2E
+    lost = tl.fma(m, LOG2E, -peak)
+    ratio = tl.exp2((lost - tl.fma(n, LOG2E, -teacher_peak)) + shift * LOG2E)
+    factor = one_over(log_s, lost)
     centre = 0.0
     weight = 0.0
+    infinite = False
+    if CENTRE:
+        centre = tl.load(centre_ptr + row)
+        if CENTRED:
+            infinite = centre == float("inf")
+            centre -= shift
     if GRAD:
         grad_ptr += row * grad_stride
         weight = tl.load(weight_ptr + row)
-        if CENTRE:
-            centre = tl.load(centre_ptr + row)
+        weight = tl.where(weight == 0, 0.0, weight * factor)  # which may be no number
+        if SCALE:
+            weight /= temperature
     value = tl.zeros((BLOCK,), tl.float32)
     second = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocabulary, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < vocabulary
-        z = tl.load(z_ptr + columns, mask=inside, other=float("-inf"))
-        u = tl.load(u_ptr + columns, mask=inside, other=float("-inf"))
-        p = exp((z - m) - log_s)
-        q = exp((u - n) - log_r)
-        # z - u, like m - n, is exact where the two almost agree
-        gap = (z - u) - (m - n)
-        d = tl.where((p == 0) & (q == 0), 0.0, (log_s - log_r) - gap)
-        of_value, of_second, grad = FORMULA(p, q, d, gap, centre, beta)
-        value += of_value
+    whole = vocabulary // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        value, second = compared(
+            value,
+            second,
+            z_ptr,
+            u_ptr,
+            grad_ptr,
+            start + tl.arange(0, BLOCK),
+            vocabulary,
+            peak,
+            teacher_peak,
+            ratio,
+            apart,
+            shift,
+            centre,
+            weight,
+            beta,
+            cap,
+            temperature,
+            FORMULA,
+            TWO_PASSES,
+            GRAD,
+            IN_PLACE,
+            CAP,
+            False,
+        )
+    if whole < vocabulary:
+        value, second = compared(
+            value,
+            second,
+            z_ptr,
+            u_ptr,
+            grad_ptr,
+            whole + tl.arange(0, BLOCK),
+            vocabulary,
+            peak,
+            teacher_peak,
+            ratio,
+            apart,
+            shift,
+            centre,
+            weight,
+            beta,
+            cap,
+            temperature,
+            FORMULA,
+            TWO_PASSES,
+            GRAD,
+            IN_PLACE,
+            CAP,
+            True,
+        )
+    if not (TWO_PASSES and GRAD):
+        value = tl.sum(value, 0) * factor
+        if CENTRED:
+            value = tl.where(infinite, float("inf"), value)
+        tl.store(sums_ptr + row, value)
         if TWO_PASSES:
-            second += of_second
-        if GRAD:
-            if CAP or SCALE:
-                grad = weighted(grad, transform_grad(z, cap, temperature, CAP, SCALE))
-            if IN_PLACE:
-                tl.debug_barrier()
-            # an infinite value has no gradient, but a weight of 0 silences it
-            grad = tl.where(weight == 0, 0.0, grad * weight)
-            tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=inside)
-    tl.store(sums_ptr + row, tl.sum(value, 0))
-    if TWO_PASSES:
-        tl.store(sums_ptr + tokens + row, tl.sum(second, 0))
+            tl.store(sums_ptr + tokens + row, tl.sum(second, 0) * factor)
 
 
 def divergence(
@@ -422,13 +691,14 @@ def divergence(
     weight_C: Tensor | None = None,
     grad_CV: Tensor | None = None,
 ) -> Tensor:
-    """See ``rows_torch.divergence``."""
+    """See ``rows_torch.divergence``. For ``TWO_PASSES`` the second call returns nothing."""
     two_passes = spec.kind in TWO_PASSES
     if two_passes and centre_C is None and weight_C is not None:
         sums = divergence(spec, z_CV, u_CV, norm_4C, None)
         divergence(spec, z_CV, u_CV, norm_4C, sums[1], weight_C, grad_CV)
         return sums
-    sums = z_CV.new_empty((2 if two_passes else 1, z_CV.shape[0]))
+    fields = 1 if not two_passes else 0 if grad_CV is not None else 2
+    sums = z_CV.new_empty((fields, z_CV.shape[0]))
     _launch(
         divergence_kernel,
         spec,
@@ -439,12 +709,13 @@ def divergence(
         norm_ptr=norm_4C,
         centre_ptr=centre_C,
         weight_ptr=weight_C,
-        sums_ptr=sums,
+        sums_ptr=sums if fields else None,
         u_stride=u_CV.stride(0),
         grad_stride=0 if grad_CV is None else grad_CV.stride(0),
         beta=spec.parameters[0] if spec.parameters else 0.0,
         FORMULA=FORMULAS[spec.kind],
         TWO_PASSES=two_passes,
+        CENTRED=spec.kind in CENTRED,
         CENTRE=centre_C is not None,
         GRAD=grad_CV is not None,
         IN_PLACE=_narrows(z_CV, grad_CV),
@@ -477,21 +748,26 @@ def softmax_grad_kernel(
     grad_ptr += row * grad_stride
     m = tl.load(norm_ptr + row)
     log_s = tl.load(norm_ptr + tokens + row)
+    peak = m * LOG2E
     a = tl.load(a_ptr + row)
+    a = weighted(a, one_over(log_s, tl.fma(m, LOG2E, -peak)))
     b = 0.0
     target = -1
     if TARGETS:
         b = tl.load(b_ptr + row)
-        target = tl.load(targets_ptr + row)
+        target = tl.load(targets_ptr + row).to(tl.int32)
+    if SCALE:
+        a /= temperature
+        b /= temperature
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocabulary
         z = tl.load(z_ptr + columns, mask=inside, other=float("-inf"))
-        grad = tl.where(a == 0, 0.0, a * exp((z - m) - log_s))
+        grad = tl.where(a == 0, 0.0, a * tl.exp2(log2_over(z, peak)))
         if TARGETS:
             grad += tl.where(columns == target, b, 0.0)
-        if CAP or SCALE:
-            grad = weighted(grad, transform_grad(z, cap, temperature, CAP, SCALE))
+        if CAP:  # a logit that was taken out after it was transformed is -inf
+            grad = weighted(grad, cap_grad(z, cap, temperature))
         if IN_PLACE:
             tl.debug_barrier()
         tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=inside)

@@ -8,6 +8,7 @@ reports).
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,9 @@ GRAD_BYTES = {"cuda": 2560 * 2**20, "cpu": 0}
 """Gradients with respect to logits that a call may keep for its backward, by device. On a GPU, 8192
 tokens at V = 151,936 in half precision: no more than a float32 dW of D = 4096 would take."""
 
-ROW_BLOCK, ROW_WARPS, ROW_REGISTERS = 4096, 16, 128
+ROW_BLOCK, ROW_WARPS, ROW_REGISTERS = 4096, 16, 64
 """Logits of a row that a program processes at a time, 8 per thread, and the registers a thread may
-have at most."""
+have at most: with 64, two programs share a multiprocessor."""
 
 LANES, LANE_ROWS, LANE_WARPS = 1024, 2, 8
 """Running statistics of a row that the statistics kernel keeps apart until its end, 4 per thread,
@@ -53,16 +54,21 @@ FUSED = {
 """Tiles from this major compute capability on. Float32 operands take half the hidden units."""
 
 
-def choose_impl(device: torch.device, dtype: torch.dtype, tokens: int, statistics: bool) -> str:
+def choose_impl(
+    device: torch.device, dtype: torch.dtype, tokens: int, widths: Sequence[int], statistics: bool
+) -> str:
     """What ``impl="auto"`` stands for.
 
     Args:
+        widths: hidden sizes of the streams.
         statistics: one stream is read at a time, and no gradient is asked for.
     """
     if device.type != "cuda" or dtype == torch.float64 or not HAS_TRITON:
         return "torch"
     # exact float32 matmuls run far from the tensor cores' speed: cuBLAS is better at them
     fused = statistics and dtype.itemsize == 2 and tokens >= FUSED_MIN_TOKENS
+    # other rows can be read neither by descriptors nor by wide accesses, and spill registers
+    fused = fused and all(d * dtype.itemsize % 16 == 0 for d in widths)
     return "fused" if fused else "triton"
 
 
