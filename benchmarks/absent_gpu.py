@@ -24,6 +24,7 @@ SHARED_LIMIT = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
 """Bytes of shared memory a block may have, by compute capability (CUDA C++ programming guide)."""
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
 """Of an A100, an H100, a B200 and an RTX 5090."""
+WIDE = 8
 ALIGNMENT_BITS = 9
 """CUDA's allocator aligns to 512 bytes."""
 
@@ -39,7 +40,7 @@ class Machine:
     loop_bytes: float
     """Global memory that all threads of a block access in one iteration of its largest loop."""
     narrow: tuple[str, ...]
-    """Accesses of fewer than 8 bytes per thread in loops; PTX."""
+    """Accesses of fewer than ``WIDE`` bytes per thread in loops; PTX."""
     loop_instructions: float
     """Machine instructions of all threads in one iteration."""
 
@@ -161,7 +162,7 @@ def machine(kernel) -> Machine:
             spill_bytes=found["LOCAL"] + found["STACK"],
             shared_bytes=kernel.metadata.shared,
             loop_bytes=float(size * threads),
-            narrow=tuple(text for width, text in accesses if width < 8),
+            narrow=tuple(text for width, text in accesses if width < WIDE),
             loop_instructions=instructions * threads / unrolled,
         )
     return _MACHINES[kernel.hash]
@@ -191,11 +192,8 @@ def ptx_loop_accesses(ptx: str) -> list[tuple[int, str]]:
         jump = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)
         if jump and labels[jump[1]] <= i:
             inside.update(range(labels[jump[1]], i))
-    found = []
-    for i in sorted(inside):
-        for many, bits in _ACCESS.findall(lines[i]):
-            found.append((int(many or 1) * int(bits) // 8, lines[i]))
-    return found
+    accesses = (access for i in sorted(inside) for access in _ACCESS.finditer(lines[i]))
+    return [(int(a[1] or 1) * int(a[2]) // 8, a[0]) for a in accesses]
 
 
 def sass_loop(sass: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ or cannot be captured in a CUDA graph.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,6 @@ WAITS |= {"_unique2", "unique_dim", "repeat_interleave", "histc", "bincount", "i
 """Operators whose result the host needs before it goes on."""
 UNACCOUNTED = ("bmm", "baddbmm", "addbmm", "_scaled_mm", "convolution")
 ALLOCATES = ("empty", "new_empty")
-WIDE = 8
-"""Bytes per thread that an access in a row kernel's loop has at least."""
 GRID_LIMIT = (2**31 - 1, 65_535, 65_535)
 ROW_KERNELS = ("stats_kernel", "divergence_kernel", "softmax_grad_kernel")
 BLOCK_BYTES = 512
@@ -42,8 +40,6 @@ class Event:
     bytes: float
     """That memory must move."""
     backward: bool
-    chunk: int | None
-    """Which chunk of tokens it belongs to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +94,6 @@ class Recorder(TorchDispatchMode):
         self.problems: list[str] = []
         self.peak = self.largest = 0
         self.backward = False
-        self.chunk: int | None = None
-        self.chunks = 0
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
         self._pinned: list[StorageWeakRef] = []
 
@@ -121,7 +115,7 @@ class Recorder(TorchDispatchMode):
                 storage = x.untyped_storage()
                 known = self._live.get(storage._cdata)
                 if known is None or known[0].expired():
-                    size = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
+                    size = allocated(storage.nbytes())
                     self._live[storage._cdata] = (StorageWeakRef(storage), size)
                     self.largest = max(self.largest, size)
         self.peak = max(self.peak, self.live_bytes())
@@ -158,9 +152,6 @@ class Recorder(TorchDispatchMode):
             self._work(func, name, args, ins, outs)
         return out
 
-    def _at(self) -> dict[str, Any]:
-        return dict(backward=self.backward, chunk=self.chunk)
-
     def _pin(self, name: str, x: Tensor) -> Tensor | bool:
         """Pinning asks for a CUDA context; here it is remembered."""
         if name == "is_pinned":
@@ -188,7 +179,9 @@ class Recorder(TorchDispatchMode):
     def _collective(self, name: str, ins: list[Tensor]) -> None:
         if name.strip("_") in ("allgather_base", "allreduce", "allgather", "reduce_scatter_base"):
             sent = ins[0] if name.strip("_") == "allreduce" else ins[-1]
-            self.events.append(Collective(name=name.strip("_"), bytes=_size(sent), **self._at()))
+            self.events.append(
+                Collective(name=name.strip("_"), bytes=_size(sent), backward=self.backward)
+            )
 
     def _work(self, func, name: str, args, ins: list[Tensor], outs: list[Tensor]) -> None:
         if name in ("mm", "addmm"):
@@ -200,7 +193,7 @@ class Recorder(TorchDispatchMode):
         size = sum(_size(x) for x in (*ins, *written) if x.device.type == "cuda")
         if len(ins) == 1 and outs and ins[0] is outs[0] and name in ("fill_", "zero_"):
             size = _size(outs[0])
-        self.events.append(Small(name=name, bytes=size, **self._at()))
+        self.events.append(Small(name=name, bytes=size, backward=self.backward))
 
     def _matmul(self, func, name: str, args, c: Tensor) -> None:
         adds = name == "addmm"
@@ -217,7 +210,7 @@ class Recorder(TorchDispatchMode):
             dtype=a.dtype,
             out_dtype=c.dtype,
             adds=adds,
-            **self._at(),
+            backward=self.backward,
         )
         self.events.append(event)
 
@@ -226,10 +219,22 @@ class Recorder(TorchDispatchMode):
         for text in launch_problems(launch):
             self.problem(f"{launch.kernel}: {text}")
         moved, instructions = _kernel_work(launch)
+        # without the tensors, which would stay alive
+        numbers = {k: x for k, x in launch.arguments.items() if isinstance(x, int | float)}
+        launch = replace(launch, arguments=numbers)
         event = Kernel(
-            name=launch.kernel, bytes=moved, launch=launch, instructions=instructions, **self._at()
+            name=launch.kernel,
+            bytes=moved,
+            launch=launch,
+            instructions=instructions,
+            backward=self.backward,
         )
         self.events.append(event)
+
+
+def allocated(size: int) -> int:
+    """Bytes that the caching allocator hands out."""
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def _size(x: Tensor) -> int:
@@ -279,8 +284,8 @@ def launch_problems(launch: Launch) -> Iterator[str]:
         if m.shared_bytes > SHARED_LIMIT[sm]:
             yield f"{m.shared_bytes} B of shared memory on sm_{sm}, which has {SHARED_LIMIT[sm]}"
         if launch.kernel in ROW_KERNELS:
-            for text in m.narrow:
-                yield f"a narrow access in its loop on sm_{sm}: {text}"
+            if m.narrow:
+                yield f"{len(m.narrow)} narrow accesses in its loop, as {m.narrow[0]}"
     for size, limit in zip(launch.grid, GRID_LIMIT, strict=False):
         if not 0 <= size <= limit:
             yield f"grid {launch.grid}"

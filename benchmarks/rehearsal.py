@@ -21,6 +21,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import functools
 import itertools
+import logging
 import sys
 import warnings
 from collections import defaultdict
@@ -41,7 +42,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 
 from benchmarks.absent_gpu import SHARED_LIMIT, AbsentGPU, pretend
-from benchmarks.operator_stream import Collective, Event, Kernel, Matmul, Recorder, Small
+from benchmarks.operator_stream import (
+    Collective,
+    Event,
+    Kernel,
+    Matmul,
+    Recorder,
+    Small,
+    allocated,
+)
 from benchmarks.report import Output, grid
 from sdpo_kernels import (
     VocabShard,
@@ -117,7 +126,6 @@ class Report:
     """Beyond inputs and the gradients that stay."""
     kept_bytes: int
     """Alive between forward and backward, beyond inputs."""
-    chunks: int
 
     def matmuls(self, backward: bool | None = None) -> float:
         """In units of N V D multiply-adds."""
@@ -131,13 +139,15 @@ class Report:
         """Events of a kind."""
         return [e for e in self.events if isinstance(e, kind)]
 
+    @property
+    def chunks(self) -> list[int]:
+        """Where in the stream statistics are computed, once for each chunk."""
+        return [i for i, e in enumerate(self.events) if e.name == "stats_kernel"]
+
     def small_launches(self) -> int:
-        """The most of a chunk."""
-        count: dict[int, int] = defaultdict(int)
-        for e in self.of(Small):
-            if e.chunk is not None:
-                count[e.chunk] += 1
-        return max(count.values(), default=0)
+        """The most from one chunk's statistics to the next one's; 0 if there is but one chunk."""
+        periods = (self.events[a:b] for a, b in itertools.pairwise(self.chunks))
+        return max((sum(isinstance(e, Small) for e in p) for p in periods), default=0)
 
     def traffic(self) -> dict[str, float]:
         """Bytes that each kernel of ours moves, per token and word of the vocabulary."""
@@ -164,7 +174,7 @@ class Report:
             launches=len(self.of(Kernel)),
             small=len(self.of(Small)),
             small_per_chunk=self.small_launches(),
-            chunks=self.chunks,
+            chunks=len(self.chunks),
             peak_bytes=self.peak_bytes,
             kept_bytes=self.kept_bytes,
             kernels={
@@ -217,25 +227,13 @@ class Stage:
 
     def __init__(self):
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+        # what fails in a meta kernel is reported as a problem
+        logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
         self.gpu: AbsentGPU = pretend()
+        _remember_tensors()
         for name, operator in list(vars(op).items()):
             if isinstance(operator, CustomOpDef):
                 setattr(op, name, _body(operator))
-        self.recorder: Recorder | None = None
-        run_chunk = chunked._Loop.run_chunk
-
-        def marked(loop, *args):
-            recorder = self.recorder
-            if recorder is None:
-                return run_chunk(loop, *args)
-            recorder.chunk, recorder.chunks = recorder.chunks, recorder.chunks + 1
-            try:
-                return run_chunk(loop, *args)
-            finally:
-                recorder.chunk = None
-
-        setattr(chunked._Loop, "run_chunk", marked)  # noqa: B010
-        self._group: dist.ProcessGroup | None = None
 
     @functools.cached_property
     def group(self) -> dist.ProcessGroup:
@@ -248,12 +246,12 @@ class Stage:
 
     @contextmanager
     def recording(self, recorder: Recorder) -> Iterator[None]:
-        self.recorder, self.gpu.on_launch = recorder, recorder.launched
+        self.gpu.on_launch = recorder.launched
         try:
             with recorder:
                 yield
         finally:
-            self.recorder, self.gpu.on_launch = None, lambda launch: None
+            self.gpu.on_launch = lambda launch: None
 
 
 def _body(operator: CustomOpDef) -> Callable:
@@ -267,8 +265,6 @@ def _body(operator: CustomOpDef) -> Callable:
 
             @staticmethod
             def setup_context(ctx, inputs, output):
-                ctx.outputs = len(output)
-                ctx.tensors = [isinstance(x, Tensor) for x in inputs]
                 if operator._setup_context_fn is not None:
                     named = dict(inputs=inputs, output=output)
                     if kwargs:
@@ -283,6 +279,21 @@ def _body(operator: CustomOpDef) -> Callable:
         return Node.apply(*args)
 
     return call
+
+
+def _remember_tensors() -> None:
+    """Functions in Python have edges for arguments that are tensors: their nodes say which."""
+    real = torch.autograd.Function.apply.__func__
+
+    def apply(cls, *args, **kwargs):
+        out = real(cls, *args, **kwargs)
+        for x in out if isinstance(out, tuple) else (out,):
+            if isinstance(x, Tensor) and isinstance(x.grad_fn, BackwardCFunction):
+                node: Any = x.grad_fn
+                node.tensors = [isinstance(a, Tensor) for a in args]
+        return out
+
+    torch.autograd.Function.apply = classmethod(apply)
 
 
 def backward(root: Tensor, gradient: Tensor) -> list[Tensor]:
@@ -308,9 +319,8 @@ def backward(root: Tensor, gradient: Tensor) -> list[Tensor]:
             leaves += grads.values()
             continue
         own = isinstance(node, BackwardCFunction)
-        width = node.outputs if own else max(grads, default=0) + 1
         apply = node.apply if own else node
-        found = apply(*(grads.pop(i, None) for i in range(width)))
+        found = apply(*(grads.pop(i, None) for i in range(len(node._input_metadata))))
         found = found if isinstance(found, tuple) else (found,)
         if own:  # gradients by arguments; edges by those that are tensors
             found = tuple(itertools.compress(found, node.tensors))
@@ -418,7 +428,7 @@ def _rehearse(case: Case, stage: Stage, architectures: tuple[int, ...]) -> Repor
         if recorder.largest > (most := largest_piece(case, x)):
             recorder.problem(f"a tensor of {recorder.largest:,} B, where {most:,} are the most")
     peak = recorder.peak - before - stays
-    report = Report(case, recorder.events, recorder.problems, peak, kept, recorder.chunks)
+    report = Report(case, recorder.events, recorder.problems, peak, kept)
     if _limited(case) and report.small_launches() > SMALL_LAUNCHES:
         recorder.problem(f"{report.small_launches()} small launches per chunk")
     return report
@@ -437,7 +447,7 @@ def largest_piece(case: Case, x: SimpleNamespace) -> int:
     length = chunked.row_length(v)
     most = max(t.numel() * t.element_size() for t in vars(x).values() if t is not None)
     grad = n * length * getattr(torch, case.dtype).itemsize if case.kept else 0
-    return max(budget * length // max(v, 1), 8 * length, grad, 4 * v * d, most, 4 * n * d)
+    return allocated(max(budget * length // v, 8 * length, grad, 4 * v * d, most, 4 * n * d))
 
 
 def table_cases() -> list[Case]:

@@ -11,28 +11,25 @@ from unittest import mock
 from benchmarks.rehearsal import QWEN, Case, Stage, rehearse  # first: it hides the GPUs
 
 import torch  # isort: skip
-from sdpo_kernels import vocab_parallel
 from sdpo_kernels._impl import chunked, matmul, rows_triton, tuning
 
 SMALL = Case(shape=(301, 5003, 250), chunk_rows=100)
 
 
-def _waits():
-    def local_targets(targets, start, rows):
-        targets.max().item()
-        return real(targets, start, rows)
+def _in_the_loop(what):
+    """Something more is done with each chunk's hidden states."""
 
-    real = vocab_parallel.local_targets
-    return mock.patch.object(vocab_parallel, "local_targets", local_targets)
+    def logits(hidden, weight, out):
+        what(hidden)
+        real(hidden, weight, out)
+
+    real = chunked.logits
+    return mock.patch.object(chunked, "logits", logits)
 
 
-def _selects_by_a_mask():
-    def run_chunk(loop, c):
-        loop.x.targets[loop.x.targets >= 0]
-        return real(loop, c)
-
-    real = chunked._Loop.run_chunk
-    return mock.patch.object(chunked._Loop, "run_chunk", run_chunk)
+def _small_launches(hidden):
+    for _ in range(7):
+        hidden.abs()
 
 
 def _argument(name, change):
@@ -52,7 +49,7 @@ def _dw(change):
     return mock.patch.object(chunked, "add_weight_gradient", change)
 
 
-def _two_dtypes(dweight, grad, hidden):
+def _two_dtypes(dweight, grad, hidden, *_):
     torch.addmm(dweight, grad.T, hidden.float(), out_dtype=torch.float32, out=dweight)
 
 
@@ -69,16 +66,6 @@ def _twice(*arguments):
 def _pageable():
     with mock.patch.object(torch.Tensor, "pin_memory", lambda self: self):
         yield
-
-
-def _small_launches():
-    def run_chunk(loop, c):
-        for _ in range(5):
-            loop.result.value.abs()
-        return real(loop, c)
-
-    real = chunked._Loop.run_chunk
-    return mock.patch.object(chunked._Loop, "run_chunk", run_chunk)
 
 
 @contextmanager
@@ -102,8 +89,8 @@ def _unguarded():
 
 MUTANTS = {
     "nothing": (SMALL, lambda: mock.patch.object(tuning, "ROW_WARPS", tuning.ROW_WARPS)),
-    "an item in the loop": (SMALL, _waits),
-    "a selection by a mask": (SMALL, _selects_by_a_mask),
+    "an item in the loop": (SMALL, lambda: _in_the_loop(lambda h: h.amax().item())),
+    "a selection by a mask": (SMALL, lambda: _in_the_loop(lambda h: h[h > 0])),
     "an argument in host memory": (SMALL, lambda: _argument("norm_ptr", lambda x: x.cpu())),
     "columns for rows": (SMALL, lambda: _argument("norm_ptr", lambda x: x.T.contiguous().T)),
     "no device guard": (SMALL, _unguarded),
@@ -114,7 +101,7 @@ MUTANTS = {
     "tiles that spill": (SMALL, lambda: mock.patch.object(tuning, "row_tiles", _spilling)),
     "one matmul more": (SMALL, lambda: mock.patch.object(chunked, "hidden_gradient", _twice)),
     "a mask that is not pinned": (replace(SMALL, mask="host"), _pageable),
-    "small launches": (SMALL, _small_launches),
+    "small launches": (SMALL, lambda: _in_the_loop(_small_launches)),
 }
 """By name: a call, and a context in which it is defective."""
 
