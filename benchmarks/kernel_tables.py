@@ -116,10 +116,10 @@ def _exchanges(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     """Rehearse, and write the tables."""
-    from benchmarks.rehearsal import Stage, quick_cases, rehearse
+    from benchmarks.rehearsal import Stage, rehearse, table_cases
 
     stage = Stage()
-    rows = [rehearse(case, stage).row() for case in quick_cases()]
+    rows = [rehearse(case, stage).row() for case in table_cases()]
     text = replaced(README.read_text(encoding="utf-8"), rows)
     README.write_text(text, encoding="utf-8")
     print(tables(rows))

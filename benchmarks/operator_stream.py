@@ -143,7 +143,10 @@ class Recorder(TorchDispatchMode):
             i is not None and i.dtype == torch.bool and i.device.type == "cuda" for i in args[1]
         ):
             self.problem("the host waits for the device: an index by a mask on it")
-        out = func(*args, **kwargs)
+        if name == "addmm" and "dtype" in func._overloadname:
+            out = _addmm(args, kwargs)
+        else:
+            out = func(*args, **kwargs)
         outs = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
         self.note(ins + outs)
         if name in ("_to_copy", "copy_"):
@@ -232,6 +235,17 @@ class Recorder(TorchDispatchMode):
         self.events.append(event)
 
 
+def _addmm(args, kwargs) -> Tensor:
+    """With ``out_dtype``, whose meta kernel fails in torch 2.11."""
+    own, a, b, dtype = args[:4]
+    shape = (a.shape[0], b.shape[1])
+    out = kwargs.get("out")
+    out = own.new_empty(shape, dtype=dtype) if out is None else out
+    if a.shape[1] != b.shape[0] or out.shape != shape or out.dtype != dtype:
+        raise RuntimeError(f"addmm {a.shape} x {b.shape} into {out.shape} of {out.dtype}")
+    return out
+
+
 def allocated(size: int) -> int:
     """Bytes that the caching allocator hands out."""
     return -(-size // BLOCK_BYTES) * BLOCK_BYTES
@@ -283,9 +297,8 @@ def launch_problems(launch: Launch) -> Iterator[str]:
             yield f"spills {m.spill_bytes} B a thread on sm_{sm}"
         if m.shared_bytes > SHARED_LIMIT[sm]:
             yield f"{m.shared_bytes} B of shared memory on sm_{sm}, which has {SHARED_LIMIT[sm]}"
-        if launch.kernel in ROW_KERNELS:
-            if m.narrow:
-                yield f"{len(m.narrow)} narrow accesses in its loop, as {m.narrow[0]}"
+        if launch.kernel in ROW_KERNELS and m.narrow:
+            yield f"{len(m.narrow)} narrow accesses in its loop, as {m.narrow[0]}"
     for size, limit in zip(launch.grid, GRID_LIMIT, strict=False):
         if not 0 <= size <= limit:
             yield f"grid {launch.grid}"

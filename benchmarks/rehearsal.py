@@ -20,6 +20,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # fake tensors must not ask a driver
 os.environ.pop("TRITON_INTERPRET", None)
 
 import functools
+import inspect
 import itertools
 import logging
 import sys
@@ -145,9 +146,10 @@ class Report:
         return [i for i, e in enumerate(self.events) if e.name == "stats_kernel"]
 
     def small_launches(self) -> int:
-        """The most from one chunk's statistics to the next one's; 0 if there is but one chunk."""
+        """From one chunk's statistics to the next one's, where they are fewest: between two passes
+        over the chunks there are more. 0 if there is but one chunk."""
         periods = (self.events[a:b] for a, b in itertools.pairwise(self.chunks))
-        return max((sum(isinstance(e, Small) for e in p) for p in periods), default=0)
+        return min((sum(isinstance(e, Small) for e in p) for p in periods), default=0)
 
     def traffic(self) -> dict[str, float]:
         """Bytes that each kernel of ours moves, per token and word of the vocabulary."""
@@ -178,10 +180,8 @@ class Report:
             peak_bytes=self.peak_bytes,
             kept_bytes=self.kept_bytes,
             kernels={
-                e.name + "".join(f", {k}" for k, v in e.launch.arguments.items() if v is True): {
-                    str(sm): asdict(m) for sm, m in e.launch.machines.items()
-                }
-                for e in kernels.values()
+                f"{name} {hashed}": {str(sm): asdict(m) for sm, m in e.launch.machines.items()}
+                for (name, hashed), e in kernels.items()
             },
             problems=self.problems,
         )
@@ -283,10 +283,10 @@ def _body(operator: CustomOpDef) -> Callable:
 
 def _remember_tensors() -> None:
     """Functions in Python have edges for arguments that are tensors: their nodes say which."""
-    real = torch.autograd.Function.apply.__func__
+    real = inspect.getattr_static(torch.autograd.Function, "apply")
 
     def apply(cls, *args, **kwargs):
-        out = real(cls, *args, **kwargs)
+        out = real.__get__(None, cls)(*args, **kwargs)
         for x in out if isinstance(out, tuple) else (out,):
             if isinstance(x, Tensor) and isinstance(x.grad_fn, BackwardCFunction):
                 node: Any = x.grad_fn
@@ -346,7 +346,7 @@ def inputs(case: Case) -> SimpleNamespace:
         return torch.empty(shape, dtype=dtype, device="cuda:0")
 
     wanted = case.upstream != "none"
-    x = SimpleNamespace(
+    return SimpleNamespace(
         hidden=new(n, d).requires_grad_(wanted and case.frozen != "hidden"),
         weight=new(v, d).requires_grad_(wanted and case.frozen != "weight"),
         teacher=new(n, d // 2 if case.own_head else d),
@@ -361,7 +361,6 @@ def inputs(case: Case) -> SimpleNamespace:
         mask=new(n, dtype=torch.bool),
         upstream=new(n if case.upstream == "any" else 1, dtype=torch.float32),
     )
-    return x
 
 
 def options_of(case: Case, x: SimpleNamespace, stage: Stage) -> dict[str, Any]:
@@ -452,24 +451,22 @@ def largest_piece(case: Case, x: SimpleNamespace) -> int:
 
 def table_cases() -> list[Case]:
     """What kernels/README.md tells of every function, at the size of Qwen3-8B."""
-    return [
-        Case(function=function, upstream=upstream, kept=kept)
-        for function in FUNCTIONS
-        for kept in (True, False)
-        for upstream in ("weights", "any")
-    ]
+    every = itertools.product((True, False), FUNCTIONS, ("weights", "any"))
+    alone = [Case(function=f, upstream=upstream, kept=kept) for kept, f, upstream in every]
+    n, v, d = QWEN
+    shard = (n, v // RANKS, d)
+    return alone + [Case(function=f, sharded=True, shape=shard) for f in FUNCTIONS]
 
 
 def quick_cases() -> list[Case]:
-    """The table's, and each option once."""
+    """Every function and upstream gradient where G is kept, and some options once."""
     odd = Case(shape=(301, 5003, 250), chunk_rows=100)
     return [
-        *table_cases(),
-        *(Case(function=f, sharded=True, shape=(8192, 18_992, 4096)) for f in FUNCTIONS),
+        *(case for case in table_cases() if case.kept and not case.sharded),
+        Case(kept=False),
+        Case(shape=(301, 5008, 256), function="log p(y)", impl="auto", upstream="none"),
         replace(odd, mask="host", upstream="any"),
-        replace(odd, mask="device", own_head=True, kept=False),
-        replace(odd, transforms=True, frozen="weight"),
-        replace(odd, function="log p(y)", impl="auto", upstream="none"),
+        replace(odd, mask="device", own_head=True, sharded=True),
     ]
 
 
@@ -528,7 +525,7 @@ class Settings(Output):
     """How much is rehearsed."""
 
     quick: bool = False
-    """Each function at one size, and each option once."""
+    """Each function at one size, where G is kept, and some options once."""
     sm: tuple[int, ...] | None = None
     """Architectures, by compute capability; by default all, and the quick set for 90."""
 
@@ -540,7 +537,9 @@ class Settings(Output):
 def run(settings: Settings) -> list[dict[str, Any]]:
     """Rehearse, print and write; the rows."""
     stage = Stage()
-    cases = quick_cases() if settings.quick else [*quick_cases(), *covering_cases()]
+    cases = quick_cases()
+    if not settings.quick:
+        cases += table_cases() + covering_cases()
     sms = settings.architectures
     rows = [rehearse(case, stage, sms).row() for case in dict.fromkeys(cases)]
     settings.keep(rows)
@@ -563,7 +562,7 @@ def _print(rows: list[dict[str, Any]], settings: Settings) -> None:
         )
     console.print(table)
     variants = {k for r in rows for k in r["kernels"]}
-    console.print(f"{len(rows)} calls, {len(variants)} kinds of launches")
+    console.print(f"{len(rows)} calls, {len(variants)} kernel variants")
     found: dict[str, list[str]] = defaultdict(list)
     for r in rows:
         for text in r["problems"]:
