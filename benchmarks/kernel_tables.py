@@ -116,7 +116,7 @@ def _exchanges(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     """Rehearse, and write the tables."""
-    from benchmarks.rehearsal import Stage, rehearse, table_cases
+    from benchmarks.rehearsal import Stage, rehearse, table_cases  # which hides the process's GPUs
 
     stage = Stage()
     rows = [rehearse(case, stage).row() for case in table_cases()]
