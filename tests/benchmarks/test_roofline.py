@@ -1,5 +1,7 @@
 """The roofline adds up what its parts say; machine code is read as written."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -47,7 +49,7 @@ def test_a_result_beyond_one_half_precision_write_is_hidden_or_is_not(adds, out_
 
 def test_a_kernel_takes_the_longer_of_its_bytes_and_its_instructions():
     launch = Launch("stats_kernel", {}, (1,), {}, 0, ())
-    given = dict(name="stats_kernel", launch=launch, backward=False)
+    given: dict[str, Any] = dict(name="stats_kernel", launch=launch, backward=False)
     slow = Kernel(**given, bytes=1e6, instructions=128e9)
     large = Kernel(**given, bytes=1e9, instructions=128.0)
     small = Small(name="add", bytes=3e9, backward=False)
