@@ -62,10 +62,12 @@ from sdpo_kernels import (
     linear_sampled_token,
     linear_topk_divergence,
 )
-from sdpo_kernels._impl import chunked, op, tuning
+from sdpo_kernels._impl import op, tuning
 
 SMALL_LAUNCHES = 6
 """Launches of torch's per chunk, beside its matmuls."""
+PADDED = 16
+"""Rows of logits and of G may be padded to a multiple."""
 RANKS, RANK = 8, 3
 """Of the tensor-parallel group."""
 QWEN = (8192, 151_936, 4096)
@@ -443,7 +445,7 @@ def largest_piece(case: Case, x: SimpleNamespace) -> int:
     """Bytes that no tensor of a call may exceed: logits of a chunk, G, a float32 dW, an input."""
     n, v, d = case.shape
     budget = 8 * v * case.chunk_rows if case.chunk_rows else tuning.CHUNK_BYTES["cuda"]
-    length = chunked.row_length(v)
+    length = -(-v // PADDED) * PADDED
     most = max(t.numel() * t.element_size() for t in vars(x).values() if t is not None)
     grad = n * length * getattr(torch, case.dtype).itemsize if case.kept else 0
     return allocated(max(budget * length // v, 8 * length, grad, 4 * v * d, most, 4 * n * d))
