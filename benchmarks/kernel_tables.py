@@ -94,7 +94,7 @@ def _exchanges(rows: Sequence[Row]) -> str:
     """What tensor-parallel ranks exchange."""
     header = [
         "",
-        "all-gathers per chunk",
+        "all-gathers",
         "all-reduces",
         "bytes a rank sends per token",
     ]
@@ -107,11 +107,12 @@ def _exchanges(rows: Sequence[Row]) -> str:
         for c in r["collectives"]:
             sent[c["operator"]] += c["bytes"] / r["shape"][0]
             number[c["operator"]] += 1
-        gathers, reduces = number["allgather_base"], number["allreduce"]
-        numbers = [f"{x / r['chunks']:.3g}" for x in (gathers, reduces)]
+        numbers = [str(number[name]) for name in ("allgather_base", "allreduce")]
         size = re.sub(r" \+ 0$", "", " + ".join(f"{x:.3g}" for x in sent.values()))
         pairs.append((r["function"], [*numbers, size]))
-    return "Collectives of the forward (K = 2).\n\n" + _markdown(header, _merged(pairs))
+    return "Collectives of the forward of one chunk (K = 2).\n\n" + _markdown(
+        header, _merged(pairs)
+    )
 
 
 def main() -> None:

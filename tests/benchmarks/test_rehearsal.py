@@ -18,7 +18,7 @@ SAMPLED = ("sampled token", "sampled token, PPO clip", "sampled token, importanc
 MATMULS = {"log p(y)": 3, CENTRED: 5}
 """Where G is kept, of each function with any upstream gradient; 4 of all others."""
 MORE_LAUNCHES = {"reverse KL", "log p(y)", *SAMPLED}
-"""Functions whose chunks still take more than six small launches, until the operators are changed."""
+"""Functions whose chunks still take more than six small launches."""
 MOST_BYTES = 2.6e9
 """At N=8192, V=151,936, D=4096, beyond inputs and gradients, where G is kept."""
 
