@@ -42,7 +42,7 @@ class Machine:
     narrow: tuple[str, ...]
     """Accesses of fewer than ``WIDE`` bytes per thread in loops; PTX."""
     loop_instructions: float
-    """Machine instructions of all threads in one iteration."""
+    """Machine instructions of all threads in one iteration; 0 if nothing was disassembled."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class AbsentGPU:
     def __init__(self):
         self.architectures: tuple[int, ...] = (90,)
         """What launches are compiled for; torch is told of the first one."""
+        self.disassemble = False
+        """Whether machine instructions are counted, which takes longer than all else."""
         self.current_device = 1
         """Not that of the tensors, so that a missing device guard shows."""
         self.on_launch: Callable[[Launch], None] = lambda launch: None
@@ -117,7 +119,7 @@ def pretend() -> AbsentGPU:
         for sm in gpu.architectures:
             names.sm = sm
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-            machines[sm] = machine(kernel)
+            machines[sm] = machine(kernel, gpu.disassemble)
         assert kernel is not None
         name = self.__name__
         launch = Launch(
@@ -145,19 +147,20 @@ def _give_addresses() -> None:
     FakeTensor.data_ptr = of_tensor
 
 
-_MACHINES: dict[str, Machine] = {}
+_MACHINES: dict[tuple[str, bool], Machine] = {}
 
 
-def machine(kernel) -> Machine:
+def machine(kernel, disassemble: bool) -> Machine:
     """The account of a compiled kernel."""
-    if kernel.hash not in _MACHINES:
-        found, sass = _dump(kernel.asm["cubin"])
+    key = (kernel.hash, disassemble)
+    if key not in _MACHINES:
+        found, sass = _dump(kernel.asm["cubin"], disassemble)
         threads = 32 * kernel.metadata.num_warps
         accesses = ptx_loop_accesses(kernel.asm["ptx"])
         size = sum(width for width, _ in accesses)
         instructions, loaded = sass_loop(sass)
         unrolled = max(1, round(loaded / size)) if size and loaded else 1
-        _MACHINES[kernel.hash] = Machine(
+        _MACHINES[key] = Machine(
             registers=found["REG"],
             spill_bytes=found["LOCAL"] + found["STACK"],
             shared_bytes=kernel.metadata.shared,
@@ -165,17 +168,18 @@ def machine(kernel) -> Machine:
             narrow=tuple(text for width, text in accesses if width < WIDE),
             loop_instructions=instructions * threads / unrolled,
         )
-    return _MACHINES[kernel.hash]
+    return _MACHINES[key]
 
 
-def _dump(cubin: bytes) -> tuple[dict[str, int], str]:
-    """REG, STACK, LOCAL and more, and the disassembly, as cuobjdump prints them."""
+def _dump(cubin: bytes, disassemble: bool) -> tuple[dict[str, int], str]:
+    """REG, STACK, LOCAL and more, and the machine code, as cuobjdump prints them."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        argv = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", path]
+        argv = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path]
+        argv += ["--dump-sass"] if disassemble else []
         text = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
     return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}, text
 

@@ -150,6 +150,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     from benchmarks.rehearsal import Case, Stage, rehearse  # which hides the process's GPUs
 
     stage = Stage()
+    stage.gpu.disassemble = True
     rows = []
     for shape in SHAPES:
         rows += predictions(rehearse(Case(shape=shape, upstream=settings.upstream), stage))
