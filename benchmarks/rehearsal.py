@@ -543,8 +543,10 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     if not settings.quick:
         cases += table_cases() + covering_cases()
     sms = settings.architectures
-    rows = [rehearse(case, stage, sms).row() for case in dict.fromkeys(cases)]
-    settings.keep(rows)
+    rows = []
+    for case in dict.fromkeys(cases):
+        rows.append(rehearse(case, stage, sms).row())
+        settings.keep(rows[-1:])  # as it comes
     _print(rows, settings)
     return rows
 
