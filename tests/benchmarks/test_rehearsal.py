@@ -45,16 +45,21 @@ def table(quick) -> list[dict]:
     return [r for r in quick[1] if r["shape"] == [8192, 151_936, 4096]]
 
 
+def known(row: dict, problem: str) -> bool:
+    """What is wrong today: remove a line here with what it stands for."""
+    if problem.endswith("small launches per chunk"):
+        return row["function"] in MORE_LAUNCHES
+    if "narrow accesses" in problem:  # of rows that bias, softcap or temperature change
+        return row["transforms"] and row["shape"][1] % 16 != 0
+    # rows that do not start at 16-byte boundaries
+    return problem.startswith("fused_stats_kernel: spills") and row["shape"][2] % 8 != 0
+
+
 def assert_nothing_is_wrong(rehearsed: tuple[str, list[dict]]) -> None:
     """With a release of Triton that nobody has measured yet, what its compiler does is reported as
     an expected failure, as in tests/sdpo_kernels/test_resources.py."""
     printed, rows = rehearsed
-    wrong = {
-        p
-        for r in rows
-        for p in r["problems"]
-        if r["function"] not in MORE_LAUNCHES or not p.endswith("small launches per chunk")
-    }
+    wrong = {p for r in rows for p in r["problems"] if not known(r, p)}
     release = ".".join(triton.__version__.split(".")[:2])
     compilers = all("spills" in p or "shared memory" in p for p in wrong)
     if wrong and compilers and release not in MEASURED:
