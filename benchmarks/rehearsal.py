@@ -149,9 +149,11 @@ class Report:
 
     def small_launches(self) -> int:
         """From one chunk's statistics to the next one's, where they are fewest: between two passes
-        over the chunks there are more. 0 if there is but one chunk."""
+        over the chunks there are more. 0 if there are too few chunks to tell."""
+        if len(self.chunks) < 3:
+            return 0
         periods = (self.events[a:b] for a, b in itertools.pairwise(self.chunks))
-        return min((sum(isinstance(e, Small) for e in p) for p in periods), default=0)
+        return min(sum(isinstance(e, Small) for e in p) for p in periods)
 
     def traffic(self) -> dict[str, float]:
         """Bytes that each kernel of ours moves, per token and word of the vocabulary."""
