@@ -14,11 +14,8 @@ from benchmarks.resources import MEASURED  # noqa: E402
 from helpers.environment import ENV  # noqa: E402
 
 CENTRED = "sampled token, centred"
-SAMPLED = ("sampled token", "sampled token, PPO clip", "sampled token, importance clip", CENTRED)
-MATMULS = {"log p(y)": 3, CENTRED: 5}
+MATMULS = {"log p(y)": 3}
 """Where G is kept, of each function with any upstream gradient; 4 of all others."""
-MORE_LAUNCHES = {"reverse KL", "log p(y)", *SAMPLED}
-"""Functions whose chunks still take more than six small launches."""
 MOST_BYTES = 2.6e9
 """At N=8192, V=151,936, D=4096, beyond inputs and gradients, where G is kept."""
 
@@ -48,10 +45,7 @@ def table(quick) -> list[dict]:
 def known(row: dict, problem: str) -> bool:
     """What is wrong today: remove a line here with what it stands for."""
     if problem.endswith("small launches per chunk"):
-        return row["function"] in MORE_LAUNCHES
-    if "pageable memory" in problem:  # a mask's indices
-        operator_drops = not row["kept"] or row["upstream"] == "none" or row["function"] == CENTRED
-        return row["mask"] == "host" and operator_drops
+        return not row["kept"]
     if "narrow accesses" in problem:  # of rows that bias, softcap or temperature change
         return row["transforms"] and row["shape"][1] % 16 != 0
     # rows that do not start at 16-byte boundaries
