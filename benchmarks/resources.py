@@ -62,7 +62,11 @@ def kernels(sm: int) -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any],
                     **narrow,
                 )
                 variant = f"{kind}, {what}, {name}"
-                yield variant, rows_triton.divergence_kernel, types, constants, options
+                launch = options
+                if two_passes and not dtype:
+                    launch = tuning.row_tiles(tuning.ROW_BLOCK, first_of_two=True)
+                    del launch["BLOCK"]
+                yield variant, rows_triton.divergence_kernel, types, constants, launch
             if dtype:
                 constants = {"TARGETS": True, **narrow}
                 variant = f"{what}, {name}"

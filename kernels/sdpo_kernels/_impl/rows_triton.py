@@ -703,7 +703,7 @@ def divergence(
         divergence_kernel,
         spec,
         z_CV,
-        tuning.row_tiles(z_CV.shape[1]),
+        tuning.row_tiles(z_CV.shape[1], fields == 2),
         u_ptr=u_CV,
         grad_ptr=grad_CV,
         norm_ptr=norm_4C,

@@ -28,6 +28,8 @@ tokens at V = 151,936 in half precision: no more than a float32 dW of D = 4096 w
 ROW_BLOCK, ROW_WARPS, ROW_REGISTERS = 4096, 16, 64
 """Logits of a row that a program processes at a time, 8 per thread, and the registers a thread may
 have at most: with 64, two programs share a multiprocessor."""
+TWO_PASS_REGISTERS = 128
+"""The same for the values of a divergence of two passes, which would spill with fewer."""
 
 LANES, LANE_ROWS, LANE_WARPS = 1024, 2, 8
 """Running statistics of a row that the statistics kernel keeps apart until its end, 4 per thread,
@@ -89,12 +91,17 @@ def lane_tiles(vocabulary: int) -> dict[str, int]:
     return {"LANES": lanes, "ROWS": LANE_ROWS, "num_warps": warps, **FP_FUSION}
 
 
-def row_tiles(vocabulary: int) -> dict[str, int]:
-    """Block size and launch options of the kernels that read rows of logits."""
+def row_tiles(vocabulary: int, first_of_two: bool = False) -> dict[str, int]:
+    """Block size and launch options of the kernels that read rows of logits.
+
+    Args:
+        first_of_two: the values of a divergence of two passes.
+    """
     block = min(ROW_BLOCK, max(128, 1 << (vocabulary - 1).bit_length()))
     warps = max(1, block * ROW_WARPS // ROW_BLOCK)
     # Triton for AMD has no such option
-    limit = {} if torch.version.hip else {"maxnreg": ROW_REGISTERS}
+    registers = TWO_PASS_REGISTERS if first_of_two else ROW_REGISTERS
+    limit = {} if torch.version.hip else {"maxnreg": registers}
     return {"BLOCK": block, "num_warps": warps, **limit, **FP_FUSION}
 
 
