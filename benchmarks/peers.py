@@ -6,6 +6,7 @@ contenders: they are the matmuls that none can do without.
 
 import contextlib
 import importlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -285,8 +286,8 @@ def floors(kind: Kind, x: Problem) -> dict[str, Callable[[], None]]:
     """The bare matmuls that no implementation can do without: both logits (log p(y): one), dH and
     dW, in the inputs' dtype, their outputs there before.
 
-    On a GPU half-precision inputs have a second floor, whose logits come out in float32: those of
-    who does not round them.
+    A second floor is of who does not round logits. On a GPU half-precision inputs' come out in
+    float32; on a CPU each product is the fastest way that this machine has, operands cast before.
     """
     h, w, u = x.hidden.detach(), x.weight.detach(), x.teacher
     z_NV, dh_ND, dw_VD = torch.mm(h, w.T), torch.empty_like(h), torch.empty_like(w)
@@ -303,7 +304,46 @@ def floors(kind: Kind, x: Problem) -> dict[str, Callable[[], None]]:
         wide_NV = torch.empty_like(z_NV, dtype=torch.float32)
         wide = partial(matmuls, wide_NV, out_dtype=torch.float32)
         found[f"{FLOOR}, float32 logits"] = wide
+    if not h.is_cuda:
+        ways = _ways(u, h, w, z_NV)
+        chosen = [_fastest(ways[name]) for name in ("u", "z", "dh", "dw")[kind == "logprob" :]]
+        found[f"{FLOOR}, fastest products"] = lambda: [multiply() for multiply in chosen]
     return found
+
+
+def _ways(u: Tensor, h: Tensor, w: Tensor, z_NV: Tensor) -> dict[str, list[Callable[[], Tensor]]]:
+    """How a CPU may multiply: by torch (MKL, and oneDNN in half precision) in the inputs' dtype or
+    in float32, and by oneDNN in float32. Logits are float32."""
+    wide_u, wide_h, wide_w, wide_z = (t.float() for t in (u, h, w, z_NV))
+
+    def linear(a: Tensor, b: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+    def both(a: Tensor, b: Tensor, out: Tensor) -> list[Callable[[], Tensor]]:
+        return [lambda: torch.mm(a, b.T, out=out), lambda: linear(a, b)]
+
+    dh, dw = torch.empty_like(wide_h), torch.empty_like(wide_w)
+    found = {
+        "u": both(wide_u, wide_w, wide_z),
+        "z": both(wide_h, wide_w, wide_z),
+        "dh": both(wide_z, wide_w.T, dh),
+        "dw": both(wide_z.T, wide_h.T, dw),
+    }
+    if h.dtype != torch.float32:
+        found["dh"].append(lambda: torch.mm(z_NV, w))
+        found["dw"].append(lambda: torch.mm(z_NV.T, h))
+    return found
+
+
+def _fastest(ways: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    """By the second of two calls."""
+    seconds = []
+    for multiply in ways:
+        multiply()
+        begin = time.perf_counter()
+        multiply()
+        seconds.append(time.perf_counter() - begin)
+    return ways[seconds.index(min(seconds))]
 
 
 def _wide(h: Tensor) -> bool:

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import sys
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import microbenchmark, peers
-from benchmarks.measure import Spread, interleaved, peak_bytes
+from benchmarks.measure import Spread, interleaved, peak_bytes, relative_error
 from benchmarks.microbenchmark import LIMIT, Settings, errors
 from benchmarks.peers import CONTENDERS, DIVERGENCES, Contender
 from benchmarks.problems import entropy, head, problem, truth
@@ -109,7 +110,6 @@ def test_a_gpus_half_precision_has_a_second_floor_whose_logits_are_float32(monke
         return out.copy_(mm(a, b))
 
     x = problem(4, 30, 8, 0.1, torch.bfloat16, CPU)
-    assert list(peers.floors("jsd", x)) == ["floor"]
     monkeypatch.setattr(peers, "_wide", lambda h: True)
     floors = peers.floors("jsd", x)
     monkeypatch.setattr(torch, "mm", double)
@@ -117,6 +117,24 @@ def test_a_gpus_half_precision_has_a_second_floor_whose_logits_are_float32(monke
     half, full = torch.bfloat16, torch.float32
     logits, gradients = [((4, 30), full)] * 2, [((4, 8), half), ((30, 8), half)]
     assert calls == logits + gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cpus_second_floor_has_the_same_products_by_their_fastest_ways(dtype, monkeypatch):
+    x = problem(4, 30, 8, 0.1, dtype, CPU)
+    assert list(peers.floors("jsd", x)) == ["floor", "floor, fastest products"]
+    z = torch.mm(x.hidden, x.weight.T).detach()
+    h, w, u = x.hidden.detach(), x.weight.detach(), x.teacher
+    truth = {"u": u.double() @ w.double().T, "z": h.double() @ w.double().T}
+    truth |= {"dh": z.double() @ w.double(), "dw": z.double().T @ h.double()}
+    ways = peers._ways(u, h, w, z)
+    assert ways.keys() == truth.keys() and min(map(len, ways.values())) == 2
+    for name, products in ways.items():
+        for multiply in products:
+            error = relative_error(multiply(), truth[name])
+            assert error < (1e-6 if dtype == torch.float32 or name in "uz" else 5e-3)
+    slow, fast = (lambda: time.sleep(0.01)), (lambda: None)
+    assert peers._fastest([slow, fast, slow]) is fast
 
 
 def test_plots_are_made_from_what_was_written(tmp_path):
