@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import partials
 from .options import Spec
-from .rows_triton import FAR, LN2, LOG2E, log2_over, transformed
+from .rows_triton import FAR, LN2, LOG2E, transformed
 from .tuning import FP_FUSION, fused_tiles, multiprocessors
 
 GROUP = 8
@@ -94,15 +94,10 @@ def fused_stats_kernel(
         m = tl.max(z, 1)
         tl.store(out, m, mask=rows < tokens)
         m = tl.where(m == float("-inf"), 0.0, m)
-        peak = m * LOG2E
-        z = tl.maximum(log2_over(z, peak[:, None]), -FAR)
+        z = tl.maximum((z - m[:, None]) * LOG2E, -FAR)
         e = tl.exp2(z)
-        rest = tl.fma(m, LOG2E, -peak)
-        s = tl.sum(e, 1)
-        undo = 1.0 - rest * LN2  # below m, not below the rounded peak
-        tl.store(out + tokens, s * undo, mask=rows < tokens)
-        t = (tl.sum(e * z, 1) - rest * s) * LN2
-        tl.store(out + 2 * tokens, t * undo, mask=rows < tokens)
+        tl.store(out + tokens, tl.sum(e, 1), mask=rows < tokens)
+        tl.store(out + 2 * tokens, tl.sum(e * z, 1) * LN2, mask=rows < tokens)
 
 
 def stream_stats(

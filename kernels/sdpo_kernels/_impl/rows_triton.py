@@ -104,38 +104,32 @@ def log1p_nonpositive(x):
 
 
 @triton.jit
-def taken_in(m, peak, s, t, x):
-    """Lanes' partials (m, peak, s, t), (LANES,), with a block x (ROWS, LANES) of more logits.
+def taken_in(m, s, t, x):
+    """Lanes' partials (m, s, t), (LANES,), with a block x (ROWS, LANES) of more logits.
 
-    Base 2: m is the largest logit, peak is m log2(e), s = sum 2^y and t = sum y 2^y, where
-    y = x log2(e) - peak. Returns them, 2^y, and what sums under the old peaks are to be scaled by.
+    Base 2: m is the largest logit, s = sum 2^y and t = sum y 2^y, where y = (x - m) log2(e), which
+    is 0 for the largest. Returns them, 2^y, and what sums under the old maxima are to be scaled by.
     """
-    m = tl.maximum(m, tl.max(x, 0))
-    # no product, which the compiler would fuse, unrounded, into the difference: where the maximum
-    # stays, nothing must shift
-    top = tl.fma(m, LOG2E, 0.0)
-    shift = peak - top
+    top = tl.maximum(m, tl.max(x, 0))
+    shift = (m - top) * LOG2E
     scale = tl.exp2(shift)
     # a logit of -inf is none: 0 times a large number is 0
-    y = tl.maximum(log2_over(x, top[None, :]), -FAR)
+    y = tl.maximum((x - top[None, :]) * LOG2E, -FAR)
     e = tl.exp2(y)
     t = scale * (t + s * shift) + tl.sum(e * y, 0)
     s = scale * s + tl.sum(e, 0)
-    return m, top, s, t, e, scale
+    return top, s, t, e, scale
 
 
 @triton.jit
-def gathered(m, peak, s, t):
-    """All lanes' partials as one, t in base e, the lanes' scale, and what s and the scale are to be
-    multiplied by for sums below m, not below a rounded m log2(e). Without a logit m is -FAR."""
-    m = tl.max(m, 0)
-    top = tl.max(peak, 0)
-    shift = peak - top
+def gathered(m, s, t):
+    """All lanes' partials as one, t in base e, and the lanes' scale. Without a logit m is -FAR."""
+    top = tl.max(m, 0)
+    shift = (m - top) * LOG2E
     scale = tl.exp2(shift)
-    t = tl.sum(weighted(scale, t + s * shift), 0)
+    t = tl.sum(weighted(scale, t + s * shift), 0) * LN2
     s = tl.sum(scale * s, 0)
-    rest = tl.where(m == -FAR, 0.0, tl.fma(m, LOG2E, -top))
-    return m, s, (t - rest * s) * LN2, scale, 1.0 - rest * LN2
+    return top, s, t, scale
 
 
 @triton.jit
@@ -178,11 +172,9 @@ def replaced(
 @triton.jit
 def absorbed(
     m,
-    peak,
     s,
     t,
     n,
-    teacher_peak,
     r,
     w,
     c,
@@ -214,7 +206,7 @@ def absorbed(
     )
     before = s
     offset = m - n
-    m, peak, s, t, e, scale = taken_in(m, peak, s, t, z)
+    m, s, t, e, scale = taken_in(m, s, t, z)
     if PAIRED:
         u = replaced(
             u_ptr,
@@ -229,12 +221,12 @@ def absorbed(
             SCALE,
             MASKED,
         )
-        n, teacher_peak, r, w, _, _ = taken_in(n, teacher_peak, r, w, u)
+        n, r, w, _, _ = taken_in(n, r, w, u)
         now = m - n
         c = weighted(scale, c + before * (offset - now))
         # z - u is exact where the two almost agree; where e is 0 it may be infinite or NaN
         c += tl.sum(e * tl.where(e == 0, 0.0, (z - u) - now[None, :]), 0)
-    return m, peak, s, t, n, teacher_peak, r, w, c
+    return m, s, t, n, r, w, c
 
 
 @triton.jit
@@ -284,24 +276,20 @@ def stats_kernel(
             x = tl.where(here, transformed(x, cap, temperature, CAP, SCALE), float("-inf"))
         tl.debug_barrier()
     m = tl.full((LANES,), -FAR, tl.float32)
-    peak = m * LOG2E
     s = tl.zeros((LANES,), tl.float32)
     t = tl.zeros((LANES,), tl.float32)
     n = m
-    teacher_peak = peak
     r = tl.zeros((LANES,), tl.float32)
     w = tl.zeros((LANES,), tl.float32)
     c = tl.zeros((LANES,), tl.float32)
     at = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     whole = vocabulary // (ROWS * LANES) * (ROWS * LANES)
     for start in range(0, whole, ROWS * LANES):
-        m, peak, s, t, n, teacher_peak, r, w, c = absorbed(
+        m, s, t, n, r, w, c = absorbed(
             m,
-            peak,
             s,
             t,
             n,
-            teacher_peak,
             r,
             w,
             c,
@@ -321,13 +309,11 @@ def stats_kernel(
             False,
         )
     if whole < vocabulary:
-        m, peak, s, t, n, teacher_peak, r, w, c = absorbed(
+        m, s, t, n, r, w, c = absorbed(
             m,
-            peak,
             s,
             t,
             n,
-            teacher_peak,
             r,
             w,
             c,
@@ -348,19 +334,17 @@ def stats_kernel(
         )
     lanes_s = s
     offset = m - n
-    undo = 1.0
-    teacher_undo = 1.0
-    m, s, t, scale, undo = gathered(m, peak, s, t)
+    m, s, t, scale = gathered(m, s, t)
     if PAIRED:
-        n, r, w, _, teacher_undo = gathered(n, teacher_peak, r, w)
+        n, r, w, _ = gathered(n, r, w)
         c = tl.sum(weighted(scale, c + lanes_s * (offset - (m - n))), 0)
     else:
         n, r, w, c = 0.0, 1.0, 0.0, 0.0
     m = tl.where(m == -FAR, float("-inf"), m)
     n = tl.where(n == -FAR, float("-inf"), n)
     if WHOLE:
-        log_s = tl.log(s * undo)
-        log_r = tl.log(r * teacher_undo)
+        log_s = tl.log(s)
+        log_r = tl.log(r)
         tl.store(out_ptr, m)
         tl.store(out_ptr + tokens, log_s)
         tl.store(out_ptr + 2 * tokens, n)
@@ -382,15 +366,15 @@ def stats_kernel(
         tl.store(stats_ptr + 5 * stats_stride, n + log_r)
     else:
         tl.store(out_ptr, m)
-        tl.store(out_ptr + tokens, s * undo)
-        tl.store(out_ptr + 2 * tokens, t * undo)
+        tl.store(out_ptr + tokens, s)
+        tl.store(out_ptr + 2 * tokens, t)
         tl.store(out_ptr + 3 * tokens, y)
         if PAIRED:
             tl.store(out_ptr + 4 * tokens, n)
-            tl.store(out_ptr + 5 * tokens, r * teacher_undo)
-            tl.store(out_ptr + 6 * tokens, w * teacher_undo)
+            tl.store(out_ptr + 5 * tokens, r)
+            tl.store(out_ptr + 6 * tokens, w)
             tl.store(out_ptr + 7 * tokens, x)
-            tl.store(out_ptr + 8 * tokens, c * undo)
+            tl.store(out_ptr + 8 * tokens, c)
 
 
 def stats(
@@ -748,9 +732,8 @@ def softmax_grad_kernel(
     grad_ptr += row * grad_stride
     m = tl.load(norm_ptr + row)
     log_s = tl.load(norm_ptr + tokens + row)
-    peak = m * LOG2E
     a = tl.load(a_ptr + row)
-    a = weighted(a, one_over(log_s, tl.fma(m, LOG2E, -peak)))
+    a = weighted(a, one_over(log_s, 0.0))
     b = 0.0
     target = -1
     if TARGETS:
@@ -763,7 +746,7 @@ def softmax_grad_kernel(
         columns = start + tl.arange(0, BLOCK)
         inside = columns < vocabulary
         z = tl.load(z_ptr + columns, mask=inside, other=float("-inf"))
-        grad = tl.where(a == 0, 0.0, a * tl.exp2(log2_over(z, peak)))
+        grad = tl.where(a == 0, 0.0, a * tl.exp2((z - m) * LOG2E))
         if TARGETS:
             grad += tl.where(columns == target, b, 0.0)
         if CAP:  # a logit that was taken out after it was transformed is -inf
