@@ -101,7 +101,7 @@ def parts(out: Path) -> list[Part]:
         benchmark("profile", 40, "profiling"),
         benchmark(
             *("the other divergences", 60),
-            f"{divergence} 0.3 --kinds jsd forward_kl {qwen} {quick} 'Liger fused KL'",
+            f"{divergence} 0.3 --kinds jsd forward_kl {qwen} {quick}",
         ),
         benchmark("logprob", 45, f"{logprob} 'sdpo fused' Liger TRL"),
         benchmark("logprob, CuTe DSL", 60, f"logprob --seconds 0.4 {half} {llama} 4096 {peers}"),

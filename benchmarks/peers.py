@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -282,7 +283,7 @@ FLOOR = "floor"
 """What times are multiples of."""
 
 
-def floors(kind: Kind, x: Problem) -> dict[str, Callable[[], None]]:
+def floors(kind: Kind, x: Problem) -> dict[str, Callable[[], Any]]:
     """The bare matmuls that no implementation can do without: both logits (log p(y): one), dH and
     dW, in the inputs' dtype, their outputs there before.
 
@@ -299,12 +300,12 @@ def floors(kind: Kind, x: Problem) -> dict[str, Callable[[], None]]:
         torch.mm(z_NV, w, out=dh_ND)
         torch.mm(z_NV.T, h, out=dw_VD)
 
-    found = {FLOOR: partial(matmuls, z_NV)}
+    found: dict[str, Callable[[], Any]] = {FLOOR: partial(matmuls, z_NV)}
     if _wide(h):
         wide_NV = torch.empty_like(z_NV, dtype=torch.float32)
         wide = partial(matmuls, wide_NV, out_dtype=torch.float32)
         found[f"{FLOOR}, float32 logits"] = wide
-    if not h.is_cuda:
+    if not h.is_cuda and torch.backends.mkldnn.is_available():
         ways = _ways(u, h, w, z_NV)
         chosen = [_fastest(ways[name]) for name in ("u", "z", "dh", "dw")[kind == "logprob" :]]
         found[f"{FLOOR}, fastest products"] = lambda: [multiply() for multiply in chosen]
@@ -322,10 +323,10 @@ def _ways(u: Tensor, h: Tensor, w: Tensor, z_NV: Tensor) -> dict[str, list[Calla
     def both(a: Tensor, b: Tensor, out: Tensor) -> list[Callable[[], Tensor]]:
         return [lambda: torch.mm(a, b.T, out=out), lambda: linear(a, b)]
 
-    dh, dw = torch.empty_like(wide_h), torch.empty_like(wide_w)
+    logits, dh, dw = (torch.empty_like(t) for t in (wide_z, wide_h, wide_w))
     found = {
-        "u": both(wide_u, wide_w, wide_z),
-        "z": both(wide_h, wide_w, wide_z),
+        "u": both(wide_u, wide_w, logits),
+        "z": both(wide_h, wide_w, logits),
         "dh": both(wide_z, wide_w.T, dh),
         "dw": both(wide_z.T, wide_h.T, dw),
     }

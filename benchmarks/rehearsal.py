@@ -538,9 +538,8 @@ class Settings(Output):
         return self.sm or ((90,) if self.quick else tuple(SHARED_LIMIT))
 
 
-def run(settings: Settings) -> list[dict[str, Any]]:
+def run(settings: Settings, stage: Stage) -> list[dict[str, Any]]:
     """Rehearse, print and write; the rows."""
-    stage = Stage()
     cases = quick_cases()
     if not settings.quick:
         cases += table_cases() + covering_cases()
@@ -578,4 +577,4 @@ def _print(rows: list[dict[str, Any]], settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(any(r["problems"] for r in run(tyro.cli(Settings, description=__doc__))))
+    sys.exit(any(r["problems"] for r in run(tyro.cli(Settings, description=__doc__), Stage())))

@@ -23,11 +23,10 @@ from rich.console import Console
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.absent_gpu import SHARED_LIMIT
 from benchmarks.report import Output, grid
 from sdpo_kernels._impl import fused_triton, rows_triton, tuning
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-"""Bytes a block may have, by compute capability (CUDA C++ programming guide, table 30)."""
 MEASURED = ("3.6", "3.7", "3.8", "3.9")
 """Releases of Triton with which every kernel was compiled and found to fit. With others, a kernel
 that does not fit is news about the compiler, not a mistake here."""

@@ -65,8 +65,8 @@ def rehearse(sm: int) -> None:
     """Compile what the rehearsal launches, and every function as ``tests/gpu`` calls it."""
     # imported late, as it tells torch and Triton of a GPU that is not there
     rehearsal = importlib.import_module("benchmarks.rehearsal")
-    rehearsal.run(rehearsal.Settings(sm=(sm,)))
     stage = rehearsal.Stage()
+    rehearsal.run(rehearsal.Settings(sm=(sm,)), stage)
     for function, dtype, impl, transforms, kept in itertools.product(
         rehearsal.FUNCTIONS, DTYPES, ("triton", "fused"), (False, True), (False, True)
     ):

@@ -159,7 +159,8 @@ def test_token_weights_are_a_mean_over_tokens_then_sequences():
 
 def test_centred_advantages_have_no_mean():
     _, layout = setup()
-    out = centred(torch.randn(N, dtype=torch.float64), layout.sequence_N, None)
+    counted = torch.ones(N, dtype=torch.bool)
+    out = centred(torch.randn(N, dtype=torch.float64), layout.sequence_N, counted)
     assert all(abs(part.mean()) < 1e-12 for part in out.split(LENGTHS))
 
 

@@ -101,9 +101,9 @@ class _PolicyGradient(torch.autograd.Function):
         return torch.where(upstream == 0, 0, upstream * slope), None, None, None, None
 
 
-def centred(advantage_N: Tensor, sequence_N: Tensor, counted_N: Tensor | None) -> Tensor:
+def centred(advantage_N: Tensor, sequence_N: Tensor, counted_N: Tensor) -> Tensor:
     """Advantages minus the mean over the counted tokens of their sequence; all (N,)."""
-    one_N = torch.ones_like(advantage_N) if counted_N is None else counted_N.to(advantage_N.dtype)
+    one_N = counted_N.to(advantage_N.dtype)
     zero_N = torch.zeros_like(advantage_N)
     sum_N = zero_N.index_add(0, sequence_N, torch.where(one_N > 0, advantage_N, 0))
     count_N = zero_N.index_add(0, sequence_N, one_N).clamp(min=1)

@@ -83,7 +83,7 @@ def test_filling_is_a_rehearsal_into_a_new_folder(tmp_path, monkeypatch, capsys)
             (kernel / f"a_kernel.{suffix}").write_text(str(settings.sm))
 
     double = SimpleNamespace(
-        run=compile_one,
+        run=lambda settings, stage: compile_one(settings),
         Settings=SimpleNamespace,
         Stage=lambda: "stage",
         FUNCTIONS={"reverse KL": None},

@@ -74,7 +74,7 @@ def _whole_logits():
         yield
 
 
-def _spilling(vocabulary):
+def _spilling(*_):
     return {"BLOCK": 16_384, "num_warps": 4, "maxnreg": 64}
 
 

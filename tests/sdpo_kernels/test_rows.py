@@ -17,7 +17,7 @@ V = 2100
 
 
 def evaluate(rows, kind: str, parameters, z: Tensor, u: Tensor, weights: Tensor):
-    """(values, gradient) of ``rows_torch`` or ``rows_triton``."""
+    """(values, gradient) of ``rows_torch.Rows`` or ``rows_triton``."""
     spec = Spec(kind, parameters=list(parameters))
     norm, centre, _ = partials.finish(rows.stats(spec, z.clone(), u.clone(), None))
     grad = torch.empty_like(z)
@@ -29,7 +29,7 @@ def evaluate(rows, kind: str, parameters, z: Tensor, u: Tensor, weights: Tensor)
 
 
 def both(kind: str, parameters, z: Tensor, u: Tensor, weights: Tensor):
-    truth = evaluate(rows_torch, kind, parameters, z.double(), u.double(), weights.double())
+    truth = evaluate(rows_torch.Rows(), kind, parameters, z.double(), u.double(), weights.double())
     return evaluate(rows_triton, kind, parameters, z, u, weights), truth
 
 
@@ -72,3 +72,18 @@ def test_a_logit_without_probability_may_be_missing_from_the_teacher():
     (value, grad), _ = both("reverse_kl", (), z, u, torch.ones(1))
     assert value.isfinite().all() and grad.isfinite().all()
     assert abs(value - torch.tensor(V - 1.0).log()) < 1e-4
+
+
+@pytest.mark.parametrize(("kind", "parameters"), KINDS)
+@pytest.mark.parametrize("of_teacher", [False, True], ids=["student", "teacher"])
+@pytest.mark.parametrize("where", [7, slice(None)], ids=["one", "all"])
+def test_a_logit_that_is_no_number_makes_its_row_none(kind, parameters, of_teacher, where):
+    """A weight of 0 silences the gradient, too."""
+    z, u = torch.randn(2, 3, V)
+    (u if of_teacher else z)[1, where] = torch.nan
+    spec, weights = Spec(kind, parameters=list(parameters)), torch.tensor([1.0, 0.0, 1.0])
+    stats = rows_triton.stats(spec, z.clone(), u.clone(), None)
+    assert not stats[5 if of_teacher else 1, 1].isfinite()
+    value, grad = evaluate(rows_triton, kind, parameters, z, u, weights)
+    assert value.isfinite().tolist() == [True, False, True]
+    assert not grad[1].any() and grad[::2].isfinite().all()

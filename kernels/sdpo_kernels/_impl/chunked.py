@@ -153,7 +153,9 @@ def run(
             loop = _Loop(x, spec, result.value, result.stats)
             loop.run(slice(0, n))
         else:
-            loop = _Loop(x, spec, result.value, result.stats, torch.empty_like(weights_N).bool())
+            loop = _Loop(
+                x, spec, result.value, result.stats, result.value.new_empty(n, dtype=torch.bool)
+            )
             _differentiate(loop, result, weights_N)
         loop.finish()
     return result

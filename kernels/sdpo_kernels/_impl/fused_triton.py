@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import partials
 from .options import Spec
-from .rows_triton import FAR, LN2, LOG2E, transformed
+from .rows_triton import FAR, LN2, LOG2E, at_least, transformed
 from .tuning import FP_FUSION, fused_tiles, multiprocessors
 
 GROUP = 8
@@ -94,7 +94,7 @@ def fused_stats_kernel(
         m = tl.max(z, 1)
         tl.store(out, m, mask=rows < tokens)
         m = tl.where(m == float("-inf"), 0.0, m)
-        z = tl.maximum((z - m[:, None]) * LOG2E, -FAR)
+        z = at_least((z - m[:, None]) * LOG2E, -FAR)
         e = tl.exp2(z)
         tl.store(out + tokens, tl.sum(e, 1), mask=rows < tokens)
         tl.store(out + 2 * tokens, tl.sum(e * z, 1) * LN2, mask=rows < tokens)

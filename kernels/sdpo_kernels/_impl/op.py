@@ -87,9 +87,8 @@ def call(
     if spec.impl == "auto":
         statistics = not any(wanted) and not spec.paired
         widths = [t.shape[1] for t in (hidden, x.teacher_hidden) if t is not None]
-        given = (hidden.device, hidden.dtype, hidden.shape[0], widths, statistics)
-        impl = tuning.choose_impl(*given)
-        spec = spec._replace(impl=impl)
+        settled = (hidden.device, hidden.dtype, hidden.shape[0], widths, statistics)
+        spec = spec._replace(impl=tuning.choose_impl(*settled))
     if token_weights is not None:
         token_weights = token_weights.to(accumulation_dtype(hidden.dtype))
     at_once = token_weights is not None and any(wanted) and not _keeps(x, spec)
@@ -130,7 +129,8 @@ def _of_counted_rows(
         value, stats, loss = _of_counted_rows(part, spec, None, weights, wanted)
         value = value.new_zeros(n).index_copy(0, index, value)
         return value, stats.new_zeros(len(stats), n).index_copy(1, index, stats), loss
-    if len(marks) == len(on_host):
+    marks = [t for t in marks if not any(t is known for known in on_host)]
+    if not marks:
         return _evaluate(x, spec, weights, wanted)
     counted = functools.reduce(torch.logical_and, [to_device(t, device) for t in marks])
     if weights is not None:

@@ -42,8 +42,9 @@ class Options(TypedDict, total=False):
     """Upper limit for the gradients with respect to logits, in the inputs' dtype, that a call keeps
     until its backward, in bytes; with a shard, the size of an even shard counts. A call that stays
     below it costs four matmuls whatever its upstream gradient is. One that does not forms dH and dW
-    in its forward if ``token_weights`` are given, in blocks of as many tokens as stay below; if
-    not, its backward forms the logits again. None: a default for the device."""
+    in its forward if ``token_weights`` are given and nothing is centred, in blocks of as many
+    tokens as stay below; if not, its backward forms the logits again. None: a default for the
+    device."""
     impl: Impl
     """Forces an implementation; see ``Impl``. Default "auto"."""
 

@@ -314,8 +314,7 @@ def _evaluate(spec: Spec, z, u, norm, centre) -> tuple[Tensor, Tensor]:
 
 
 def _reverse_kl(p, q, d, gap, expm1, difference, centre) -> tuple[Tensor, ...]:
-    grad = gap if centre is None else weighted(p, gap - centre)
-    return excess(p, d, difference).sum(-1), grad
+    return excess(p, d, difference).sum(-1), weighted(p, gap - centre)
 
 
 def _forward_kl(p, q, d, gap, expm1, difference, centre) -> tuple[Tensor, ...]:
@@ -341,7 +340,7 @@ FORMULAS = {"reverse_kl": _reverse_kl, "forward_kl": _forward_kl, "jsd": _jsd}
   gap         (z - u) - (max z - max u)
   expm1       e^-|d| - 1
   difference  q - p without cancellation
-  centre      (C, 1), or None, when the gradient is not needed yet
+  centre      (C, 1); None for ``TWO_PASSES`` when the gradient is not needed yet
 """
 CENTRED = {"reverse_kl"}
 """Divergences whose gradient is centred by ``gap``, and is no number where that is infinite."""

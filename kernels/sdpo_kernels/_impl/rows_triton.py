@@ -104,6 +104,12 @@ def log1p_nonpositive(x):
 
 
 @triton.jit
+def at_least(x, least):
+    """The larger one; NaN stays NaN."""
+    return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def taken_in(m, s, t, x):
     """Lanes' partials (m, s, t), (LANES,), with a block x (ROWS, LANES) of more logits.
 
@@ -114,7 +120,7 @@ def taken_in(m, s, t, x):
     shift = (m - top) * LOG2E
     scale = tl.exp2(shift)
     # a logit of -inf is none: 0 times a large number is 0
-    y = tl.maximum((x - top[None, :]) * LOG2E, -FAR)
+    y = at_least((x - top[None, :]) * LOG2E, -FAR)
     e = tl.exp2(y)
     t = scale * (t + s * shift) + tl.sum(e * y, 0)
     s = scale * s + tl.sum(e, 0)
@@ -385,7 +391,7 @@ def stats(
     bias_V: Tensor | None = None,
     teacher_bias_V: Tensor | None = None,
 ) -> Tensor:
-    """See ``rows_torch.stats``."""
+    """See ``rows_torch.Rows.stats``."""
     out = z_CV.new_empty((SINGLE if u_CV is None else PAIR, z_CV.shape[0]))
     _launch_stats(spec, z_CV, u_CV, targets_C, bias_V, teacher_bias_V, out, None)
     return out
@@ -400,7 +406,7 @@ def whole_stats(
     teacher_bias_V: Tensor | None,
     out_6C: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """See ``rows_torch.whole_stats``; one launch."""
+    """See ``rows_torch.Rows.whole_stats``; one launch."""
     out = z_CV.new_empty((5, z_CV.shape[0]))
     _launch_stats(spec, z_CV, u_CV, targets_C, bias_V, teacher_bias_V, out, out_6C)
     return out[: 2 if u_CV is None else 4], out[4]
@@ -450,9 +456,8 @@ def _forward_kl(p, q, d, centre, beta):
     near = tl.abs(d) < NEAR
     pd = p * d
     y = d * series(d)
-    value = tl.where(near, pd * ((d - y) + d * y), (p - q) + q * d)
-    # the maximum of 0 and of a NaN, from q = 0 and an infinite d, is 0
-    return tl.maximum(value, 0.0), 0.0, tl.where(near, -(pd + pd * y), p - q)
+    value = tl.where(near, pd * ((d - y) + d * y), (p - q) + weighted(q, d))
+    return at_least(value, 0.0), 0.0, tl.where(near, -(pd + pd * y), p - q)
 
 
 @triton.jit
@@ -675,7 +680,7 @@ def divergence(
     weight_C: Tensor | None = None,
     grad_CV: Tensor | None = None,
 ) -> Tensor:
-    """See ``rows_torch.divergence``. For ``TWO_PASSES`` the second call returns nothing."""
+    """See ``rows_torch.Rows.divergence``. For ``TWO_PASSES`` the second call returns nothing."""
     two_passes = spec.kind in TWO_PASSES
     if two_passes and centre_C is None and weight_C is not None:
         sums = divergence(spec, z_CV, u_CV, norm_4C, None)
@@ -765,7 +770,7 @@ def softmax_grad(
     targets_C: Tensor | None,
     grad_CV: Tensor,
 ) -> None:
-    """See ``rows_torch.softmax_grad``."""
+    """See ``rows_torch.Rows.softmax_grad``."""
     _launch(
         softmax_grad_kernel,
         spec,

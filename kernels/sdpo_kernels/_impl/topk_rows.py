@@ -2,7 +2,7 @@
 
 Shapes: C tokens of a chunk, V columns of this rank, K chosen tokens, B = K + 1 buckets.
 The buckets are themselves a softmax, over the K logits and the log-sum-exp of the others. Their
-values and gradients are therefore those of ``rows_torch.divergence``; the gradient of the last
+values and gradients are therefore those of ``rows_torch.Rows.divergence``; the gradient of the last
 bucket is spread over its tokens in proportion to their probability. Oracle:
 ``reference.topk_buckets``.
 """
@@ -78,6 +78,8 @@ def _top_columns(x_CV: Tensor, spec: Spec) -> Tensor:
     values = vocab.gather(spec.group, value).transpose(0, 1).flatten(1)
     ids = vocab.gather(spec.group, column).transpose(0, 1).flatten(1)
     best = ids.gather(1, values.topk(spec.k, dim=1).indices)
+    # rows may be padded: ids of the next rank then fall into columns that hold -inf, and whose G
+    # nobody reads
     return vocab.local_targets(best, spec.start, x_CV.shape[1])
 
 
