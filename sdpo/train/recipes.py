@@ -57,7 +57,7 @@ def qwen3_4b(model: str = ASK, data: str = ASK, out: str = "runs/qwen3-4b") -> T
     """The paper's Qwen3-4B run on logs, laid out for one node of 8 x 80 GB.
 
     FSDP2 over all 8 GPUs, selective activation checkpointing, micro-batches of 24,576 tokens:
-    54 GiB per GPU at the peak, as `--dry-run --ranks 8 --gpu-memory-gib 80` estimates it.
+    55 GiB per GPU at the peak, as `--dry-run --ranks 8 --gpu-memory-gib 80` estimates it.
     """
     return _laid_out(paper_offline(model, data, out), 24_576, "selective")
 

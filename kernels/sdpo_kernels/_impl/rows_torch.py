@@ -27,8 +27,9 @@ from .partials import PAIR, SINGLE, finish, weighted
 
 BLOCK_ELEMENTS = 2**18
 """Logits processed at a time: with the workspaces a few MB."""
-LARGEST_MODERATE = 60.0
-"""log q - log p beyond which p may have underflowed where q has not."""
+LARGEST_MODERATE = {"reverse_kl": 60.0, "forward_kl": 60.0, "jsd": 10.0}
+"""log q - log p beyond which p may have underflowed where q has not; for a JSD, whose digits count
+more where it is almost log 2, beyond which p e^(log q - log p) has fewer of them than q."""
 LOG2_E = 1.4426950408889634
 
 
@@ -137,7 +138,7 @@ class Rows:
             _exponentials(z, m, d, e)
             _gap(z, u, m, n, gap)
         torch.sub(log_s - log_r, gap, out=d)
-        if d.numel() and not d.amax() < LARGEST_MODERATE:
+        if d.numel() and not d.amax() < LARGEST_MODERATE[spec.kind]:
             return None
         to_p = (-log_s).exp_()
         return MODERATE[spec.kind](e, d, gap, spare, to_p, centre, weight, *spec.parameters)
@@ -264,12 +265,14 @@ def _moderate_jsd(e, d, gap, spare, to_p, centre, weight, beta: float) -> _Found
     log_q_over_m = d.sub_(log_m_over_p)
     kl_q = _sum(log_q_over_m.addcmul_(expm1, log_q_over_m).sub_(expm1, alpha=1 - beta), e, to_p)
     kl_p = _sum(expm1.mul_(beta).sub_(log_m_over_p), e, to_p)
-    sums = torch.cat([(1 - beta) * kl_p + beta * kl_q, kl_p], 1)
+    # KL(p || m) once more, now rounded as the gradient that it centres
+    own_centre = torch.mul(e, log_m_over_p, out=expm1).sum(-1, keepdim=True) * -to_p
+    sums = torch.cat([(1 - beta) * kl_p + beta * kl_q, own_centre], 1)
     if not torch.isfinite(sums).all():
         return None
     if weight is None:
         return sums.T, None
-    grad = log_m_over_p.add_(kl_p if centre is None else centre)
+    grad = log_m_over_p.add_(own_centre if centre is None else centre)
     return sums.T, grad.mul_(e).mul_(weight * to_p * (beta - 1))
 
 
@@ -328,7 +331,7 @@ def _jsd(p, q, d, gap, expm1, difference, centre, beta: float) -> tuple[Tensor, 
     kl_p = excess(p, to_p, beta * difference).sum(-1)
     kl_q = excess(q, to_q, (beta - 1) * difference).sum(-1)
     grad = to_p if centre is None else weighted(p, to_p + centre).mul_(beta - 1)
-    return (1 - beta) * kl_p + beta * kl_q, kl_p, grad
+    return (1 - beta) * kl_p + beta * kl_q, -weighted(p, to_p).sum(-1), grad
 
 
 FORMULAS = {"reverse_kl": _reverse_kl, "forward_kl": _forward_kl, "jsd": _jsd}
