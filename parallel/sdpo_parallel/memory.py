@@ -57,7 +57,7 @@ from .errors import SdpoError
 
 MASTER = 4
 """Bytes of a float32: master weights, gradients reduced across ranks, each of AdamW's moments."""
-BLOCK_BYTES = 6 * 2**20
+BLOCK_BYTES = 12 * 2**20
 """Temporaries of the torch implementation of the kernels (``rows_torch.BLOCK_ELEMENTS``)."""
 USABLE = 0.9
 """Assumed share of a device's memory that tensors can fill: CUDA's context, NCCL, cuBLAS and the
