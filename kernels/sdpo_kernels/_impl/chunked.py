@@ -340,13 +340,13 @@ class _Loop:
     def _weight(self, c: slice, gap: Tensor | None) -> Tensor:
         """What rows of G are multiplied by, (C,)."""
         assert self.defined is not None
-        of_row = self.stats[4, c]
         if self.spec.kind in rows_torch.CENTRED and not self.spec.k:
             assert gap is not None
-            of_row = gap
-        elif self.spec.paired:
-            of_row = of_row + self.stats[5, c]
-        torch.lt(of_row.abs(), torch.inf, out=self.defined[c])
+            of_row = gap  # which is never -inf
+        else:
+            of_row = self.stats[4, c]
+            of_row = (of_row + self.stats[5, c] if self.spec.paired else of_row).abs()
+        torch.lt(of_row, torch.inf, out=self.defined[c])
         return self.defined[c] * self.headroom
 
     def _read(
