@@ -456,8 +456,9 @@ def _forward_kl(p, q, d, centre, beta):
     near = tl.abs(d) < NEAR
     pd = p * d
     y = d * series(d)
-    value = tl.where(near, pd * ((d - y) + d * y), (p - q) + weighted(q, d))
-    return at_least(value, 0.0), 0.0, tl.where(near, -(pd + pd * y), p - q)
+    value = tl.where(near, pd * ((d - y) + d * y), (p - q) + q * d)
+    # the maximum of 0 and of a NaN, from q = 0 and an infinite d, is 0
+    return tl.maximum(value, 0.0), 0.0, tl.where(near, -(pd + pd * y), p - q)
 
 
 @triton.jit
@@ -666,6 +667,8 @@ def divergence_kernel(
         value = tl.sum(value, 0) * factor
         if CENTRED:
             value = tl.where(infinite, float("inf"), value)
+        # the factor is no number where the student's logits are none; a formula may drop such terms
+        value = tl.where(log_r == log_r, value, log_r)
         tl.store(sums_ptr + row, value)
         if TWO_PASSES:
             tl.store(sums_ptr + tokens + row, tl.sum(second, 0) * factor)
