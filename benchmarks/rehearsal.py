@@ -62,7 +62,7 @@ from sdpo_kernels import (
     linear_sampled_token,
     linear_topk_divergence,
 )
-from sdpo_kernels._impl import op, tuning
+from sdpo_kernels._impl import op, rows_torch, tuning
 
 SMALL_LAUNCHES = 6
 """Launches of torch's per chunk, beside its matmuls."""
@@ -444,13 +444,16 @@ def _limited(case: Case) -> bool:
 
 
 def largest_piece(case: Case, x: SimpleNamespace) -> int:
-    """Bytes that no tensor of a call may exceed: logits of a chunk, G, a float32 dW, an input."""
+    """Bytes that no tensor of a call may exceed: logits of a chunk, G, a float32 dW, an input, the
+    workspaces of torch's rows."""
     n, v, d = case.shape
     budget = 8 * v * case.chunk_rows if case.chunk_rows else tuning.CHUNK_BYTES["cuda"]
     length = -(-v // PADDED) * PADDED
     most = max(t.numel() * t.element_size() for t in vars(x).values() if t is not None)
     grad = n * length * getattr(torch, case.dtype).itemsize if case.kept else 0
-    return allocated(max(budget * length // v, 8 * length, grad, 4 * v * d, most, 4 * n * d))
+    spaces = 4 * 4 * max(rows_torch.BLOCK_ELEMENTS, v) if case.impl == "torch" else 0
+    pieces = budget * length // v, 8 * length, grad, 4 * v * d, most, 4 * n * d, spaces
+    return allocated(max(pieces))
 
 
 def table_cases() -> list[Case]:
