@@ -1,6 +1,7 @@
-"""Triton's interpreter, mended: bfloat16 and fused multiply-adds as GPUs round them, and Triton 3.6
-with numpy 2.4."""
+"""Triton's interpreter, mended: bfloat16 and fused multiply-adds as GPUs round them; in Triton 3.6,
+minima and maxima that leave NaN out, and numpy 2.4."""
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +17,9 @@ def mend() -> None:
     interpreter.InterpreterBuilder.create_fma = _fused
     if triton.__version__.startswith("3.6."):
         interpreter._patch_lang_tensor = _patch_and_squeeze
+        builder = interpreter.InterpreterBuilder
+        builder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
+        builder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
 
 
 def _round_to_nearest(builder, source, to):
