@@ -154,7 +154,7 @@ def machine(kernel, disassemble: bool) -> Machine:
     """The account of a compiled kernel."""
     key = (kernel.hash, disassemble)
     if key not in _MACHINES:
-        found, sass = _dump(kernel.asm["cubin"], disassemble)
+        found, sass = dump(kernel.asm["cubin"], disassemble)
         threads = 32 * kernel.metadata.num_warps
         accesses = ptx_loop_accesses(kernel.asm["ptx"])
         size = sum(width for width, _ in accesses)
@@ -171,7 +171,7 @@ def machine(kernel, disassemble: bool) -> Machine:
     return _MACHINES[key]
 
 
-def _dump(cubin: bytes, disassemble: bool) -> tuple[dict[str, int], str]:
+def dump(cubin: bytes, disassemble: bool) -> tuple[dict[str, int], str]:
     """REG, STACK, LOCAL and more, and the machine code, as cuobjdump prints them."""
     from triton import knobs
 

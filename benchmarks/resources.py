@@ -9,10 +9,7 @@ of one stream or pair of logits of two. Exits 1 if a kernel spills or asks for m
 than a block of that architecture may have.
 """
 
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from rich.console import Console
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.absent_gpu import SHARED_LIMIT
+from benchmarks.absent_gpu import SHARED_LIMIT, dump, sass_loop
 from benchmarks.report import Output, grid
 from sdpo_kernels._impl import fused_triton, rows_triton, tuning
 
@@ -122,11 +119,8 @@ def measure(sm: int) -> list[dict[str, Any]]:
     found = []
     for variant, kernel, types, constants, options in kernels(sm):
         compiled = compile_for(sm, kernel, types, constants, options)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "kernel.cubin")
-            path.write_bytes(compiled.asm["cubin"])
-            account = _account(path)
-            loop = _longest_loop(path)
+        account, sass = dump(compiled.asm["cubin"], True)
+        loop, _ = sass_loop(sass)
         row = dict(kernel=compiled.metadata.name, variant=variant, sm=sm, registers=account["REG"])
         row |= dict(spill_bytes=account["LOCAL"] + account["STACK"])
         row |= dict(shared_bytes=compiled.metadata.shared, warps=compiled.metadata.num_warps)
@@ -139,28 +133,6 @@ def measure(sm: int) -> list[dict[str, Any]]:
 def fits(row: Mapping[str, Any]) -> bool:
     """Nothing spills, and a block may have its shared memory."""
     return not row["spill_bytes"] and row["shared_bytes"] <= SHARED_LIMIT[row["sm"]]
-
-
-def _account(cubin: Path) -> dict[str, int]:
-    """REG, STACK, LOCAL and more, as cuobjdump prints them."""
-    text = _cuobjdump("--dump-resource-usage", cubin)
-    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", text)}
-
-
-def _longest_loop(cubin: Path) -> int:
-    """Instructions from where the farthest branch backwards goes to that branch."""
-    text = _cuobjdump("--dump-sass", cubin)
-    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.M)
-    at = {int(address, 16): i for i, (address, _) in enumerate(code)}
-    targets = [re.search(r"\bBRA\b.*\b(0x[0-9a-f]+)", instruction) for _, instruction in code]
-    return max((i - at[int(t[1], 16)] + 1 for i, t in enumerate(targets) if t), default=0)
-
-
-def _cuobjdump(what: str, cubin: Path) -> str:
-    from triton import knobs
-
-    argv = [knobs.nvidia.cuobjdump.path, what, cubin]
-    return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
 
 
 def main(out: Path | None = None, sm: tuple[int, ...] = tuple(SHARED_LIMIT)) -> None:
