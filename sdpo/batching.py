@@ -3,10 +3,8 @@
 Shapes: B rows of T slots, N response tokens, S interactions of a micro-batch, K kinds of
 truncation.
 
-Sequences are packed whole into rows; ``positions`` restart at 0 with each of them, which is all
-that an attention mask needs (each slot of padding at a row's end is a document of its own).
-``index`` names the B*T slots whose hidden state predicts a response token, in the same order in
-both passes.
+Rows hold whole sequences end to end, or, where prefixes are shared, one trie (`sdpo.tries`): slots
+that sequences have in common are there once. What a slot sees is in `sdpo_parallel.rows`.
 
 ``assign`` distributes a step's examples over ranks and micro-batches so that all have as much to
 do; every rank computes the same assignment from all lengths, and nothing is communicated.
@@ -16,17 +14,22 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from itertools import count, groupby
+from typing import Literal
 
 import numpy as np
 import torch
 from binpacking.to_constant_bin_number import to_constant_bin_number
 from binpacking.to_constant_volume import to_constant_volume
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sdpo_parallel.engine import ROW_MULTIPLE
+from sdpo_parallel.rows import Rows, Sharing
 
 from .errors import SdpoError
 from .hindsight import Encoded, Truncated
+from .tries import Layout, join, lay_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,9 @@ class BatchConfig:
     """How often every interaction is trained on; fractions are allowed."""
     seed: int = 0
     """Shuffle seed."""
+    share_prefix: Literal["auto", "none"] = "auto"
+    """auto: what sequences of a micro-batch begin with alike is read once, where model, layout and
+    attention can; none: every sequence is read whole."""
 
     def __post_init__(self):
         for name in ("interactions_per_step", "row_tokens", "micro_batch_tokens"):
@@ -51,15 +57,6 @@ class BatchConfig:
                 raise SdpoError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.epochs < math.inf:
             raise SdpoError(f"epochs must be positive and finite, got {self.epochs}")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """One pass of a micro-batch."""
-
-    tokens_BT: Tensor
-    positions_BT: Tensor
-    index_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -84,8 +81,13 @@ class Batch:
     """Whether an interaction lost tokens, by the K fields of ``Truncated``."""
     lengths: tuple[int, ...]
     """Tokens of each response, on the host."""
+    sharing: Sharing
     slots: int
     """Slots of both passes, padding included."""
+    tokens: int
+    """Slots that hold a token."""
+    unshared: int
+    """Tokens of all sequences of both passes, each counted whole."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """Every tensor moved, asynchronously where the host memory is pinned."""
@@ -176,96 +178,159 @@ def total_interactions(n: int, config: BatchConfig) -> int:
 
 Example = tuple[Encoded, float]
 """An encoded interaction and its weight, normalised over the whole step."""
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Token ids of a prompt and a response."""
 
 
-def micro_batches(examples: Iterable[Example], config: BatchConfig) -> Iterator[Batch]:
+@dataclass(frozen=True)
+class Unit:
+    """Examples that are computed together: one, or turns of a conversation, which share prefixes.
+
+    Slots are counted without what the unit shares with others.
+    """
+
+    examples: list[Example]
+    policy: int
+    """Slots of the policy pass."""
+    hindsight: int
+
+    @property
+    def cost(self) -> int:
+        """Work in forward passes of one token: the policy's backward counts two."""
+        return 3 * self.policy + self.hindsight
+
+
+def units(examples: Iterable[Example], most: int, sharing: Sharing = "none") -> Iterator[Unit]:
+    """Examples as what is computed together, in their order.
+
+    Args:
+        examples: turns of a conversation that follow each other share prefixes.
+        most: slots of a pass; a conversation that needs more is cut between its turns.
+    """
+    apart = count()  # a name for each that shares with none
+    for _, turns in groupby(
+        examples, lambda e: (sharing != "none" and e[0].conversation) or next(apart)
+    ):
+        group = list(turns)
+        while group:
+            n = len(group)
+            while max(slots := _slots_of(group[:n], sharing)) > most and n > 1:
+                n -= 1
+            yield Unit(group[:n], *slots)
+            group = group[n:]
+
+
+def _slots_of(examples: Sequence[Example], sharing: Sharing) -> tuple[int, int]:
+    """Slots of the policy and the hindsight pass, without padding."""
+    policy, hindsight = _both(examples)
+    if len(examples) == 1 and sharing != "keys":
+        return _total(policy), _total(hindsight)
+    first, second = _layouts(policy, hindsight, sharing)
+    return first.slots, second.slots
+
+
+def micro_batches(
+    examples: Iterable[Example], config: BatchConfig, sharing: Sharing = "none"
+) -> Iterator[Batch]:
     """One process's examples in order, cut so that no pass exceeds ``micro_batch_tokens``."""
-    group: list[Example] = []
-    for example in examples:
-        if group and _slots([*group, example], config.row_tokens) > config.micro_batch_tokens:
-            yield collate(group, config.row_tokens)
+    group: list[Unit] = []
+    for unit in units(examples, config.micro_batch_tokens, sharing):
+        if (
+            group
+            and _slots([*group, unit], config, ROW_MULTIPLE, sharing) > config.micro_batch_tokens
+        ):
+            yield collate(_examples(group), config.row_tokens, sharing=sharing)
             group = []
-        group.append(example)
+        group.append(unit)
     if group:
-        yield collate(group, config.row_tokens)
+        yield collate(_examples(group), config.row_tokens, sharing=sharing)
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which rank computes what in a step: ``micro_batches[m][r]`` holds rank r's examples of
+    """Which rank computes what in a step: ``micro_batches[m][r]`` holds rank r's part of
     micro-batch m.
 
     All ranks have the same number of micro-batches, some perhaps empty, as each runs the same
     collectives; within one, ranks wait for the slowest.
     """
 
-    micro_batches: list[list[list[Example]]]
+    micro_batches: list[list[list[Unit]]]
 
     def of(self, rank: int) -> list[list[Example]]:
         """A rank's micro-batches."""
-        return [ranks[rank] for ranks in self.micro_batches]
+        return [_examples(ranks[rank]) for ranks in self.micro_batches]
 
     @property
     def idle(self) -> float:
-        """Share of the step that the average rank waits for the busiest, estimated by ``cost``."""
-        costs = [[sum(cost(e) for e, _ in items) for items in m] for m in self.micro_batches]
+        """Share of the step that the average rank waits for the busiest, estimated by cost."""
+        costs = [[sum(u.cost for u in bin) for bin in ranks] for ranks in self.micro_batches]
         longest = sum(max(ranks) for ranks in costs)
         ranks = len(costs[0])
         return 1 - sum(map(sum, costs)) / (ranks * longest) if longest else 0.0
 
     @property
     def tokens(self) -> list[int]:
-        """Tokens of both passes by rank, padding not included."""
-        lengths = [
-            [sum(map(sum, (_lengths(e) for e, _ in items))) for items in m]
-            for m in self.micro_batches
+        """Slots of both passes by rank, padding not included."""
+        slots = [
+            [sum(u.policy + u.hindsight for u in bin) for bin in ranks]
+            for ranks in self.micro_batches
         ]
-        return [sum(column) for column in zip(*lengths, strict=True)]
-
-
-def _lengths(e: Encoded) -> tuple[int, int]:
-    return len(e.policy) + len(e.response), len(e.hindsight) + len(e.response)
-
-
-def cost(e: Encoded) -> int:
-    """Work of an interaction, in forward passes of one token: the policy's backward counts two."""
-    policy, hindsight = _lengths(e)
-    return 3 * policy + hindsight
+        return [sum(column) for column in zip(*slots, strict=True)]
 
 
 def assign(
-    examples: Sequence[Example], dp_degree: int, config: BatchConfig, row_multiple: int
+    examples: Sequence[Example],
+    dp_degree: int,
+    config: BatchConfig,
+    row_multiple: int,
+    sharing: Sharing = "none",
 ) -> Assignment:
     """As few micro-batches as fit: ranks x micro-batches bins of equal cost (longest processing
-    time first), bins of similar cost in the same micro-batch."""
-    costs = {i: cost(e) for i, (e, _) in enumerate(examples)}
-    passes = zip(*(_lengths(e) for e, _ in examples), strict=True)
-    most = max((sum(lengths) for lengths in passes), default=0)
+    time first), bins of similar cost in the same micro-batch. What shares prefixes stays
+    together."""
+    seen: dict[str, int] = {}
+    for n, (e, _) in enumerate(examples):
+        seen.setdefault(e.conversation, n)
+    if sharing != "none":
+        examples = sorted(examples, key=lambda example: seen[example[0].conversation])
+    found = list(units(examples, config.micro_batch_tokens, sharing))
+    costs = {i: unit.cost for i, unit in enumerate(found)}
+    most = max(sum(u.policy for u in found), sum(u.hindsight for u in found))
     rounds = max(1, -(-most // (dp_degree * config.micro_batch_tokens)))
     while True:
         bins = [sorted(b) for b in to_constant_bin_number(costs, dp_degree * rounds)]
-        contents = [[examples[i] for i in b] for b in bins]
+        contents = [[found[i] for i in b] for b in bins]
         if all(
-            len(c) <= 1 or _slots(c, config.row_tokens, row_multiple) <= config.micro_batch_tokens
+            len(c) <= 1 or _slots(c, config, row_multiple, sharing) <= config.micro_batch_tokens
             for c in contents
         ):
             break
         rounds += 1
-    contents.sort(key=lambda c: -sum(cost(e) for e, _ in c))
+    contents.sort(key=lambda c: -sum(unit.cost for unit in c))
     groups = [contents[m * dp_degree : (m + 1) * dp_degree] for m in range(rounds)]
     # alternate the direction, so that no rank gets the longest bin of every group
     return Assignment([g if m % 2 == 0 else g[::-1] for m, g in enumerate(groups)])
 
 
-def _slots(examples: Sequence[Example], row_tokens: int, row_multiple: int = ROW_MULTIPLE) -> int:
-    """Slots of the larger pass of a micro-batch."""
-    both = zip(*(_lengths(e) for e, _ in examples), strict=True)
-    rows = [(_fit(lengths, row_tokens), lengths) for lengths in both]
+def _examples(units: Iterable[Unit]) -> list[Example]:
+    return [example for unit in units for example in unit.examples]
+
+
+def _slots(units: Sequence[Unit], config: BatchConfig, row_multiple: int, sharing: Sharing) -> int:
+    """Slots of the larger pass of a micro-batch, at most."""
+    passes = [u.policy for u in units], [u.hindsight for u in units]
+    if sharing != "none":  # one row
+        return max(_rounded(sum(slots), row_multiple) for slots in passes)
+    rows = [(_fit(lengths, config.row_tokens), lengths) for lengths in passes]
     return max(len(r) * _width(r, lengths, row_multiple) for r, lengths in rows)
 
 
 def collate(
-    examples: Sequence[Example], row_tokens: int, row_multiple: int = ROW_MULTIPLE
+    examples: Sequence[Example],
+    row_tokens: int,
+    row_multiple: int = ROW_MULTIPLE,
+    sharing: Sharing = "none",
 ) -> Batch:
     """Examples -> one micro-batch. No examples give a batch of no tokens."""
     encoded = [e for e, _ in examples]
@@ -273,8 +338,8 @@ def collate(
     ends = [i == len(e.response) - 1 and e.ends for e in encoded for i in range(len(e.response))]
     old = [p for e in encoded for p in e.old_logprobs or ()]
     known = all(e.old_logprobs is not None for e in encoded)
-    policy = pack([(e.policy, e.response) for e in encoded], row_tokens, row_multiple)
-    hindsight = pack([(e.hindsight, e.response) for e in encoded], row_tokens, row_multiple)
+    both = _both(examples)
+    policy, hindsight, tokens = pack_passes(*both, row_tokens, row_multiple, sharing)
     return Batch(
         policy=policy,
         hindsight=hindsight,
@@ -288,33 +353,103 @@ def collate(
             -1, len(Truncated._fields)
         ),
         lengths=tuple(len(e.response) for e in encoded),
+        sharing=sharing,
         slots=policy.tokens_BT.numel() + hindsight.tokens_BT.numel(),
+        tokens=tokens,
+        unshared=sum(map(_total, both)),
     )
 
 
-def pack(
-    sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
+def _both(examples: Sequence[Example]) -> tuple[list[Pair], list[Pair]]:
+    """What the policy and the hindsight pass read."""
+    policy = [(e.policy, e.response) for e, _ in examples]
+    return policy, [(e.hindsight, e.response) for e, _ in examples]
+
+
+def _total(pairs: Sequence[Pair]) -> int:
+    return sum(len(p) + len(r) for p, r in pairs)
+
+
+def pack_passes(
+    policy: Sequence[Pair],
+    hindsight: Sequence[Pair],
     row_tokens: int,
     row_multiple: int = ROW_MULTIPLE,
-) -> Rows:
+    sharing: Sharing = "none",
+) -> tuple[Rows, Rows, int]:
+    """(prompt, response) pairs of both passes -> their rows, and how many slots hold a token.
+
+    Args:
+        hindsight: any number of pairs, of whatever prompts and responses.
+    """
+    if sharing == "none":
+        rows = [pack(pairs, row_tokens, row_multiple) for pairs in (policy, hindsight)]
+        return *rows, _total(policy) + _total(hindsight)
+    layouts = _layouts(policy, hindsight, sharing)
+    total = sum(layout.slots for layout in layouts)
+    rows = [
+        _trie_row(layout, pairs, row_multiple, beyond=total)
+        for layout, pairs in zip(layouts, (policy, hindsight), strict=True)
+    ]
+    return *rows, total
+
+
+def _layouts(
+    policy: Sequence[Pair], hindsight: Sequence[Pair], sharing: Sharing
+) -> tuple[Layout, Layout]:
+    """How the slots of both passes are laid out, sharing prefixes."""
+    sequences = [[np.array([*p, *r], np.int64) for p, r in pairs] for pairs in (policy, hindsight)]
+    if sharing == "tries":
+        return lay_out(sequences[0]), lay_out(sequences[1])
+    # the state that predicts a response's first token is hindsight's own
+    return join(*sequences, [len(prompt) - 1 for prompt, _ in hindsight])
+
+
+def _trie_row(layout: Layout, pairs: Sequence[Pair], row_multiple: int, beyond: int) -> Rows:
+    """A layout as one row; padding is a sequence of its own, whose places begin ``beyond`` all."""
+    width = _rounded(max(1, layout.slots), row_multiple)
+    spare = np.arange(width - layout.slots)
+    # a path may lack what lies in the other layout, and ends with the response
+    index = [
+        path[len(path) - len(response) - 1 : -1]
+        for path, (_, response) in zip(layout.paths, pairs, strict=True)
+    ]
+
+    def row(slots: NDArray, padding: NDArray) -> Tensor:
+        return torch.from_numpy(np.concatenate([slots, padding]))[None]
+
+    return Rows(
+        row(layout.tokens_T, np.zeros_like(spare)),
+        row(layout.depth_T, np.zeros_like(spare)),
+        row(layout.place_T, beyond + spare),
+        row(layout.end_T, np.full_like(spare, beyond + len(spare))),
+        torch.from_numpy(np.concatenate([np.empty(0, np.int64), *index])),
+    )
+
+
+def pack(pairs: Sequence[Pair], row_tokens: int, row_multiple: int = ROW_MULTIPLE) -> Rows:
     """(prompt, response) pairs -> rows, each sequence whole in one of them."""
-    lengths = [len(p) + len(r) for p, r in sequences]
+    lengths = [len(p) + len(r) for p, r in pairs]
     rows = _fit(lengths, row_tokens)
     width = _width(rows, lengths, row_multiple)
     tokens = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.zeros_like(tokens)
-    predicts: list[np.ndarray] = [np.empty(0, np.int64)] * len(sequences)
+    end = np.full_like(tokens, width)  # padding is a sequence of its own
+    predicts: list[np.ndarray] = [np.empty(0, np.int64)] * len(pairs)
     for r, row in enumerate(rows):
         at = 0
         for i in row:
-            prompt, response = sequences[i]
-            tokens[r, at : at + lengths[i]] = [*prompt, *response]
-            positions[r, at : at + lengths[i]] = np.arange(lengths[i])
+            prompt, response = pairs[i]
+            span = slice(at, at + lengths[i])
+            tokens[r, span] = [*prompt, *response]
+            positions[r, span] = np.arange(lengths[i])
+            end[r, span] = span.stop
             first = r * width + at + len(prompt) - 1
             predicts[i] = np.arange(first, first + len(response))
-            at += lengths[i]
-    index = np.concatenate(predicts) if predicts else np.empty(0, np.int64)
-    return Rows(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(index))
+            at = span.stop
+    index = np.concatenate([np.empty(0, np.int64), *predicts])
+    place = np.tile(np.arange(width), (len(rows), 1))
+    return Rows(*map(torch.from_numpy, (tokens, positions, place, end, index)))
 
 
 def _fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
@@ -324,5 +459,8 @@ def _fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
 
 
 def _width(rows: list[list[int]], lengths: Sequence[int], multiple: int) -> int:
-    used = max(1, max(sum(lengths[i] for i in row) for row in rows))
-    return -(-used // multiple) * multiple
+    return _rounded(max(1, max(sum(lengths[i] for i in row) for row in rows)), multiple)
+
+
+def _rounded(slots: int, multiple: int) -> int:
+    return -(-slots // multiple) * multiple

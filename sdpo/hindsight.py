@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from .chat import ChatFormat, Thinking, chat_format, today
 from .conversations import Message
 from .errors import DataError, SdpoError
-from .interactions import Interaction
+from .interactions import Interaction, conversation_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,6 +106,8 @@ class Encoded:
     truncated: Truncated
     thought: bool = False
     """The response brings its own thinking block, and the prompts close none."""
+    conversation: str = ""
+    """Of which it is a turn."""
 
 
 def resolve_template(template: str) -> str:
@@ -183,6 +185,7 @@ def encode(
             question="question" in lost,
         ),
         thought=thought,
+        conversation=conversation_of(interaction),
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdpo_kernels import TokenStats
 from sdpo_parallel.model import CausalModel
+from sdpo_parallel.rows import Kept, Rows, Sharing
 
 from .batching import Batch
 from .errors import SdpoError
@@ -56,8 +57,8 @@ def two_pass_loss(
 ) -> StepOutput:
     """Read the responses with and without the follow-up; distil the one into the other.
 
-    The hindsight pass runs first and without gradient: FSDP2's backward prefetch follows the
-    order of the last forward.
+    The hindsight pass runs second and without gradient. Where prefixes are shared and the policy
+    is its own teacher, it reads on the keys and values of the policy's pass.
 
     Args:
         policy: the model in training.
@@ -69,12 +70,16 @@ def two_pass_loss(
         SdpoError: policy and teacher do not make logits alike of their lm_heads' products.
     """
     teacher = teacher or policy
+    if batch.sharing == "keys" and teacher is not policy:
+        raise SdpoError(
+            "the batch's hindsight rows read the policy's keys (sharing 'keys'), which another "
+            "teacher's differ from: collate with sharing 'tries'"
+        )
+    hidden_ND, hindsight_ND = two_passes(
+        policy, batch.policy, batch.hindsight, teacher, batch.sharing
+    )
     with torch.no_grad():
-        rows = batch.hindsight
-        hindsight_ND = teacher.hidden_states(rows.tokens_BT, rows.positions_BT, rows.index_N)
         other = teacher.lm_head() if teacher is not policy else None
-    rows = batch.policy
-    hidden_ND = policy.hidden_states(rows.tokens_BT, rows.positions_BT, rows.index_N)
     if (kept := own_share(policy, batch)) is not None:
         batch, kept_N = kept
         hidden_ND, hindsight_ND = hidden_ND[kept_N], hindsight_ND[kept_N]
@@ -95,6 +100,19 @@ def two_pass_loss(
     layout = Layout(batch.sequence_N, batch.offset_N, batch.weight_S, batch.old_logp_N)
     loss, stats = total_loss(objective, streams, layout)
     return StepOutput(loss, _sums(objective, loss, stats, batch), stats)
+
+
+def two_passes(
+    policy: CausalModel, rows: Rows, hindsight: Rows, teacher: CausalModel, sharing: Sharing
+) -> tuple[Tensor, Tensor]:
+    """(N, D) of the policy's rows, and without gradient those of hindsight's."""
+    kept = Kept(rows) if sharing == "keys" else None
+    hidden_ND = policy.hidden_states(rows, keep=kept)
+    with torch.no_grad():
+        hindsight_ND = teacher.hidden_states(hindsight, behind=kept)
+    if kept is not None:
+        kept.drop()
+    return hidden_ND, hindsight_ND
 
 
 def own_share(policy: CausalModel, batch: Batch) -> tuple[Batch, Tensor] | None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from .errors import SdpoError
 
-Attention = Literal["auto", "flex", "flex_flash", "varlen", "dense"]
+Attention = Literal["auto", "flex", "flex_flash", "varlen", "branches", "dense"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ device.
 
 import abc
 import contextlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ from .config import (
 from .errors import SdpoError
 from .huggingface import check_finite
 from .model import ModuleModel
+from .rows import Sharing
 from .teacher import TeacherState, reshard
 
 ROW_MULTIPLE = 128
@@ -62,6 +64,7 @@ class EngineConfig:
         run_folder: checkpoints go to ``run_folder/checkpoints/step-N``.
         total_steps: length of the whole run, for the learning rate's schedule.
         max_tokens: longest sequence of either pass.
+        share_prefix: what sequences begin with alike is to be read once, where that is possible.
     """
 
     model: str
@@ -73,6 +76,7 @@ class EngineConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     teacher: Teacher = field(default_factory=Live)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    share_prefix: bool = True
 
     @property
     def teacher_folder(self) -> str | None:
@@ -97,6 +101,7 @@ class Engine(abc.ABC):
         device: where micro-batches belong.
         ranks: this process among the run's.
         row_multiple: widths of packed rows must be multiples of it.
+        sharing: what rows share of their sequences' prefixes.
         checkpoints: the run's checkpoints.
     """
 
@@ -116,9 +121,25 @@ class Engine(abc.ABC):
         self.config, self.policy, self.module = config, policy, policy.module
         self.teacher_state, self.teacher = teacher, teacher.model
         self.optimizer = optimizer
+        self.sharing = self._sharing()
         parts = {"model": self.module, "optimizer": optimizer_state}
         parts |= {"teacher": teacher, "run": state}
         self.checkpoints = Checkpoints(config.run_folder, config.checkpoint, parts)
+
+    def _sharing(self) -> Sharing:
+        """With a live teacher hindsight reads on the policy's keys; another's keys differ."""
+        if not self.config.share_prefix:
+            return "none"
+        readers = [m for m in (self.policy, self.teacher) if m is not None]
+        if all(reader.reads_tries for reader in readers):
+            return "keys" if self.teacher is None else "tries"
+        if self.ranks.is_main:
+            print(f"sdpo: prefixes are not shared: {self._why_not()}", file=sys.stderr)
+        return "none"
+
+    def _why_not(self) -> str:
+        """Why prefixes cannot be shared."""
+        return "this model cannot read them"
 
     @staticmethod
     @abc.abstractmethod

@@ -9,6 +9,8 @@ from torch.distributed.tensor import DTensor
 
 from sdpo_kernels import VocabShard
 
+from .rows import Kept, Rows
+
 
 class HeadOptions(TypedDict):
     """What every kernel that reads an lm_head is told of it."""
@@ -37,9 +39,18 @@ class LMHead(NamedTuple):
 class CausalModel(Protocol):
     """A language model as the two passes read it."""
 
-    def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
-        """(N, D): what the lm_head reads at the flat slots ``index_N``. Documents begin wherever
-        ``positions_BT`` restarts at 0 and do not see each other."""
+    reads_tries: bool = False
+    """It can read rows whose sequences share slots, and keep keys and values for a later pass."""
+
+    def hidden_states(
+        self, rows: Rows, *, keep: Kept | None = None, behind: Kept | None = None
+    ) -> Tensor:
+        """(N, D): what the lm_head reads at the rows' ``index_N``.
+
+        Args:
+            keep: filled with the keys and values of all slots.
+            behind: kept by an earlier pass of the same weights; these rows see those keys, too.
+        """
         ...
 
     def lm_head(self) -> LMHead:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from .config import EMA, Frozen, Live, Teacher, TrustRegion
 from .errors import SdpoError
 from .model import CausalModel, LMHead, ModuleModel, local
+from .rows import Kept, Rows
 
 
 def reshard(module: torch.nn.Module) -> None:
@@ -54,10 +55,13 @@ class AdaptersOff(CausalModel):
         switch: Callable[[], contextlib.AbstractContextManager[object]],
     ):
         self.policy, self.switch = policy, switch
+        self.reads_tries = policy.reads_tries
 
-    def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
+    def hidden_states(
+        self, rows: Rows, *, keep: Kept | None = None, behind: Kept | None = None
+    ) -> Tensor:
         with self.switch():
-            return self.policy.hidden_states(tokens_BT, positions_BT, index_N)
+            return self.policy.hidden_states(rows, keep=keep, behind=behind)
 
     def lm_head(self) -> LMHead:
         """The policy's: adapters sit on the layers only."""
@@ -72,11 +76,14 @@ class Mixture(CausalModel):
 
     def __init__(self, live: CausalModel, frozen: CausalModel, mix: float):
         self.live, self.frozen, self.mix = live, frozen, mix
+        self.reads_tries = live.reads_tries and frozen.reads_tries
 
-    def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
-        """(N, 2 D)."""
-        g = self.live.hidden_states(tokens_BT, positions_BT, index_N)
-        h = self.frozen.hidden_states(tokens_BT, positions_BT, index_N)
+    def hidden_states(
+        self, rows: Rows, *, keep: Kept | None = None, behind: Kept | None = None
+    ) -> Tensor:
+        """(N, 2 D). Keys of two models are not kept."""
+        assert keep is None and behind is None
+        g, h = self.live.hidden_states(rows), self.frozen.hidden_states(rows)
         return torch.cat([(1 - self.mix) * g, self.mix * h], dim=1)
 
     def lm_head(self) -> LMHead:

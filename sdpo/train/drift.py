@@ -57,8 +57,8 @@ class DriftMonitor:
 
     def _read(self, batch: Batch) -> tuple[Batch, Tensor]:
         batch = batch.to(self.engine.device)
-        rows, policy = batch.policy, self.engine.policy
-        hidden_ND = policy.hidden_states(rows.tokens_BT, rows.positions_BT, rows.index_N)
+        policy = self.engine.policy
+        hidden_ND = policy.hidden_states(batch.policy)
         if (kept := own_share(policy, batch)) is None:
             return batch, hidden_ND
         batch, kept_N = kept

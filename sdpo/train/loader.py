@@ -21,6 +21,7 @@ from sdpo_parallel.config import Frozen
 from sdpo_parallel.engine import ROW_MULTIPLE, Engine
 from sdpo_parallel.fingerprints import fingerprints
 from sdpo_parallel.huggingface import read_config
+from sdpo_parallel.rows import Sharing
 
 from ..batching import (
     Batch,
@@ -76,6 +77,7 @@ class Loader:
         self.hindsight, self.batch = hindsight, batch
         self.steps = steps_in(len(interactions), batch)
         self.dp_rank, self.dp_degree, self.row_multiple = 0, 1, ROW_MULTIPLE
+        self.sharing: Sharing = "none"
         self._total = total_interactions(len(interactions), batch)
         self._pool = ThreadPoolExecutor(1)
         self._ahead: Future[Step] | None = None
@@ -88,7 +90,7 @@ class Loader:
                 width.
         """
         self.dp_rank, self.dp_degree = engine.ranks.dp_rank, engine.ranks.dp_degree
-        self.row_multiple = engine.row_multiple
+        self.row_multiple, self.sharing = engine.row_multiple, engine.sharing
         if fixed_width:
             self.row_multiple *= -(-self.batch.row_tokens // engine.row_multiple)
 
@@ -110,11 +112,11 @@ class Loader:
         examples: list[Example] = [
             (encode(i, self.tokenizer, self.hindsight), i.weight / total) for i in interactions
         ]
-        assigned = assign(examples, self.dp_degree, self.batch, self.row_multiple)
+        layout = self.row_multiple, self.sharing
+        assigned = assign(examples, self.dp_degree, self.batch, *layout)
         return Step(
             micro_batches=[
-                collate(mine, self.batch.row_tokens, self.row_multiple)
-                for mine in assigned.of(self.dp_rank)
+                collate(mine, self.batch.row_tokens, *layout) for mine in assigned.of(self.dp_rank)
             ],
             tokens=assigned.tokens,
             idle=assigned.idle,

@@ -90,6 +90,7 @@ def engine_config(config: TrainConfig, total_steps: int) -> EngineConfig:
         checkpoint=config.checkpoint,
         teacher=config.teacher,
         lora=config.lora,
+        share_prefix=config.batch.share_prefix == "auto",
     )
 
 
@@ -205,14 +206,15 @@ def _step(
     background save failed."""
     engine, state, mine = t.engine, t.state, step.micro_batches
     watchdog.beat(state.step, "passes")
-    sums = torch.zeros(len(SUMS) + 3, dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(len(SUMS) + 5, dtype=torch.float64, device=engine.device)
     for m, batch in enumerate(mine):
         with engine.context():
             batch = batch.to(engine.device)
             out = two_pass_loss(engine.policy, batch, t.config.objective, engine.teacher)
             engine.backward(out.loss, last=m == len(mine) - 1)
-        sums[:-3] += out.sums
-    sums[-3] = sum(batch.slots for batch in mine)
+        sums[:-5] += out.sums
+    for i, name in enumerate(("slots", "tokens", "unshared"), start=-5):
+        sums[i] = sum(getattr(batch, name) for batch in mine)
     sums[-2], sums[-1] = stop.asked, engine.checkpoints.failed
     watchdog.beat(state.step, "update")
     norm = engine.clip_gradients()
@@ -220,19 +222,20 @@ def _step(
     finite = math.isfinite(norm) and math.isfinite(float(sums[0]))
     lr = _update(engine, state, finite)
     seconds = time.perf_counter() - began
-    row, tokens = metrics(sums[:-3]), step.tokens
-    slots = float(sums[-3]) / engine.ranks.cp_degree
+    row, per_rank = metrics(sums[:-5]), step.tokens
+    slots, tokens, unshared = (sums[-5:-2] / engine.ranks.cp_degree).tolist()
     row |= {
         "grad_norm": norm,
         "lr": lr,
         "skipped": state.skipped,
         "balance/idle": step.idle,
-        "balance/padding": 1 - sum(tokens) / slots,
-        "balance/tokens_per_rank": sum(tokens) / len(tokens),
-        "balance/tokens_per_rank_max": max(tokens),
+        "balance/padding": 1 - tokens / slots,
+        "balance/shared": 1 - tokens / unshared,
+        "balance/tokens_per_rank": sum(per_rank) / len(per_rank),
+        "balance/tokens_per_rank_max": max(per_rank),
         "seconds": seconds,
         "response_tokens_per_second": row["response/tokens"] / seconds,
-        "tokens_per_second": sum(tokens) / seconds,
+        "tokens_per_second": tokens / seconds,
         "peak_memory_gib": peak_memory_gib(engine.device),
     }
     return row, bool(sums[-2]), bool(sums[-1])

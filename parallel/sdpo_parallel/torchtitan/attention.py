@@ -1,14 +1,14 @@
 """Which attention the torchtitan engine computes with, and why. No torchtitan, no GPU needed here.
 
-Rows are packed: a document begins wherever positions restart at 0, and must not see the others.
-Every choice masks so, from ``positions`` alone (torchtitan's ``Decoder.get_attention_masks``,
-which dispatches on the type of the inner attention's config; dense has a builder of its own):
+What a slot of a row sees is `Sight`'s rule, and every choice masks so:
 
-    flex        a BlockMask, causal and same-document; Triton kernels made by torch.compile
+    flex        a BlockMask; Triton kernels made by torch.compile
     flex_flash  the same BlockMask in blocks of (256, 128); FlashAttention 4 kernels (CuTe DSL)
-    varlen      no mask: cumulative document lengths (``create_varlen_metadata_for_document``) and a
-                causal window; FlashAttention 2, 3 or 4 by device, or cuDNN where torch prefers it
-    dense       a (B, 1, T, T) boolean mask (cpu_attention.py) and SDPA; memory grows with T squared
+    varlen      no mask: cumulative lengths of whole sequences, which begin where positions restart
+                (``create_varlen_metadata_for_document``), and a causal window; FlashAttention 2, 3
+                or 4 by device, or cuDNN where torch prefers it. It cannot read what shares prefixes
+    branches    one branch of a row after the other by SDPA (`sdpo_parallel.branches`)
+    dense       a (B, 1, T, T) boolean mask and SDPA; memory grows with T squared
 
 What each needs is read off torchtitan 0.3.0 (``VarlenAttention``, ``get_attention_config``) and the
 torch it runs on (``torch.nn.attention._fa3``, ``_fa4``).
@@ -22,8 +22,8 @@ from typing import Literal
 from ..config import Attention
 from ..errors import SdpoError
 
-Backend = Literal["flex", "flex_flash", "varlen", "dense"]
-FASTEST_FIRST: tuple[Backend, ...] = ("varlen", "flex_flash", "flex", "dense")
+Backend = Literal["flex", "flex_flash", "varlen", "branches", "dense"]
+FASTEST_FIRST: tuple[Backend, ...] = ("varlen", "flex_flash", "flex", "branches", "dense")
 
 FA3, FA4 = "flash_attn_interface", "flash_attn.cute.interface"
 _INSTALL = {
@@ -60,6 +60,8 @@ class Machine:
         context: ranks that split every row (CP).
         installed: whether a module can be imported, as ``importable`` answers.
         compute_dtype: of q, k and v; the flash kernels know no float32.
+        compiled: blocks are compiled, by whatever backend.
+        shares: rows are to share prefixes.
     """
 
     device_type: str
@@ -67,11 +69,19 @@ class Machine:
     context: int
     installed: Callable[[str], bool]
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    compiled: bool = False
+    shares: bool = False
 
     def obstacle(self, backend: Backend) -> str | None:
         """Why ``backend`` cannot train here; None: it can."""
         if backend == "dense":
             return None
+        if backend == "branches":
+            if self.device_type != "cpu":
+                return "it is made for a CPU"
+            if self.context > 1:
+                return f"it is not split by context parallelism (context={self.context})"
+            return "it cannot be compiled" if self.compiled else None
         if backend == "flex":
             return "flex attention has no backward on a CPU" if self.device_type == "cpu" else None
         if self.device_type == "cpu":
@@ -106,7 +116,8 @@ class Machine:
         return {
             "flex_flash": "block masks by FlashAttention 4 (experimental in torch)",
             "flex": "block masks by torch.compile's Triton kernels",
-            "dense": "a dense (T, T) mask, for a CPU or as a reference",
+            "branches": "SDPA of one branch after the other, for a CPU",
+            "dense": "a dense (T, T) mask, as a reference",
         }[backend]
 
 
@@ -126,6 +137,8 @@ def choose_attention(setting: Attention, here: Machine) -> Choice:
     passed_over = []
     for backend in FASTEST_FIRST:
         obstacle = here.obstacle(backend)
+        if backend == "varlen" and here.shares:
+            obstacle = obstacle or "it cannot read shared prefixes (batch.share_prefix)"
         if backend == "flex_flash" and here.context > 1:  # torch needs T to divide by context x 256
             obstacle = obstacle or "its blocks of 256 ask for longer rows when context splits them"
         if obstacle is None:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.attention.flex_attention import BlockMask
-from torchtitan.models.common.attention import create_attention_mask
+
+from ..rows import Rows, Sight
 
 
 class Share(NamedTuple):
@@ -36,28 +36,10 @@ def share(width: int, mesh: DeviceMesh, device: torch.device) -> Share:
     return Share(torch.cat(pairs), pairs[mesh.get_local_rank()])
 
 
-def dense_mask(document_BT: Tensor, part: Share) -> Tensor:
-    """(B, 1, L, T), True where one of this rank's queries may see a key."""
-    queries, keys = document_BT[:, part.mine_L], document_BT[:, part.order_T]
-    causal_LT = part.mine_L[:, None] >= part.order_T
-    return ((queries[:, :, None] == keys[:, None, :]) & causal_LT)[:, None]
-
-
-def block_mask(document_BT: Tensor, part: Share, block: int | tuple[int, int]) -> BlockMask:
-    """``dense_mask`` as a block mask for flex attention.
-
-    torch's own sharding of block masks compiles anew for every shape of a batch, and fails at the
-    ninth.
-    """
-
-    def mask_mod(b, h, q, kv):
-        query, key = part.mine_L[q], part.order_T[kv]
-        return (query >= key) & (document_BT[b, query] == document_BT[b, key])
-
-    (rows, width), queries = document_BT.shape, part.mine_L.numel()
-    return create_attention_mask(
-        mask_mod, rows, None, queries, width, device=document_BT.device.type, BLOCK_SIZE=block
-    )
+def sight_of(rows: Rows, part: Share) -> Sight:
+    """What this rank's slots see, of all keys in the order in which they are gathered."""
+    place_BT, end_BT = rows.place_BT, rows.end_BT
+    return Sight(place_BT[:, part.mine_L], place_BT[:, part.order_T], end_BT[:, part.order_T])
 
 
 def gather_rows(

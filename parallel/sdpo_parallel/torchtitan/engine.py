@@ -52,9 +52,14 @@ class TorchtitanEngine(Engine):
             choice = mesh.attention
             print(f"sdpo: attention {choice.backend} ({choice.why})", file=sys.stderr)
 
+    def _why_not(self) -> str:
+        if self.ranks.cp_degree > 1:
+            return "context parallelism splits rows"
+        return f"attention {self.mesh.attention.backend} reads whole sequences"
+
     @staticmethod
     def build_policy(config: EngineConfig) -> TorchtitanModel:
-        mesh = Mesh(config.model, config.parallel)
+        mesh = Mesh(config.model, config.parallel, share_prefix=config.share_prefix)
         return TorchtitanModel(
             config.model, mesh, config.max_tokens, lora=config.lora, trained=True
         )

@@ -28,15 +28,18 @@ from torchtitan.tools import utils  # noqa: E402
 class Mesh:
     """The ranks of torchrun's process group, arranged as ``parallel`` says.
 
+    Args:
+        share_prefix: rows are to share prefixes, where the layout can.
+
     Raises:
         SdpoError: the degrees do not divide the ranks, or the sizes of the model in ``folder``.
     """
 
-    def __init__(self, folder: str, parallel: ParallelConfig):
+    def __init__(self, folder: str, parallel: ParallelConfig, *, share_prefix: bool = True):
         world_size = init_distributed(host_memory=parallel.cpu_offload)
         self.parallel = parallel
         self.device = utils.get_local_device()
-        self.attention = _attention(parallel, self.device)
+        self.attention = _attention(parallel, self.device, share_prefix)
         _expect_many_shapes()
         check_layout(folder, parallel, world_size)
         self.titan = ParallelismConfig(
@@ -130,7 +133,7 @@ def _dims(world: dist.ProcessGroup, replicate: int, context: int, tensor: int) -
     )
 
 
-def _attention(parallel: ParallelConfig, device: torch.device) -> Choice:
+def _attention(parallel: ParallelConfig, device: torch.device, share_prefix: bool) -> Choice:
     nvidia = device.type == "cuda" and torch.version.hip is None
     here = Machine(
         device_type=device.type,
@@ -138,6 +141,8 @@ def _attention(parallel: ParallelConfig, device: torch.device) -> Choice:
         context=parallel.context,
         installed=importable,
         compute_dtype=parallel.resolve_dtype(device.type),
+        compiled=parallel.compile != "none",
+        shares=share_prefix and parallel.context == 1,
     )
     return choose_attention(parallel.attention, here)
 

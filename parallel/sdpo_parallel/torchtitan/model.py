@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from binpacking.to_constant_bin_number import to_constant_bin_number
 from torch import Tensor
 
+from ..branches import plan
 from ..config import LoraConfig
 from ..huggingface import check_finite, check_length, check_tied
 from ..model import CausalModel, LMHead
+from ..rows import Kept, Rows, Sight
 from . import cpu
 from .lm_head import end_prefetch, gathered
 from .mesh import Mesh, quiet
@@ -29,8 +32,8 @@ from torchtitan.config import (  # noqa: E402
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC  # noqa: E402
 from torchtitan.tools import utils  # noqa: E402
 
-from .context_parallel import block_mask, dense_mask, gather_rows, share  # noqa: E402
-from .cpu_attention import FLEX_TO_DENSE, document_mask  # noqa: E402
+from .context_parallel import gather_rows, share, sight_of  # noqa: E402
+from .inner_attention import FLEX_THAT_KEEPS, FLEX_TO_CPU, Keeping, using  # noqa: E402
 from .models import spec_from_hf  # noqa: E402
 from .weights import load_weights, start_adapters  # noqa: E402
 
@@ -57,41 +60,81 @@ class TorchtitanModel(CausalModel):
         dtype: str = "float32",
     ):
         self.folder, self.mesh, self.max_tokens, self.lora = folder, mesh, max_tokens, lora
-        self.dense = mesh.attention.backend == "dense"
-        # an override makes flex dense
-        backend = "flex" if self.dense else mesh.attention.backend
-        self.spec = spec_from_hf(folder, attention=backend, lora=lora)
+        self.attention = mesh.attention.backend
+        self.varlen = self.attention == "varlen"
+        # overrides change what flex is
+        self.spec = spec_from_hf(folder, attention=self._titan_attention(), lora=lora)
         if self.spec.model.enable_weight_tying:  # pyright: ignore
             check_tied(folder)
         check_length(folder, self.spec.model.max_seq_len, max_tokens)  # pyright: ignore
         self.module = self._build(trained, dtype)
-        self._masks = document_mask if self.dense else self.module.get_attention_masks
-        inner = self.module.config.first_attention.inner_attention
-        self._block = getattr(inner, "block_size", 128)
         self.module._skip_lm_head = True  # forward then ends at the final norm
         self.vocabulary: int = self.module.config.vocab_size
         self.context = mesh.dims.get_optional_mesh("cp")
         tensor = mesh.dims.get_optional_mesh("tp")
         self.tensor_group = None if tensor is None else tensor.get_group()
+        self.reads_tries = self.context is None and not self.varlen
 
-    def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
-        """(N, D) normed hidden states at the flat slots ``index_N``, the same on all context and
-        tensor ranks; a tensor rank's gradient of them may be partial."""
+    def hidden_states(
+        self, rows: Rows, *, keep: Kept | None = None, behind: Kept | None = None
+    ) -> Tensor:
+        """(N, D) normed hidden states at the rows' ``index_N``, the same on all context and tensor
+        ranks; a tensor rank's gradient of them may be partial."""
+        tokens_BT, positions_BT, index_N = rows.tokens_BT, rows.positions_BT, rows.index_N
         if self.context is None:
-            masks = self._masks(positions_BT)
-            h_BTD = self.module(tokens_BT, positions=positions_BT, attention_masks=masks)
+            sight = rows.sight if behind is None else rows.sight.behind(behind.rows)
+            with self._keeping(keep, behind):
+                h_BTD = self.module(
+                    tokens_BT, positions=positions_BT, attention_masks=self._masks(sight, rows)
+                )
             return h_BTD.flatten(0, 1)[index_N]
-        (rows, width), slots = positions_BT.shape, positions_BT.numel()
+        assert keep is None and behind is None
+        (count, width), slots = positions_BT.shape, positions_BT.numel()
         part = share(width, self.context, index_N.device)
-        slots_BL = torch.arange(rows, device=index_N.device)[:, None] * width + part.mine_L
-        tokens_BL, positions_BL = tokens_BT[:, part.mine_L], positions_BT[:, part.mine_L]
-        document_BT = (positions_BT == 0).cumsum(-1)
-        if self.dense:
-            masks = dense_mask(document_BT, part)
-        else:
-            masks = block_mask(document_BT, part, self._block)
-        h_BLD = self.module(tokens_BL, positions=positions_BL, attention_masks=masks)
+        slots_BL = torch.arange(count, device=index_N.device)[:, None] * width + part.mine_L
+        h_BLD = self.module(
+            tokens_BT[:, part.mine_L],
+            positions=positions_BT[:, part.mine_L],
+            attention_masks=self._masks(sight_of(rows, part), rows),
+        )
         return gather_rows(h_BLD, slots_BL, slots, index_N, self.context.get_group())
+
+    def _masks(self, sight: Sight, rows: Rows) -> Any:
+        """``sight`` as the layers' attention takes it."""
+        if self.varlen:
+            return self.module.get_attention_masks(rows.positions_BT)
+        if self.attention == "dense":
+            return sight.dense()
+        if self.attention == "branches":
+            return plan(sight, self._compute_dtype())
+        return sight.block_mask(self.module.config.first_attention.inner_attention.block_size)
+
+    def _keeping(self, keep: Kept | None, behind: Kept | None) -> AbstractContextManager[None]:
+        kept = keep or behind
+        if kept is None:
+            return contextlib.nullcontext()
+        if keep is not None:
+            keep.layers.update(enumerate(self._buffers(keep.rows)))
+        role = "write" if keep is not None else "read"
+        return using(self._layers(), list(kept.layers.values()), role)
+
+    def _layers(self) -> list[Keeping]:
+        return [layer.attention.inner_attention for layer in self.module.layers.values()]
+
+    def _buffers(self, rows: Rows) -> list[tuple[Tensor, Tensor]]:
+        """Room for each layer's keys and values, (B, T, heads of this rank, head size)."""
+        attention = self.spec.model.layers[0].attention  # pyright: ignore
+        heads = attention.n_kv_heads or attention.n_heads
+        size = attention.head_dim or attention.dim // attention.n_heads
+        shape = *rows.tokens_BT.shape, heads // self.mesh.parallel.tensor, size
+        like = {"dtype": self._compute_dtype(), "device": rows.tokens_BT.device}
+        return [(torch.empty(shape, **like), torch.empty(shape, **like)) for _ in self._layers()]
+
+    def _compute_dtype(self) -> torch.dtype:
+        return TORCH_DTYPE_MAP[self.mesh.parallel.resolve_dtype(self.mesh.device.type)]
+
+    def _titan_attention(self) -> str:
+        return "flex" if self.attention in ("dense", "branches") else self.attention
 
     def lm_head(self) -> LMHead:
         """Gathered over the data-parallel ranks; with tensor parallelism, this rank's rows."""
@@ -147,7 +190,8 @@ class TorchtitanModel(CausalModel):
         model.update_from_config(config=SimpleNamespace(parallelism=mesh.titan))
         for layer in model.layers:
             layer.attention.rope = replace(layer.attention.rope, max_seq_len=self.max_tokens)
-        overrides: list[Any] = [FLEX_TO_DENSE] if self.dense else []
+        on_cpu = self.attention in ("dense", "branches")
+        overrides: list[Any] = [] if self.varlen else [FLEX_TO_CPU if on_cpu else FLEX_THAT_KEEPS]
         if parallel.liger:
             from .liger import OVERRIDES  # the optional extra
 

@@ -41,10 +41,14 @@ from ..huggingface import (
     two_heads,
 )
 from ..model import CausalModel, LMHead
+from ..rows import Kept, Rows
 from ..teacher import TeacherState
+from .attention import NAME, Unreadable, install, uninstall, view
 from .liger import apply_liger
 
 Dtype = Literal["auto", "bfloat16", "float32"]
+PROBE = 128
+"""Slots of a row that is read to see what a model can."""
 
 # one process is what this engine is for
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -61,25 +65,37 @@ class TransformersModel(CausalModel):
             its config names (a bias, say): the objectives would get them wrong.
 
     Attributes:
+        reads_tries: it reads rows whose sequences share slots.
         packs: documents of a row do not see each other; False: each is read in a row of its own.
     """
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype | None = None):
         self.module, self.dtype = model, compute_dtype or model.dtype
+        self.reads_tries = self.packs = False
         self.decoder: Any = model.get_decoder()
         was_training = model.training
         model.eval()
         self._logits = logit_options(model.config)
         self._check_head()
-        self.packs = self._keeps_documents_apart()
+        self.reads_tries = install(model) and self._can("reads_tries")
+        if not self.reads_tries and model.config._attn_implementation == NAME:
+            uninstall(model)
+        self.packs = self.reads_tries or self._can("packs")
         model.train(was_training)
 
-    def hidden_states(self, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> Tensor:
-        """(N, D). Most models of transformers mask documents wherever positions restart; flash
-        attention does so for a single row only, so rows are laid end to end there. Models that
-        do not get one padded row per document."""
-        inputs = {"input_ids": tokens_BT, "position_ids": positions_BT}
-        if not self.packs:
+    def hidden_states(
+        self, rows: Rows, *, keep: Kept | None = None, behind: Kept | None = None
+    ) -> Tensor:
+        """(N, D). A model that cannot read tries is given positions alone: most models of
+        transformers mask documents wherever those restart; flash attention does so for a single
+        row only, so rows are laid end to end there. Models that do not get one padded row per
+        document."""
+        tokens_BT, positions_BT, index_N = rows.tokens_BT, rows.positions_BT, rows.index_N
+        inputs: dict[str, Any] = {"input_ids": tokens_BT, "position_ids": positions_BT}
+        if self.reads_tries:
+            inputs["sdpo_view"] = view(rows, keep, behind, self.dtype)
+            inputs["attention_mask"] = tokens_BT.new_zeros(1, 1, 1, 1)  # none is to be made
+        elif not self.packs:
             tokens_BT, index_N = _one_row_per_document(tokens_BT, positions_BT, index_N)
             inputs = {"input_ids": tokens_BT}
         elif "flash" in (self.module.config._attn_implementation or ""):
@@ -123,39 +139,50 @@ class TransformersModel(CausalModel):
         return products / temperature
 
     @torch.no_grad()
-    def _keeps_documents_apart(self) -> bool:
-        """Whether a document reads the same, to the last bit, whichever document stands before it.
+    def _can(self, what: Literal["reads_tries", "packs"]) -> bool:
+        """Whether a sequence reads the same, to the last bit, whichever other stands before it:
+        one with which it shares its beginning (reads_tries), or none of it (packs).
 
-        Anything else is a leak, however small: what differs is what the other document says. A
+        Anything else is a leak, however small: what differs is what the other sequence says. A
         model whose arithmetic depends on the values beside a row's own, such as a mixture of
         experts' on some devices, counts as leaking.
         """
         generator = torch.Generator().manual_seed(0)
         largest = self.module.get_output_embeddings().weight.shape[0]  # pyright: ignore
-        lengths, device = (40, 40, 30), self.module.device
-        *before, document = (
+        device, common = self.module.device, 20 if what == "reads_tries" else 0
+        shared, one, other, own = (
             torch.randint(1, min(largest, 1000), (n,), generator=generator).to(device)
-            for n in lengths
+            for n in (common, 40, 40, 30)
         )
+        width = common + len(one) + len(own)
 
-        def read(*documents: Tensor) -> Tensor:
-            positions = torch.cat([torch.arange(len(d), device=device) for d in documents])
-            slots = torch.arange(len(positions), device=device)
+        def read(*branches: Tensor) -> Tensor:
+            """What the last branch reads behind the shared slots."""
+            tokens = torch.cat([shared, *branches])
+            tokens = torch.nn.functional.pad(tokens, (0, PROBE - len(tokens)))
+            place, depth = torch.arange(PROBE, device=device), torch.arange(PROBE, device=device)
+            end = torch.full_like(place, width)
+            for n, branch in enumerate(branches):
+                start = common + n * len(one)
+                span = slice(start, start + len(branch))
+                depth[span], end[span] = common + torch.arange(len(branch)), span.stop
+            last = span.stop
+            depth[last:], end[:common], end[last:] = 0, last, PROBE
+            slots = torch.arange(last - len(own), last, device=device)
             return self.hidden_states(
-                torch.cat(documents)[None], positions[None], slots[-len(document) :]
+                Rows(tokens[None], depth[None], place[None], end[None], slots)
             )
 
-        self.packs = True  # as far as `read` is concerned
+        setattr(self, what, True)  # as far as `read` is concerned
         try:
-            one, other = (read(b, document) for b in before)
-            alone = read(document)
-        except TypeError:  # it takes no positions
+            first, second, alone = read(one, own), read(other, own), read(own)
+        except (TypeError, Unreadable):  # it takes no positions, or no views
             return False
         if not torch.isfinite(alone).all():
             return True  # broken weights are check_finite's to name
         # positions that run on over a row leak nothing, and are no less wrong
         tolerance = 16 * torch.finfo(self.dtype).eps
-        return torch.equal(one, other) and _close(one, alone, tolerance)
+        return torch.equal(first, second) and _close(first, alone, tolerance)
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -191,17 +218,24 @@ def disable_dropout(model: PreTrainedModel) -> None:
 
 
 def load_model(
-    folder: str, *, dtype: Dtype = "auto", compute_dtype: Dtype | None = None, liger: bool = False
+    folder: str,
+    *,
+    dtype: Dtype = "auto",
+    compute_dtype: Dtype | None = None,
+    liger: bool = False,
+    share_prefix: bool = True,
 ) -> TransformersModel:
     """A local Hugging Face folder as a model of the two passes, on the first accelerator if any.
 
-    Attention is flash-attn's where that is installed and the passes run on a GPU in bfloat16, else
-    SDPA, or what transformers has for models without it.
+    Attention is SDPA's, or what transformers has for models without it; rows that share prefixes
+    are read as attention.py says.
 
     Args:
         dtype: of the weights; ``auto``: bfloat16 on an accelerator, float32 on a CPU.
         compute_dtype: of the passes, where it is not that of the weights.
         liger: Liger's RMSNorm, SwiGLU and rotary embeddings; see liger.py.
+        share_prefix: rows may share prefixes; False: flash-attn, which cannot read such rows, where
+            it is installed and the passes run on a GPU in bfloat16.
 
     Raises:
         SdpoError: no such folder, no weights in it, weights that are not finite, or a lm_head that
@@ -215,7 +249,7 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
-        attn_implementation=choose_attention(device, compute_dtype),
+        attn_implementation=None if share_prefix else choose_attention(device, compute_dtype),
     )
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
@@ -287,7 +321,11 @@ class TransformersEngine(Engine):
 def _load(config: EngineConfig, folder: str, dtype: Dtype) -> TransformersModel:
     parallel = config.parallel
     return load_model(
-        folder, dtype=dtype, compute_dtype=parallel.compute_dtype, liger=parallel.liger
+        folder,
+        dtype=dtype,
+        compute_dtype=parallel.compute_dtype,
+        liger=parallel.liger,
+        share_prefix=config.share_prefix,
     )
 
 
