@@ -94,7 +94,7 @@ class Batch:
 
         def move(value):
             if isinstance(value, Rows):
-                return Rows(*(move(getattr(value, f.name)) for f in fields(value)))
+                return value.to(device)
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
         return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
@@ -339,7 +339,7 @@ def collate(
     old = [p for e in encoded for p in e.old_logprobs or ()]
     known = all(e.old_logprobs is not None for e in encoded)
     both = _both(examples)
-    policy, hindsight, tokens = pack_passes(*both, row_tokens, row_multiple, sharing)
+    (policy, hindsight), tokens = pack_passes(*both, row_tokens, row_multiple, sharing)
     return Batch(
         policy=policy,
         hindsight=hindsight,
@@ -362,7 +362,7 @@ def collate(
 
 def _both(examples: Sequence[Example]) -> tuple[list[Pair], list[Pair]]:
     """What the policy and the hindsight pass read."""
-    policy = [(e.policy, e.response) for e, _ in examples]
+    policy: list[Pair] = [(e.policy, e.response) for e, _ in examples]
     return policy, [(e.hindsight, e.response) for e, _ in examples]
 
 
@@ -376,22 +376,22 @@ def pack_passes(
     row_tokens: int,
     row_multiple: int = ROW_MULTIPLE,
     sharing: Sharing = "none",
-) -> tuple[Rows, Rows, int]:
+) -> tuple[tuple[Rows, Rows], int]:
     """(prompt, response) pairs of both passes -> their rows, and how many slots hold a token.
 
     Args:
         hindsight: any number of pairs, of whatever prompts and responses.
     """
     if sharing == "none":
-        rows = [pack(pairs, row_tokens, row_multiple) for pairs in (policy, hindsight)]
-        return *rows, _total(policy) + _total(hindsight)
-    layouts = _layouts(policy, hindsight, sharing)
-    total = sum(layout.slots for layout in layouts)
-    rows = [
-        _trie_row(layout, pairs, row_multiple, beyond=total)
-        for layout, pairs in zip(layouts, (policy, hindsight), strict=True)
-    ]
-    return *rows, total
+        whole = pack(policy, row_tokens, row_multiple), pack(hindsight, row_tokens, row_multiple)
+        return whole, _total(policy) + _total(hindsight)
+    first, second = _layouts(policy, hindsight, sharing)
+    total = first.slots + second.slots
+    rows = (
+        _trie_row(first, policy, row_multiple, beyond=total),
+        _trie_row(second, hindsight, row_multiple, beyond=total),
+    )
+    return rows, total
 
 
 def _layouts(
@@ -449,7 +449,8 @@ def pack(pairs: Sequence[Pair], row_tokens: int, row_multiple: int = ROW_MULTIPL
             at = span.stop
     index = np.concatenate([np.empty(0, np.int64), *predicts])
     place = np.tile(np.arange(width), (len(rows), 1))
-    return Rows(*map(torch.from_numpy, (tokens, positions, place, end, index)))
+    tensors = (torch.from_numpy(x) for x in (tokens, positions, place, end, index))
+    return Rows(*tensors)
 
 
 def _fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:

@@ -63,8 +63,8 @@ def lay_out(sequences: Sequence[Ids], stems: Sequence[int] | None = None) -> Lay
     if before is not None:
         end_T[paths[before]] = total
     empty = np.empty(0, np.int64)
-    joined = (np.concatenate([empty, *parts]) for parts in (tokens, depth))
-    return Layout(*joined, np.arange(total), end_T[:total], paths)
+    tokens_T, depth_T = (np.concatenate([empty, *parts]) for parts in (tokens, depth))
+    return Layout(tokens_T, depth_T, np.arange(total), end_T[:total], paths)
 
 
 def common(a: Ids, b: Ids) -> int:

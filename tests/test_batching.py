@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from sdpo.batching import (
     BatchConfig,
     Cursor,
-    Rows,
     assign,
     collate,
-    cost,
     micro_batches,
     steps_in,
+    units,
 )
 from sdpo.hindsight import Encoded, Truncated
 from sdpo_parallel.engine import ROW_MULTIPLE
+from sdpo_parallel.rows import Rows
 
 EXAMPLE = Encoded(
     id="a",
@@ -123,7 +123,7 @@ def test_a_deal_of_wildly_different_lengths_is_balanced():
         )
         for _ in range(128)
     ]
-    naive = [sum(map(cost, items[r::8])) for r in range(8)]
+    naive = [sum(u.cost for u in units([(e, 1.0) for e in items[r::8]], 1)) for r in range(8)]
     waiting = 1 - sum(naive) / (8 * max(naive))
     assigned = assign([(e, 1.0) for e in items], 8, BatchConfig(), ROW_MULTIPLE)
     assert waiting > 0.2 and assigned.idle < 0.02, (waiting, assigned.idle)

@@ -43,8 +43,8 @@ def plan(sight: Sight, dtype: torch.dtype) -> list[Plan]:
     Args:
         dtype: of queries and keys.
     """
-    rows = zip(*(t.cpu().numpy() for t in sight), strict=True)
-    return [_plan(*row, dtype) for row in rows]
+    query, key, end = (t.cpu().numpy() for t in sight)
+    return [_plan(*row, dtype) for row in zip(query, key, end, strict=True)]
 
 
 def _plan(query: NDArray, key: NDArray, end: NDArray, dtype: torch.dtype) -> Plan:

@@ -121,7 +121,7 @@ class Engine(abc.ABC):
         self.config, self.policy, self.module = config, policy, policy.module
         self.teacher_state, self.teacher = teacher, teacher.model
         self.optimizer = optimizer
-        self.sharing = self._sharing()
+        self.sharing: Sharing = self._sharing()
         parts = {"model": self.module, "optimizer": optimizer_state}
         parts |= {"teacher": teacher, "run": state}
         self.checkpoints = Checkpoints(config.run_folder, config.checkpoint, parts)

@@ -13,7 +13,7 @@ is the same.
 Shapes: B rows of T slots, Q queries, K keys, N predicted tokens.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple
 
 import torch
@@ -39,6 +39,21 @@ class Rows:
     index_N: Tensor
     """The B*T slots whose hidden state predicts a response token, in the same order in both
     passes."""
+
+    @classmethod
+    def of(cls, tokens_BT: Tensor, positions_BT: Tensor, index_N: Tensor) -> "Rows":
+        """Rows of whole sequences, which begin wherever positions are 0."""
+        width = positions_BT.shape[1]
+        place_BT = torch.arange(width, device=positions_BT.device).expand_as(positions_BT)
+        starts_BT = torch.where(positions_BT == 0, place_BT, width)
+        later_BT = torch.nn.functional.pad(starts_BT[:, 1:], (0, 1), value=width)
+        end_BT = later_BT.flip(1).cummin(1).values.flip(1)
+        return cls(tokens_BT, positions_BT, place_BT, end_BT, index_N)
+
+    def to(self, device: torch.device | str) -> "Rows":
+        """Moved, asynchronously where the host memory is pinned."""
+        moved = (getattr(self, f.name).to(device, non_blocking=True) for f in fields(self))
+        return Rows(*moved)
 
     @property
     def sight(self) -> "Sight":

@@ -8,20 +8,23 @@ with ``hidden_states`` and ``lm_head``.
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sdpo_kernels import linear_logprob
+from sdpo_parallel.engine import ROW_MULTIPLE
 from sdpo_parallel.huggingface import load_tokenizer, resolve_model
+from sdpo_parallel.rows import Sharing
 from sdpo_parallel.transformers.engine import load_model
 
-from ..batching import BatchConfig, Rows, micro_batches, pack
+from ..batching import BatchConfig, micro_batches, pack_passes
 from ..chat import chat_format
 from ..hindsight import Encoded, encode, hindsight_ids
 from ..interactions import Interaction
-from ..step import CausalModel, score
+from ..step import CausalModel, two_passes
 from .options import ReaderOptions
 
 
@@ -51,6 +54,7 @@ class Reader:
         self.device = model.lm_head().weight.device
         tokens = options.batch_tokens
         self.packing = BatchConfig(row_tokens=tokens // 8 or 1, micro_batch_tokens=tokens)
+        self.sharing: Sharing = "keys" if model.reads_tries else "none"
 
     @classmethod
     def load(cls, model: str, options: ReaderOptions) -> "Reader":
@@ -78,16 +82,9 @@ class Reader:
                 waiting.append((own, [self._hindsight(interaction, own, f) for f in followups]))
                 yield own, 1.0
 
-        for batch in micro_batches(encoded(), self.packing):
+        for batch in micro_batches(encoded(), self.packing, self.sharing):
             members = [waiting.popleft() for _ in batch.lengths]
-            batch = batch.to(self.device)
-            stats = score(self.model, batch)
-            passes = [stats.logp_student, stats.logp_teacher]
-            for prompts in zip(*(others for _, others in members), strict=True):
-                pairs = [(p, e.response) for p, (e, _) in zip(prompts, members, strict=True)]
-                rows = pack(pairs, self.packing.row_tokens)
-                passes.append(self._log_probs(rows, batch.targets_N))
-            split = (logp.cpu().double().split(batch.lengths) for logp in passes)
+            split = (logp.split(batch.lengths) for logp in self._log_probs(members))
             for (own, _), logps in zip(members, zip(*split, strict=True), strict=True):
                 yield Reading(encoded=own, policy=logps[0], hindsight=logps[1:])
 
@@ -98,7 +95,23 @@ class Reader:
         return prompt.ids
 
     @torch.no_grad()
-    def _log_probs(self, rows: Rows, targets_N: Tensor) -> Tensor:
-        at = (t.to(self.device) for t in (rows.tokens_BT, rows.positions_BT, rows.index_N))
-        hidden_ND, head = self.model.hidden_states(*at), self.model.lm_head()
-        return linear_logprob(hidden_ND, head.weight, targets_N, **head.options).logp
+    def _log_probs(self, members: Sequence[tuple[Encoded, list[tuple[int, ...]]]]) -> list[Tensor]:
+        """log-probabilities (N,) of all responses without a follow-up, with their own, and with
+        each of the others."""
+        policy = [(own.policy, own.response) for own, _ in members]
+        prompts = zip(*((own.hindsight, *others) for own, others in members), strict=True)
+        contexts = [
+            [(p, own.response) for p, (own, _) in zip(column, members, strict=True)]
+            for column in prompts
+        ]
+        hindsight = list(chain(*contexts))
+        layout = self.packing.row_tokens, ROW_MULTIPLE, self.sharing
+        passes = (rows.to(self.device) for rows in pack_passes(policy, hindsight, *layout)[0])
+        states = two_passes(self.model, *passes, self.model, self.sharing)
+        head = self.model.lm_head()
+        targets = torch.tensor([t for own, _ in members for t in own.response], device=self.device)
+        out = []
+        for hidden_ND in (states[0], *states[1].chunk(len(contexts))):
+            logp = linear_logprob(hidden_ND, head.weight, targets, **head.options).logp
+            out.append(logp.cpu().double())
+        return out

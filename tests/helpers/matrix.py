@@ -32,6 +32,7 @@ LAYOUTS: dict[int, dict[str, dict]] = {
 LORA = {"lora": {"rank": 4}, "optimizer": {"lr": 1e-3}}
 OPTIONS: dict[str, dict] = {
     "accumulation": {"batch": {"micro_batch_tokens": 256}},
+    "not shared": {"batch": {"share_prefix": "none"}},
     "AC none": {"parallel": {"activation_checkpoint": "none"}},
     "AC full": {"parallel": {"activation_checkpoint": "full"}},
     "compile": {"parallel": {"compile": "aot_eager"}},
@@ -62,9 +63,10 @@ def compute_dtype(c: dict) -> str:
 
 
 def alone(c: dict) -> dict:
-    """The one-process run with the same losses: what must not change them is left out."""
+    """The one-process run with the same losses: what must not change them is left out, and every
+    sequence is read whole."""
     settings = {**c["settings"], "parallel": {"compute_dtype": compute_dtype(c)}}
-    settings.pop("batch", None)
+    settings["batch"] = {"share_prefix": "none"}
     return {**c, "name": f"{c['kind']} {settings}", "layout": "alone", "settings": settings}
 
 

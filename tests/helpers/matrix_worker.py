@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from helpers import runs
 from sdpo.train.config import TrainConfig, with_settings
 from sdpo.train.trainer import train
+from sdpo_parallel.rows import Rows
 from sdpo_parallel.teacher import reshard
 from sdpo_parallel.torchtitan.engine import TorchtitanEngine
 from sdpo_parallel.torchtitan.mesh import init_distributed
@@ -40,7 +41,7 @@ def logits(engine: TorchtitanEngine) -> torch.Tensor:
     positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
     index = torch.arange(TOKENS.numel())
     with engine.context():
-        h = engine.policy.hidden_states(TOKENS, positions, index)
+        h = engine.policy.hidden_states(Rows.of(TOKENS, positions, index))
         part = h @ engine.policy.lm_head().weight.T
     reshard(engine.module)
     if (group := engine.policy.tensor_group) is not None:

@@ -18,6 +18,7 @@ from sdpo.train.trainer import RunState
 from sdpo_parallel.build import build_engine
 from sdpo_parallel.engine import EngineConfig
 from sdpo_parallel.huggingface import load_tokenizer
+from sdpo_parallel.rows import Rows
 from sdpo_parallel.transformers.engine import load_model
 
 COUNT, CHARACTERS = 24, 500
@@ -114,13 +115,13 @@ def test_bfloat16_states_are_the_same_bits_packed_and_one_a_row(smollm2, encoded
     compared = 0
     for tokens_T, positions_T in zip(batch.tokens_BT, batch.positions_BT, strict=True):
         slots = torch.arange(len(tokens_T))
-        packed = model.hidden_states(tokens_T[None], positions_T[None], slots)
+        packed = model.hidden_states(Rows.of(tokens_T[None], positions_T[None], slots))
         document_T = (positions_T == 0).cumsum(0)
         for document in document_T.unique():
             own = document_T == document
             if own.sum() > 1:  # not padding
                 row = torch.where(own, tokens_T, 0), torch.where(own, positions_T, 0)
-                alone = model.hidden_states(row[0][None], row[1][None], slots)
+                alone = model.hidden_states(Rows.of(row[0][None], row[1][None], slots))
                 assert torch.equal(alone[own], packed[own])
                 compared += 1
     assert compared == 5 > len(batch.tokens_BT), "several documents to a row"

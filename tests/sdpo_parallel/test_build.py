@@ -14,6 +14,7 @@ from sdpo.train.trainer import RunState
 from sdpo_parallel.build import EngineName, build_engine, export_checkpoint
 from sdpo_parallel.engine import EngineConfig
 from sdpo_parallel.errors import SdpoError
+from sdpo_parallel.rows import Rows
 
 ENGINES: list[EngineName] = ["torchtitan", "transformers"]
 
@@ -27,7 +28,7 @@ def test_an_export_needs_no_optimizer_and_no_teacher(name, models, tmp_path, mon
         engine.load()
         tokens, slots = torch.arange(128)[None], torch.arange(128)
         with engine.context():
-            hidden = engine.policy.hidden_states(tokens, tokens, slots)
+            hidden = engine.policy.hidden_states(Rows.of(tokens, tokens, slots))
             logits = hidden @ engine.policy.lm_head().weight.T
             engine.backward(logits.logsumexp(-1).sum(), last=True)
         assert engine.clip_gradients() > 0 and engine.update(1) > 0

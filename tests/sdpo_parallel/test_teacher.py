@@ -7,6 +7,7 @@ import torch
 
 from sdpo_parallel.config import EMA, Frozen, Live, TrustRegion
 from sdpo_parallel.model import LMHead
+from sdpo_parallel.rows import Rows
 from sdpo_parallel.teacher import AdaptersOff, Mixture, TeacherState, lerp
 
 
@@ -18,8 +19,10 @@ class Model:
         for p in self.module.parameters():
             torch.nn.init.constant_(p, value)
 
-    def hidden_states(self, tokens_BT, positions_BT, index_N):
-        return self.module[0](torch.ones(len(index_N), 4))
+    reads_tries = True
+
+    def hidden_states(self, rows, *, keep=None, behind=None):
+        return self.module[0](torch.ones(len(rows.index_N), 4))
 
     def lm_head(self):
         return LMHead(self.module[1].weight)  # pyright: ignore[reportArgumentType]
@@ -91,7 +94,8 @@ def test_with_adapters_the_start_is_the_policy_with_them_off(teacher):
     assert made.copy is None and made.state_dict() == {}, "no second model"
     other = made.model.frozen if isinstance(made.model, Mixture) else made.model
     assert isinstance(other, AdaptersOff)
-    other.hidden_states(None, None, torch.arange(2))  # pyright: ignore[reportArgumentType]
+    nothing = torch.zeros(1, 3, dtype=torch.long)
+    other.hidden_states(Rows.of(nothing, nothing, torch.arange(2)))
     assert seen == ["off", "on"] and other.own_responses([1]) is None
 
 
@@ -101,8 +105,8 @@ def test_a_mixtures_logits_are_the_mixed_logits():
         for p in model.module.parameters():
             torch.nn.init.normal_(p)
     mixed = Mixture(live, frozen, 0.3)
-    index = torch.arange(3)
     nothing = torch.zeros(1, 3, dtype=torch.long)
-    u, v = (m.hidden_states(nothing, nothing, index) @ m.lm_head().weight.T for m in (live, frozen))
-    got = mixed.hidden_states(nothing, nothing, index) @ mixed.lm_head().weight.T
+    rows = Rows.of(nothing, nothing, torch.arange(3))
+    u, v = (m.hidden_states(rows) @ m.lm_head().weight.T for m in (live, frozen))
+    got = mixed.hidden_states(rows) @ mixed.lm_head().weight.T
     torch.testing.assert_close(got, 0.7 * u + 0.3 * v)

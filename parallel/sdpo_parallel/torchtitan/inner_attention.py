@@ -28,18 +28,18 @@ class Keeping(FlexAttention):
     """Base: what is kept lies in buffers, which compiled blocks can write to as well.
 
     Attributes:
-        buffers: keys and values (B, L, N, H) of the pass that keeps them; None: nothing is kept.
+        store: keys and values (B, L, N, H) of the pass that keeps them; None: nothing is kept.
         role: whether this pass writes them, or has them before its own.
     """
 
-    buffers: tuple[Tensor, Tensor] | None = None
+    store: tuple[Tensor, Tensor] | None = None
     role: Literal["write", "read"] = "write"
 
     def kept(self, k_BLNH: Tensor, v_BLNH: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values that this pass sees."""
-        if self.buffers is None:
+        if self.store is None:
             return k_BLNH, v_BLNH
-        keys, values = self.buffers
+        keys, values = self.store
         if self.role == "read":
             return torch.cat([keys, k_BLNH], 1), torch.cat([values, v_BLNH], 1)
         with torch.no_grad():
@@ -57,12 +57,12 @@ def using(
     """A context in which each layer writes or reads its buffers. Blocks that the backward computes
     again do so outside of it."""
     for layer, pair in zip(layers, buffers, strict=True):
-        layer.buffers, layer.role = pair, role
+        layer.store, layer.role = pair, role
     try:
         yield
     finally:
         for layer in layers:
-            layer.buffers = None
+            layer.store = None
 
 
 class KeepingFlexAttention(Keeping):

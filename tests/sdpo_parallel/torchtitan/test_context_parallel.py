@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_mask
 
+from sdpo_parallel.rows import Rows
 from sdpo_parallel.torchtitan import context_parallel
-from sdpo_parallel.torchtitan.cpu_attention import document_mask
 
 
 def positions(rows: int, width: int, generator: torch.Generator) -> torch.Tensor:
@@ -20,30 +19,20 @@ def positions(rows: int, width: int, generator: torch.Generator) -> torch.Tensor
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_ranks_mask_is_its_part_of_the_whole_in_many_shapes(ranks, seed, monkeypatch):
-    """More shapes than torch compiles versions of a function: the flex mask is built without
-    compiling here, and without torch's own sharding of block masks anywhere."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    monkeypatch.setattr(context_parallel, "create_attention_mask", create_block_mask)
+def test_a_ranks_mask_is_its_part_of_the_whole_in_many_shapes(ranks, seed):
     generator = torch.Generator().manual_seed(seed)
     for n in range(1, 11):
         positions_BT = positions(1 + n % 3, 128 * ranks * n, generator)
-        whole = document_mask(positions_BT)
+        rows = Rows.of(positions_BT, positions_BT, positions_BT)
+        whole, held = rows.sight.dense(), []
         document_BT = (positions_BT == 0).cumsum(-1)
-        held = []
+        same = document_BT[:, :, None] == document_BT[:, None]
+        assert torch.equal(whole[:, 0], same.tril())
         for rank in range(ranks):
             mesh: Any = SimpleNamespace(size=lambda: ranks, get_local_rank=lambda r=rank: r)
             part = context_parallel.share(positions_BT.shape[1], mesh, torch.device("cpu"))
-            expected = whole[:, :, part.mine_L][..., part.order_T]
-            assert torch.equal(context_parallel.dense_mask(document_BT, part), expected)
-            if n < 4:
-                mask = context_parallel.block_mask(document_BT, part, 128)
-                rows, (queries, keys) = positions_BT.shape[0], mask.seq_lengths
-                dense = create_mask(mask.mask_mod, rows, 1, queries, keys, device="cpu")
-                assert torch.equal(dense, expected)
-                covers = mask.to_dense().repeat_interleave(128, 2).repeat_interleave(128, 3).bool()
-                assert not (expected & ~covers).any(), "a block that holds pairs is left out"
+            sight = context_parallel.sight_of(rows, part)
+            assert torch.equal(sight.dense(), whole[:, :, part.mine_L][..., part.order_T])
             held += part.mine_L.tolist()
         assert sorted(held) == list(range(positions_BT.shape[1]))
         assert held == part.order_T.tolist(), "keys are gathered in the order of the ranks"

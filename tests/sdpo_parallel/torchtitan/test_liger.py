@@ -29,7 +29,7 @@ from torchtitan.distributed import utils as dist_utils  # noqa: E402
 from torchtitan.distributed.activation_checkpoint import SelectiveAC  # noqa: E402
 from torchtitan.distributed.spmd_types import annotate_input_spmd_types  # noqa: E402
 
-from sdpo_parallel.torchtitan.cpu_attention import document_mask  # noqa: E402
+from sdpo_parallel.rows import Rows  # noqa: E402
 from sdpo_parallel.torchtitan.liger import OVERRIDES  # noqa: E402
 from sdpo_parallel.torchtitan.models import spec_from_hf  # noqa: E402
 
@@ -71,7 +71,7 @@ def titan_model(folder: str, liger: bool, parallelize=None) -> torch.nn.Module:
     spec = spec_from_hf(folder)
     model = spec.model
     model.update_from_config(config=SimpleNamespace(parallelism=ParallelismConfig()))
-    imports = ["sdpo_parallel.torchtitan.cpu_attention.flex_to_dense"]
+    imports = ["sdpo_parallel.torchtitan.inner_attention.flex_to_cpu"]
     imports += OVERRIDES if liger else []
     apply_overrides(OverrideConfig(imports=imports), model)
     module = model.build()
@@ -85,7 +85,7 @@ def titan_model(folder: str, liger: bool, parallelize=None) -> torch.nn.Module:
 
 
 def titan_course(module: torch.nn.Module, tokens: Tensor, positions: Tensor) -> dict[str, Tensor]:
-    masks = document_mask(positions)
+    masks = Rows.of(tokens, positions, tokens).sight.dense()
     return trajectory(module, module(tokens, positions=positions, attention_masks=masks))
 
 
@@ -148,7 +148,7 @@ def tensor_parallel_rank(rank: int, folders: list[str], store: str) -> None:
             module = titan_model(folder, liger, lambda module: module.parallelize(dims))
             torch.manual_seed(0)
             tokens, positions = packed_rows(2)
-            masks, labels = document_mask(positions), tokens.clone()
+            masks, labels = Rows.of(tokens, positions, tokens).sight.dense(), tokens.clone()
             with context():
                 annotate_input_spmd_types(dims, tokens, labels, {"positions": positions})
                 logits = module(tokens, positions=positions, attention_masks=masks)

@@ -1,6 +1,7 @@
 """Models that transformers packs, and models that it does not; dropout; heads that are more."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from sdpo.objective import ReverseKL, SampledToken
 from sdpo.step import two_pass_loss
 from sdpo_kernels import reference
 from sdpo_parallel.errors import SdpoError
+from sdpo_parallel.rows import Rows
 from sdpo_parallel.teacher import Mixture
 from sdpo_parallel.transformers.engine import TransformersModel, disable_dropout, load_model
 
@@ -50,7 +52,7 @@ def test_a_packed_document_reads_as_it_does_alone(kind):
     ]
     rows = pack(pairs, row_tokens=128)
     with torch.no_grad():
-        packed = model.hidden_states(rows.tokens_BT, rows.positions_BT, rows.index_N)
+        packed = model.hidden_states(rows)
         alone = [
             model.decoder(input_ids=torch.tensor([[*p, *r]]), use_cache=False).last_hidden_state[
                 0, len(p) - 1 : -1
@@ -58,13 +60,12 @@ def test_a_packed_document_reads_as_it_does_alone(kind):
             for p, r in pairs
         ]
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-5)
-    empty = model.hidden_states(rows.tokens_BT, rows.positions_BT, rows.index_N[:0])
+    empty = model.hidden_states(replace(rows, index_N=rows.index_N[:0]))
     assert empty.shape == (0, 32)
 
 
 DEEP = dict(vocab_size=64, hidden_size=64, num_hidden_layers=4, num_attention_heads=4)
 LEAKING = {
-    "opt": MODELS["opt"],
     "bloom": MODELS["bloom"],
     "qwen3-next": Qwen3NextConfig(
         **DEEP,
@@ -98,7 +99,7 @@ def test_models_that_leak_are_not_packed(kind, dtype):
 
 
 @DTYPES
-@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gpt2", "opt"])
 def test_others_are_packed_and_read_the_same_bits_behind_any_document(kind, dtype):
     model = TransformersModel(random_model(MODELS[kind], dtype=dtype).eval())
     assert model.packs
@@ -106,7 +107,9 @@ def test_others_are_packed_and_read_the_same_bits_behind_any_document(kind, dtyp
     positions = torch.cat([torch.arange(23), torch.arange(41)])[None]
     with torch.no_grad():
         one, other = (
-            model.hidden_states(torch.cat([b, document])[None], positions, torch.arange(23, 64))
+            model.hidden_states(
+                Rows.of(torch.cat([b, document])[None], positions, torch.arange(23, 64))
+            )
             for b in before
         )
     assert torch.equal(one, other) and one.abs().max() > 0
@@ -118,10 +121,10 @@ def test_dropout_is_off_in_both_passes_and_no_reason_to_refuse_a_model():
     assert model.training
     tokens = torch.randint(4, 64, (1, 9))
     positions, index = torch.arange(9)[None], torch.arange(9)
-    noisy = [wrapped.hidden_states(tokens, positions, index) for _ in range(2)]
+    noisy = [wrapped.hidden_states(Rows.of(tokens, positions, index)) for _ in range(2)]
     assert not torch.equal(*noisy)
     disable_dropout(model)
-    quiet = [wrapped.hidden_states(tokens, positions, index) for _ in range(2)]
+    quiet = [wrapped.hidden_states(Rows.of(tokens, positions, index)) for _ in range(2)]
     assert torch.equal(*quiet)
 
 
