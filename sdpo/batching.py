@@ -182,10 +182,10 @@ class Stream:
     @cached_property
     def steps(self) -> int:
         """Steps of the whole run; the last may be smaller."""
-        count = end = 0
+        steps = end = 0
         while end < self.total:
-            count, end = count + 1, self.end(end)
-        return count
+            steps, end = steps + 1, self.end(end)
+        return steps
 
     def step(self, start: int) -> list[int]:
         """Indices into the data of the step that begins at ``start``; none at the run's end."""
