@@ -175,8 +175,7 @@ class Stream:
         self._config = config
         self._epoch = lru_cache(maxsize=2)(self._shuffled)
         self.n, self.sizes = len(self._unit), np.bincount(self._unit)
-        units = len(self.sizes)
-        epochs, more = divmod(max(1, round(units * config.epochs)), units)
+        epochs, more = divmod(max(1, round(len(self.sizes) * config.epochs)), len(self.sizes))
         self.total = epochs * self.n + (self._epoch(epochs)[1][more - 1] if more else 0)
 
     @cached_property
