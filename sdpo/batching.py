@@ -11,9 +11,10 @@ do; every rank computes the same assignment from all lengths, and nothing is com
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import count, groupby
 from typing import Literal
 
@@ -29,6 +30,7 @@ from sdpo_parallel.rows import Rows, Sharing
 
 from .errors import SdpoError
 from .hindsight import Encoded, Truncated
+from .interactions import Interaction, conversation_of
 from .tries import Layout, join, lay_out
 
 
@@ -37,14 +39,17 @@ class BatchConfig:
     """How much a step trains on and how it is cut to fit memory."""
 
     interactions_per_step: int = 128
-    """Interactions of one optimizer step, over all ranks."""
+    """Interactions of one optimizer step, over all ranks; of conversations at least as many."""
+    unit: Literal["interaction", "conversation"] = "interaction"
+    """What is drawn at a time: one interaction, as in the paper, or all of a conversation's, which
+    then are in one step and can share what they have in common."""
     row_tokens: int = 8192
     """Slots of one packed row; raised to the longest sequence where that is longer."""
     micro_batch_tokens: int = 16384
     """Slots of one pass, prompts and padding included, that one rank computes at a time; only a
     single longer sequence exceeds it."""
     epochs: float = 1.0
-    """How often every interaction is trained on; fractions are allowed."""
+    """How often every interaction is trained on; a fraction is a share of the units."""
     seed: int = 0
     """Shuffle seed."""
     share_prefix: Literal["auto", "none"] = "auto"
@@ -122,7 +127,7 @@ class Batch:
 
 @dataclass
 class Cursor:
-    """How many interactions of the endless shuffled stream have been trained on.
+    """How many interactions of a `Stream` have been trained on: a place where a unit ends.
 
     It counts over all ranks, so a run resumes on any number of them.
     """
@@ -130,17 +135,6 @@ class Cursor:
     n: int
     seed: int
     consumed: int = 0
-
-    def peek(self, count: int) -> list[int]:
-        """The next ``count`` indices into the data: epoch after epoch, each its own shuffle."""
-        places = range(self.consumed, self.consumed + count)
-        return [int(_order(self.n, self.seed, i // self.n)[i % self.n]) for i in places]
-
-    def take(self, count: int) -> list[int]:
-        """What ``peek`` gives, which is then consumed."""
-        out = self.peek(count)
-        self.consumed += count
-        return out
 
     def state_dict(self) -> dict:
         """For the checkpoint."""
@@ -161,19 +155,61 @@ class Cursor:
         self.consumed = state["consumed"]
 
 
-@lru_cache(maxsize=2)
-def _order(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(n)
+def unit_of(interaction: Interaction, config: BatchConfig) -> str:
+    """Name of the unit that an interaction is drawn with: its own id, or its conversation's."""
+    return interaction.id if config.unit == "interaction" else conversation_of(interaction)
 
 
-def steps_in(n: int, config: BatchConfig) -> int:
-    """Steps that see ``n`` interactions ``config.epochs`` times; the last may be smaller."""
-    return -(-total_interactions(n, config) // config.interactions_per_step)
+class Stream:
+    """What a run draws: every epoch its units in a new shuffled order, cut into steps.
 
+    A unit's interactions keep the data's order and are in one step. Places in the stream are
+    counted in interactions: a unit has one of ``sizes``, an epoch ``n``, the whole run ``total``.
 
-def total_interactions(n: int, config: BatchConfig) -> int:
-    """Interactions of the whole run, repeats counted; at least one."""
-    return max(1, round(n * config.epochs))
+    Args:
+        units: the name of each interaction's unit, in the data's order.
+    """
+
+    def __init__(self, units: Iterable[str], config: BatchConfig):
+        numbers: dict[str, int] = {}
+        self._unit = np.array([numbers.setdefault(name, len(numbers)) for name in units])
+        self._config = config
+        self._epoch = lru_cache(maxsize=2)(self._shuffled)
+        self.n, self.sizes = len(self._unit), np.bincount(self._unit)
+        epochs, more = divmod(max(1, round(len(self.sizes) * config.epochs)), len(self.sizes))
+        self.total = epochs * self.n + (self._epoch(epochs)[1][more - 1] if more else 0)
+
+    @cached_property
+    def steps(self) -> int:
+        """Steps of the whole run; the last may be smaller."""
+        steps = end = 0
+        while end < self.total:
+            steps, end = steps + 1, self.end(end)
+        return steps
+
+    def step(self, start: int) -> list[int]:
+        """Indices into the data of the step that begins at ``start``; none at the run's end."""
+        return self.places(start, self.end(start)).tolist()
+
+    def end(self, start: int) -> int:
+        """Where the step that begins at ``start`` ends: with the unit that fills it."""
+        last = min(start + self._config.interactions_per_step, self.total) - 1
+        epoch, last = divmod(last, self.n)
+        ends = self._epoch(epoch)[1]
+        return epoch * self.n + ends[bisect_right(ends, last)]
+
+    def places(self, start: int, stop: int) -> np.ndarray:
+        """Indices into the data from ``start`` up to ``stop``."""
+        first, last = start // self.n, max(start, stop - 1) // self.n
+        drawn = np.concatenate([self._epoch(e)[0] for e in range(first, last + 1)])
+        return drawn[start - first * self.n : stop - first * self.n]
+
+    def _shuffled(self, epoch: int) -> tuple[np.ndarray, list[int]]:
+        """Indices into the data in an epoch's order, and where in it each unit ends."""
+        order = np.random.default_rng((self._config.seed, epoch)).permutation(len(self.sizes))
+        rank = np.argsort(order)  # a unit's place in the order
+        places = np.argsort(rank[self._unit], kind="stable")
+        return places, np.cumsum(self.sizes[order]).tolist()
 
 
 Example = tuple[Encoded, float]

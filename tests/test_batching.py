@@ -1,8 +1,10 @@
-"""Packing, alignment of y in both passes, and the data cursor."""
+"""Packing, alignment of y in both passes, what a step draws, and the data cursor."""
 
 import random
 from dataclasses import replace
+from itertools import groupby
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,13 +13,16 @@ from hypothesis import strategies as st
 from sdpo.batching import (
     BatchConfig,
     Cursor,
+    Stream,
     assign,
     collate,
     micro_batches,
-    steps_in,
+    unit_of,
     units,
 )
+from sdpo.conversations import Message
 from sdpo.hindsight import Encoded, Truncated
+from sdpo.interactions import Interaction
 from sdpo_parallel.engine import ROW_MULTIPLE
 from sdpo_parallel.rows import Rows
 
@@ -156,25 +161,78 @@ def test_old_logprobs_are_there_only_where_all_have_them():
     assert none is not None and none.numel() == 0, "a rank without data clips as the others do"
 
 
-@given(st.integers(1, 30), st.integers(1, 12), st.integers(0, 5))
-def test_each_epoch_shows_everything_once_in_its_own_order(n, per_step, seed):
-    cursor = Cursor(n, seed)
-    stream = [
-        cursor.take(min(per_step, 3 * n - cursor.consumed)) for _ in range(-(-3 * n // per_step))
-    ]
-    flat = [i for step in stream for i in step]
-    epochs = [flat[i * n : (i + 1) * n] for i in range(3)]
-    assert all(sorted(e) == list(range(n)) for e in epochs)
-    if n > 8:
-        assert epochs[0] != epochs[1]
+conversations = st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=30)
+"""The conversation of each interaction, in the data's order: of any size, side by side or not."""
 
 
-@given(st.integers(2, 30), st.integers(0, 60))
-def test_a_resumed_cursor_goes_on_where_it_stopped(n, before):
-    a, b = Cursor(n, 3), Cursor(n, 3)
-    a.take(before)
-    b.load_state_dict(a.state_dict())
-    assert a.take(2 * n) == b.take(2 * n)
+def drawn(stream: Stream, start: int = 0) -> list[list[int]]:
+    """The steps from a place in the stream to the end of the run."""
+    steps = []
+    while step := stream.step(start):
+        steps.append(step)
+        start += len(step)
+    return steps
+
+
+@given(conversations, st.integers(1, 12), st.integers(0, 5))
+def test_each_epoch_shows_each_conversation_once_and_whole_in_one_step(names, per_step, seed):
+    stream = Stream(names, BatchConfig(interactions_per_step=per_step, epochs=3, seed=seed))
+    steps, n = drawn(stream), len(names)
+    assert len(steps) == stream.steps and sum(map(len, steps)) == stream.total == 3 * n
+    flat = [(i, step) for step, places in enumerate(steps) for i in places]
+    for epoch in (flat[k * n : (k + 1) * n] for k in range(3)):
+        assert sorted(i for i, _ in epoch) == list(range(n))
+        whole = [[*found] for _, found in groupby(epoch, key=lambda pair: names[pair[0]])]
+        assert len(whole) == len(set(names)), "its interactions are next to each other"
+        for found in whole:
+            assert found == sorted(found), "in the data's order"
+            assert len({step for _, step in found}) == 1
+    for places in steps[:-1]:
+        last = names[places[-1]]
+        assert len(places) >= per_step > len(places) - names.count(last)
+
+
+def test_each_epoch_has_its_own_order():
+    stream = Stream("abcdefghij", BatchConfig(epochs=2))
+    assert (stream.places(0, 10) != stream.places(10, 20)).any()
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.sampled_from([0.1, 0.5, 1.0, 1.4, 3.0]))
+def test_single_interactions_are_drawn_as_by_earlier_versions(n, per_step, epochs):
+    config = BatchConfig(interactions_per_step=per_step, epochs=epochs, seed=3)
+    stream = Stream(map(str, range(n)), config)
+    shuffles = [np.random.default_rng((3, epoch)).permutation(n) for epoch in range(3)]
+    expected = np.concatenate(shuffles)[: max(1, round(n * epochs))].tolist()
+    cut = range(0, len(expected), per_step)
+    assert drawn(stream) == [expected[k : k + per_step] for k in cut]
+    assert stream.steps == len(cut)
+
+
+@given(conversations, st.integers(1, 12), st.integers(0, 40))
+def test_it_goes_on_where_any_step_ended(names, per_step, after):
+    config = BatchConfig(interactions_per_step=per_step, epochs=2.5)
+    whole = drawn(Stream(names, config))
+    after = min(after, len(whole))
+    state = Cursor(len(names), 0, sum(map(len, whole[:after]))).state_dict()
+    cursor = Cursor(len(names), 0)
+    cursor.load_state_dict(state)
+    assert drawn(Stream(names, config), cursor.consumed) == whole[after:]
+
+
+@given(conversations, st.floats(0.01, 3.0))
+def test_a_fraction_of_an_epoch_is_that_share_of_the_conversations(names, epochs):
+    stream = Stream(names, BatchConfig(interactions_per_step=1, epochs=epochs))
+    assert stream.steps == max(1, round(len(set(names)) * epochs))
+    endless = Stream(names, BatchConfig(interactions_per_step=1, epochs=4))
+    assert drawn(stream) == drawn(endless)[: stream.steps]
+
+
+@pytest.mark.parametrize(("unit", "sizes"), [("interaction", [1] * 5), ("conversation", [2, 1, 2])])
+def test_units_are_interactions_or_conversations(unit, sizes):
+    prompt, ids = (Message("user", "?"),), ("a_0", "a_2", "b", "c~2", "c")
+    config = BatchConfig(unit=unit)
+    made = [Interaction(id=i, prompt=prompt, response="y", followup="o") for i in ids]
+    assert Stream((unit_of(i, config) for i in made), config).sizes.tolist() == sizes
 
 
 def test_a_cursor_refuses_other_data():
@@ -182,7 +240,7 @@ def test_a_cursor_refuses_other_data():
         Cursor(6, 0).load_state_dict(Cursor(5, 0).state_dict())
 
 
-def test_the_last_step_takes_what_is_left():
-    assert steps_in(10, BatchConfig(interactions_per_step=4)) == 3
-    assert steps_in(10, BatchConfig(interactions_per_step=4, epochs=2)) == 5
-    assert steps_in(1, BatchConfig(interactions_per_step=4, epochs=0.1)) == 1
+def test_a_cursor_of_an_earlier_version_goes_on():
+    cursor = Cursor(6, 2)
+    cursor.load_state_dict({"consumed": 4, "seed": 2, "n": 6})
+    assert cursor.consumed == 4

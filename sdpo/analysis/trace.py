@@ -1,9 +1,9 @@
 """`sdpo data trace ID`: where a conversation, an interaction or a user went, and what has read it.
 
 The manifest beside a file of interactions leads back to the rows of the logs, and forward to the
-checkpoints of runs: a run draws interactions in an order that its seed and their number fix, and
-each checkpoint counts how many it has drawn, so what it has read is known exactly. No model is
-read.
+checkpoints of runs: a run draws interactions in an order that its seed, their number and, where it
+draws whole conversations, their ids fix, and each checkpoint counts how many it has drawn, so what
+it has read is known exactly. No model is read.
 
 A conversation that was dropped as a duplicate lives on in the one kept in its place, and would come
 back if only that one were removed: duplicates are traced along.
@@ -15,13 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..batching import BatchConfig, Cursor, total_interactions
+from ..batching import BatchConfig, Stream, unit_of
 from ..data.manifest import Hit, find
 from ..errors import DataError
 from ..interactions import iter_interactions
@@ -123,7 +122,7 @@ def trace_run(run: Path, data: str, digest: str, wanted: Sequence[str]) -> RunTr
             f"is ({digest[:12]}); trace there, or the file as it was then"
         )
     try:
-        kept = _kept(data, newest)
+        kept, stream = _drawn_from(data, newest)
     except DataError as error:
         note = f"trained on this file, by a selection that is not known any more ({error})"
         return unknown(note, trained_on_it=True)
@@ -136,7 +135,7 @@ def trace_run(run: Path, data: str, digest: str, wanted: Sequence[str]) -> RunTr
         trained_on_it=True,
         left_out=tuple(id for id in wanted if id not in place),
         probe=tuple(traced[i] for i in monitored if i in traced),
-        checkpoints=tuple(_read_by(run, manifests, len(kept), traced)),
+        checkpoints=tuple(_read_by(run, manifests, stream, traced)),
     )
 
 
@@ -148,30 +147,31 @@ def _manifests(run: Path) -> dict[str, dict[str, Any]]:
     return dict(sorted(names.items(), key=lambda item: item[1]["step"]))
 
 
-def _kept(data: str, manifest: dict[str, Any]) -> list[str]:
-    """Ids of the interactions that the run draws from, in the file's order."""
-    ids = [i.id for i in iter_interactions(data)]
-    stored = dict(manifest["config"].get("select") or {})
-    stored.pop("kind", None)
-    select = SelectConfig(**stored)
-    if not select.selects:
-        return ids
-    if selection_sha256(select) != manifest["selection_sha256"]:
-        raise DataError(f"{select.scores} have changed since")
-    judge = Judge(select)
-    return [id for id in ids if isinstance(judge(id), float)]
+def _drawn_from(data: str, manifest: dict[str, Any]) -> tuple[list[str], Stream]:
+    """Ids of the interactions that the run draws from, in the file's order, and how it does."""
+    select = SelectConfig(**_fields(manifest["config"].get("select") or {}))
+    batch = BatchConfig(**_fields(manifest["config"]["batch"]))
+    rows = [(i.id, unit_of(i, batch)) for i in iter_interactions(data)]
+    if select.selects:
+        if selection_sha256(select) != manifest["selection_sha256"]:
+            raise DataError(f"{select.scores} have changed since")
+        judge = Judge(select)
+        rows = [row for row in rows if isinstance(judge(row[0]), float)]
+    return [id for id, _ in rows], Stream((unit for _, unit in rows), batch)
+
+
+def _fields(stored: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in stored.items() if name != "kind"}
 
 
 def _read_by(
-    run: Path, manifests: dict[str, dict[str, Any]], n: int, traced: dict[int, str]
+    run: Path, manifests: dict[str, dict[str, Any]], stream: Stream, traced: dict[int, str]
 ) -> Iterator[Checkpoint]:
-    """What each checkpoint of a run on ``n`` interactions has read of those traced."""
-    *_, newest = manifests.values()
-    batch = newest["config"]["batch"]
+    """What each checkpoint of a run has read of the interactions traced."""
     seen = {name: manifest["interactions_seen"] for name, manifest in manifests.items()}
     if (run / "export").is_dir():  # written at a run's end
-        seen["export"] = total_interactions(n, BatchConfig(epochs=batch["epochs"]))
-    drawn = np.array(Cursor(n, batch["seed"]).peek(max(seen.values())))
+        seen["export"] = stream.total
+    drawn = stream.places(0, max(seen.values()))
     for name, count in seen.items():
         times = {id: int((drawn[:count] == i).sum()) for i, id in traced.items()}
         yield Checkpoint(

@@ -24,7 +24,7 @@ from sdpo_parallel.config import Frozen, ParallelConfig
 from sdpo_parallel.huggingface import load_tokenizer
 from sdpo_parallel.memory import USABLE, Load, ModelShape, estimate, host_bytes
 
-from ..batching import steps_in
+from ..batching import Stream, unit_of
 from ..errors import SdpoError
 from ..hindsight import Encoded, Truncated, encode
 from .config import TrainConfig, local_models, to_json
@@ -190,7 +190,11 @@ def _show_data(console: Console, config: TrainConfig) -> list[Encoded]:
     table = Table("what", "value", title="dry run", title_justify="left")
     table.columns[1].justify = "right"
     table.add_row("interactions", f"{len(interactions):,}")
-    table.add_row("steps", f"{steps_in(len(interactions), config.batch):,}")
+    stream = Stream((unit_of(i, config.batch) for i in interactions), config.batch)
+    if config.batch.unit == "conversation":
+        sizes = f"{stream.sizes.mean():,.1f}, {stream.sizes.max():,}"
+        table.add_row("interactions of a conversation: mean, max", sizes)
+    table.add_row("steps", f"{stream.steps:,}")
     lengths = {
         "policy prompt": [len(e.policy) for e in sample],
         "hindsight prompt": [len(e.hindsight) for e in sample],

@@ -1,6 +1,6 @@
 """From a file of interactions and a place in it to this rank's micro-batches.
 
-    loader = Loader(interactions, tokenizer, cursor, config.hindsight, config.batch)
+    loader = Loader(interactions, tokenizer, config.hindsight, config.batch)
     loader.assign_to(engine)
     for step in loader:
         ...  # step.micro_batches: this rank's, ready to be moved to its device
@@ -12,7 +12,7 @@ any layout.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -28,10 +28,10 @@ from ..batching import (
     BatchConfig,
     Cursor,
     Example,
+    Stream,
     assign,
     collate,
-    steps_in,
-    total_interactions,
+    unit_of,
 )
 from ..chat import chat_format
 from ..errors import DataError
@@ -63,24 +63,26 @@ class Step:
 
 
 class Loader:
-    """This rank's micro-batches, step by step, from the cursor's place to the end of the run."""
+    """This rank's micro-batches, step by step, from the cursor's place to the end of the run.
+
+    ``cursor`` is what a checkpoint keeps; it begins at the start.
+    """
 
     def __init__(
         self,
         interactions: Sequence[Interaction],
         tokenizer: PreTrainedTokenizerBase,
-        cursor: Cursor,
         hindsight: HindsightConfig,
         batch: BatchConfig,
     ):
-        self.interactions, self.tokenizer, self.cursor = interactions, tokenizer, cursor
+        self.interactions, self.tokenizer = interactions, tokenizer
         self.hindsight, self.batch = hindsight, batch
-        self.steps = steps_in(len(interactions), batch)
+        self.stream = Stream((unit_of(i, batch) for i in interactions), batch)
+        self.steps = self.stream.steps
+        self.cursor = Cursor(self.stream.n, batch.seed)
         self.dp_rank, self.dp_degree, self.row_multiple = 0, 1, ROW_MULTIPLE
         self.sharing: Sharing = "none"
-        self._total = total_interactions(len(interactions), batch)
         self._pool = ThreadPoolExecutor(1)
-        self._ahead: Future[Step] | None = None
 
     def assign_to(self, engine: Engine, *, fixed_width: bool = False) -> None:
         """Hand out the share of an engine's rank, in rows of a width that its layout can split.
@@ -96,12 +98,13 @@ class Loader:
 
     def __iter__(self) -> Iterator[Step]:
         """The cursor moves on as a step is handed out."""
-        while count := min(self.batch.interactions_per_step, self._total - self.cursor.consumed):
-            ready, self._ahead = self._ahead, None
-            drawn = self.cursor.take(count)
-            step = ready.result() if ready is not None else self.step(drawn)
-            if after := min(count, self._total - self.cursor.consumed):
-                self._ahead = self._pool.submit(self.step, self.cursor.peek(after))
+        places = self.stream.step(self.cursor.consumed)
+        ahead = None
+        while places:
+            step = self.step(places) if ahead is None else ahead.result()
+            self.cursor.consumed += len(places)
+            if places := self.stream.step(self.cursor.consumed):
+                ahead = self._pool.submit(self.step, places)
             yield step
 
     def step(self, places: Sequence[int]) -> Step:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import groupby
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,13 +11,13 @@ import pytest
 
 from helpers import runs, tiny
 from sdpo.analysis.trace import trace_command
-from sdpo.batching import Cursor
+from sdpo.batching import Stream
 from sdpo.data.manifest import find, manifest_path
 from sdpo.data.prepare.write import MANIFEST
 from sdpo.errors import DataError
-from sdpo.interactions import read_interactions, write_interactions
+from sdpo.interactions import conversation_of, read_interactions, write_interactions
 from sdpo.train.config import read_config
-from sdpo.train.loader import load_interactions
+from sdpo.train.loader import Loader, load_interactions
 
 N = 12
 
@@ -79,8 +80,8 @@ def order(run, data) -> list[str]:
     """What the run's loop drew, in order, taken from the trainer's own parts."""
     config = read_config(str(run))
     interactions = load_interactions(config).interactions
-    cursor = Cursor(len(interactions), config.batch.seed)
-    return [interactions[i].id for i in cursor.take(4) + cursor.take(4) + cursor.take(4)]
+    stream = Stream((i.id for i in interactions), config.batch)
+    return [interactions[i].id for i in stream.places(0, 12)]
 
 
 def test_every_interaction_is_read_by_the_checkpoints_that_drew_it(data, run, order, trace):
@@ -93,6 +94,33 @@ def test_every_interaction_is_read_by_the_checkpoints_that_drew_it(data, run, or
         assert told == {**counts, "export": order.count(i.id)}
         clean = [name for name, n in counts.items() if not n]
         assert one["newest_before"] == (clean[-1] if clean else None)
+
+
+def test_whole_conversations_are_read_by_the_checkpoints_that_drew_them(
+    models, trace, tmp_path, monkeypatch
+):
+    """As the run's own steps tell, which draw one and a half times over the conversations."""
+    data = tiny.make_conversations(tmp_path / "i.jsonl", 8)
+    interactions = read_interactions(data)
+    groups = groupby(interactions, conversation_of)
+    kept = [{"conversation_id": c, "interaction_ids": [i.id for i in g]} for c, g in groups]
+    manifest(data, kept)
+    steps, read = [], Loader.step
+    monkeypatch.setattr(Loader, "step", lambda made, at: steps.append([*at]) or read(made, at))
+    options = ["--engine", "transformers", "--checkpoint.interval", "1", "--checkpoint.keep", "0"]
+    options += ["--batch.unit", "conversation", "--batch.epochs", "1.5"]
+    options += ["--batch.interactions-per-step", "5", "--safeguard.probe-interactions", "0"]
+    out = tmp_path / "run"
+    assert len(runs.train("reverse-kl", models("qwen3"), data, out, *options)) == len(steps) > 3
+    for row in kept:
+        (told,) = trace(row["conversation_id"], data, str(out))["runs"]
+        for s, checkpoint in enumerate([*told["checkpoints"]], start=1):
+            drawn = [interactions[i].id for step in steps[:s] for i in step]
+            expected = {i: drawn.count(i) for i in row["interaction_ids"] if i in drawn}
+            assert checkpoint["read"] == expected
+            assert checkpoint["interactions_seen"] == len(drawn)
+        assert [c["name"] for c in told["checkpoints"]][-2:] == [f"step-{len(steps)}", "export"]
+        assert len(set(told["checkpoints"][-1]["read"].values())) == 1, "all of it, as often"
 
 
 def test_the_probe_reads_without_training(data, run, trace):

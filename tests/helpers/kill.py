@@ -4,7 +4,8 @@
 
 Each point kills a run on two ranks at a random moment, or damages what it wrote, once or twice, and
 resumes it. Its losses must equal the undisturbed run's, from the newest good checkpoint on; nothing
-else may be lost; every interaction must be seen as often. Needs no GPU; about a minute a point.
+else may be lost; every interaction must be seen as often. Half of the points draw single
+interactions, half whole conversations. Needs no GPU; about a minute a point.
 """
 
 import argparse
@@ -26,8 +27,11 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 from helpers import forked, runs, tiny  # noqa: E402
 
 INTERVAL, STEPS, RANKS = 3, 14, 2
+CONVERSATIONS = 35
+"""As many steps of at least six interactions."""
 OPTIONS = ["--checkpoint.interval", str(INTERVAL), "--checkpoint.keep", "2"]
 OPTIONS += ["--teacher", "ema:0.8"]
+UNITS = {"interaction": [], "conversation": ["--batch.unit", "conversation"]}
 DAMAGES = ("truncate", "flip a bit")
 WAYS = ("kill one", "kill all", "SIGTERM", *DAMAGES, "full disk")
 
@@ -37,6 +41,7 @@ class Run:
 
     def __init__(self, model: str, data: str, out: Path, *options: str, ranks: int = RANKS):
         self.out, self.ranks = out, ranks
+        self.interactions = len(Path(data).read_text().splitlines())
         given = ("reverse-kl", model, data, out, *OPTIONS, *options, "--resume")
         self.arguments, self.argv = runs.arguments(*given), runs.command(*given, ranks=ranks)
 
@@ -169,16 +174,19 @@ def check(run: Run, undisturbed: list[dict], disturbances: list[str], rng: rando
         run.finish()
     runs.assert_same_trajectory(undisturbed, run.metrics)
     newest = run.out / "checkpoints" / f"step-{STEPS}" / "manifest.json"
-    assert json.loads(newest.read_text())["interactions_seen"] == STEPS * 6
+    assert json.loads(newest.read_text())["interactions_seen"] == run.interactions
     assert not list(run.out.rglob("*.partial"))
     return f"{' + '.join(disturbances)}: {lost} steps done again, the same losses"
 
 
-def prepare(folder: Path) -> tuple[str, str, list[dict]]:
-    """Model, data and the undisturbed run's metrics."""
+def prepare(folder: Path, unit: str = "interaction") -> tuple[str, str, list[dict]]:
+    """Model, data and the metrics of the undisturbed run that draws such units."""
     model = tiny.make_model(folder / "model", "qwen3")
-    data = tiny.make_interactions(folder / "i.jsonl", 6 * STEPS)
-    run = Run(model, data, folder / "undisturbed")
+    if unit == "interaction":
+        data = tiny.make_interactions(folder / "i.jsonl", 6 * STEPS)
+    else:
+        data = tiny.make_conversations(folder / "i.jsonl", CONVERSATIONS)
+    run = Run(model, data, folder / "undisturbed", *UNITS[unit])
     run.finish()
     assert len(run.metrics) == STEPS
     return model, data, run.metrics
@@ -192,14 +200,18 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, data, undisturbed = prepare(folder)
+        prepared = {unit: prepare(folder / unit, unit) for unit in UNITS}
         for point in range(args.points):
             rng = random.Random(f"{args.seed} {point}")
             ways = [WAYS[point % len(WAYS)]]
             if rng.random() < 0.3:
                 ways.append(rng.choice(WAYS[:5]))
-            run = Run(model, data, folder / f"point-{point}")
-            print(f"{point + 1}/{args.points}", check(run, undisturbed, ways, rng), flush=True)
+            # each way in turn with each unit
+            unit = tuple(UNITS)[(point + point // len(WAYS)) % len(UNITS)]
+            model, data, undisturbed = prepared[unit]
+            run = Run(model, data, folder / f"point-{point}", *UNITS[unit])
+            told = check(run, undisturbed, ways, rng)
+            print(f"{point + 1}/{args.points}", f"{unit}:", told, flush=True)
             shutil.rmtree(run.out)
 
 

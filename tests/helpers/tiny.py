@@ -139,3 +139,19 @@ def make_interactions(path: Path, n: int, seed: int = 0) -> str:
         )
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     return str(path)
+
+
+def make_conversations(path: Path, n: int, seed: int = 0) -> str:
+    """``n`` conversations of one to five interactions, each of which reads all before it."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(n):
+        prompt = [{"role": "user", "content": text(rng, 1, 8)}]
+        for turn in range(rng.randint(1, 5)):
+            response = {"role": "assistant", "content": text(rng, 1, 8)}
+            followup = {"role": "user", "content": text(rng, 1, 6)}
+            row = {"id": f"c{i}_{turn}", "turn_id": turn, "prompt": prompt}
+            rows.append(row | {"completion": response, "user_response": followup})
+            prompt = [*prompt, response, followup]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return str(path)

@@ -1,6 +1,7 @@
 """The dry run's memory tables, from config.json alone."""
 
 import re
+from pathlib import Path
 
 import pytest
 from transformers import GPT2Config
@@ -47,6 +48,21 @@ def test_qwen3_8b_on_8_ranks_of_80_gb(qwen3_8b, run):
     assert re.search(r"parameters \(float32\)\s*│\s*3\.81", shown)  # 4 P / 8
     assert 40 < total(shown) < 72
     assert "(this run)" in shown and "too much" in shown
+
+
+def test_a_step_of_one_interaction_or_of_one_conversation(models, tmp_path, capsys):
+    data = tiny.make_conversations(tmp_path / "i.jsonl", 40)
+    n = len(Path(data).read_text().splitlines())
+    steps = {}
+    for unit in ("interaction", "conversation"):
+        options = ["--data", data, "--batch.unit", unit, "--batch.interactions-per-step", "1"]
+        main([*dry(models("qwen3")), *options])
+        shown = capsys.readouterr().out
+        found = re.search(r"steps\s*│\s*(\d+)", shown)
+        assert found, shown
+        steps[unit] = int(found[1])
+    assert steps == {"interaction": n, "conversation": 40}
+    assert re.search(rf"of a conversation: mean, max\s*│\s*{n / 40:.1f}, 5", shown)
 
 
 def test_qwen3_32b_on_64_ranks(tmp_path, run):

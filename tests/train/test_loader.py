@@ -1,5 +1,7 @@
 """A file and a cursor become every rank's micro-batches, the same on any layout, from any place."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,9 +9,9 @@ import pytest
 import torch
 
 from helpers import tiny
-from sdpo.batching import Batch, BatchConfig, Cursor
+from sdpo.batching import Batch, BatchConfig
 from sdpo.hindsight import HindsightConfig, encode
-from sdpo.interactions import read_interactions
+from sdpo.interactions import conversation_of, read_interactions
 from sdpo.train.loader import Loader, Step
 from sdpo_parallel.engine import Ranks
 from sdpo_parallel.huggingface import load_tokenizer
@@ -27,13 +29,21 @@ def data(tmp_path_factory):
     return read_interactions(path)
 
 
+@pytest.fixture(scope="module")
+def turns(tmp_path_factory):
+    """The interactions of ten conversations."""
+    path = tiny.make_conversations(tmp_path_factory.mktemp("data") / "turns.jsonl", 10)
+    return read_interactions(path)
+
+
 @pytest.fixture
 def tokenizer(models):
     return load_tokenizer(models("qwen3"))
 
 
-def loader(data, tokenizer, dp_rank=0, dp_degree=1, consumed=0, **options) -> Loader:
-    made = Loader(data, tokenizer, Cursor(len(data), 0, consumed), LIMITS, CONFIG)
+def loader(data, tokenizer, dp_rank=0, dp_degree=1, consumed=0, batch=CONFIG, **options) -> Loader:
+    made = Loader(data, tokenizer, LIMITS, batch)
+    made.cursor.consumed = consumed
     ranks = Ranks(rank=dp_rank, world_size=dp_degree, dp_rank=dp_rank, dp_degree=dp_degree)
     engine = SimpleNamespace(ranks=ranks, row_multiple=128)
     made.assign_to(engine, **options)  # pyright: ignore[reportArgumentType]
@@ -78,6 +88,36 @@ def test_it_goes_on_from_any_cursor_on_any_number_of_ranks(steps, data, tokenize
     rest = [list(loader(data, tokenizer, r, 2, state["consumed"])) for r in range(2)]
     joined = [sorted(a + b) for a, b in zip(*(contents(part) for part in rest), strict=True)]
     assert joined == whole[steps:]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_whole_conversations_are_drawn_on_any_number_of_ranks_from_any_cursor(
+    steps, turns, tokenizer, monkeypatch
+):
+    batch = replace(CONFIG, unit="conversation")
+    drawn: list[Sequence[int]] = []
+    read = Loader.step
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "step", lambda made, at: drawn.append(at) or read(made, at))
+        alone = list(loader(turns, tokenizer, batch=batch))
+    times = Counter(i for places in drawn for i in places)
+    of = {i: conversation_of(interaction) for i, interaction in enumerate(turns)}
+    seen = dict.fromkeys((of[i], times[i]) for i in of)
+    assert len(seen) == 10, "all of a conversation as often"
+    assert sum(n for _, n in seen) == 14 and {n for _, n in seen} == {1, 2}, "1.4 of them"
+    sizes = Counter(of.values())
+    for places in drawn:
+        assert all(n % sizes[name] == 0 for name, n in Counter(of[i] for i in places).items())
+    assert all(len(places) >= 6 for places in drawn[:-1]) and steps < len(drawn)
+
+    first = loader(turns, tokenizer, 1, 2, batch=batch)
+    for _ in zip(range(steps), first, strict=False):
+        pass
+    consumed = first.cursor.state_dict()["consumed"]
+    assert consumed == sum(map(len, drawn[:steps]))
+    rest = [contents(list(loader(turns, tokenizer, r, 3, consumed, batch))) for r in range(3)]
+    joined = [sorted(r for part in parts for r in part) for parts in zip(*rest, strict=True)]
+    assert joined == contents(alone)[steps:]
 
 
 def test_weights_are_normalised_over_the_step_and_truncation_is_counted(data, tokenizer):

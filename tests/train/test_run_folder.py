@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from helpers import runs
+from sdpo.batching import BatchConfig
 from sdpo.errors import SdpoError
 from sdpo.train.config import TrainConfig
 from sdpo.train.run_folder import RunFolder, read_metrics
@@ -25,8 +26,11 @@ def test_a_new_run_writes_its_config_and_refuses_a_second(tmp_path):
         RunFolder(str(out), config(out), resume=False)
     with pytest.raises(SdpoError, match="engine: 'torchtitan' -> 'transformers'"):
         RunFolder(str(out), config(out, engine="transformers"), resume=True)
+    whole = BatchConfig(unit="conversation")
+    with pytest.raises(SdpoError, match="batch.unit: 'interaction' -> 'conversation'"):
+        RunFolder(str(out), config(out, batch=whole), resume=True)
     stored = json.loads((out / "config.json").read_text())
-    del stored["select"]  # a run from before there was selection
+    del stored["select"], stored["batch"]["unit"]  # a run from before there were these
     (out / "config.json").write_text(json.dumps(stored))
     RunFolder(str(out), config(out), resume=True)
     (out / "config.json").unlink()

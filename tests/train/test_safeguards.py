@@ -18,11 +18,22 @@ def undisturbed(tmp_path_factory):
     return kill.prepare(tmp_path_factory.mktemp("kill"))
 
 
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory):
+    return kill.prepare(tmp_path_factory.mktemp("kill"), "conversation")
+
+
 @pytest.mark.parametrize("way", ["SIGTERM", "flip a bit", "full disk"])  # kill.py does them all
 def test_a_broken_run_goes_on_as_if_undisturbed(way, undisturbed, tmp_path, seed):
     model, data, trajectory = undisturbed
     run = kill.Run(model, data, tmp_path / "run")
     kill.check(run, trajectory, [way], random.Random(seed))
+
+
+def test_a_broken_run_goes_on_with_the_conversation_it_had_come_to(conversations, tmp_path, seed):
+    model, data, trajectory = conversations
+    run = kill.Run(model, data, tmp_path / "run", *kill.UNITS["conversation"])
+    kill.check(run, trajectory, ["kill one"], random.Random(seed))
 
 
 def test_a_killed_run_goes_on_on_one_device(undisturbed, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,8 @@ from sdpo.analysis.options import ReaderOptions
 from sdpo.chat import today
 from sdpo.cli import main
 from sdpo.hindsight import HindsightConfig
-from sdpo.interactions import read_interactions, write_interactions
+from sdpo.interactions import conversation_of, read_interactions, write_interactions
+from sdpo.train.loader import Loader
 
 N = 31
 """The last step of an epoch has one interaction, and a second rank none."""
@@ -91,6 +93,39 @@ def test_a_run_goes_on_in_other_layouts(data, models, tmp_path):
     manifest = json.loads((out / "checkpoints" / "step-8" / "manifest.json").read_text())
     assert manifest["interactions_seen"] == round(N * 1.5)
     assert manifest["layout"] == {"replicate": 1, "shard": 1, "context": 1, "tensor": 1}
+
+
+def test_whole_conversations_go_on_in_other_layouts(models, tmp_path, monkeypatch):
+    """FSDP2 on two ranks -> tensor parallel -> one process: each conversation as often as in the
+    undisturbed run, which draws twice over all."""
+    data = tiny.make_conversations(tmp_path / "i.jsonl", 12)
+    interactions = read_interactions(data)
+    drawn, read = [], Loader.step
+    monkeypatch.setattr(Loader, "step", lambda made, at: drawn.append([*at]) or read(made, at))
+    model, out = models("qwen3"), tmp_path / "run"
+    options = ["--batch.unit", "conversation", "--batch.epochs", "2", "--checkpoint.interval", "1"]
+    options += ["--checkpoint.keep", "0", "--safeguard.probe-interactions", "0"]
+    whole = runs.train("reverse-kl", model, data, tmp_path / "whole", *options)
+    steps, drawn[:] = [*drawn], []
+    assert len(steps) == len(whole) > 7
+    flat = [i for step in steps for i in step]
+    n = len(interactions)
+    assert sorted(flat[:n]) == sorted(flat[n:]) == list(range(n))
+    sizes = Counter(map(conversation_of, interactions))
+    assert {1, 5} <= set(sizes.values())
+    for step in steps:
+        found = Counter(conversation_of(interactions[i]) for i in step)
+        assert all(count % sizes[name] == 0 for name, count in found.items()), "whole"
+
+    for last, ranks, layout in [(3, 2, []), (5, 2, ["--parallel.tensor", "2"]), (0, 0, [])]:
+        runs.train("reverse-kl", model, data, out, *options, *layout, "--resume", ranks=ranks)
+        if last:  # as if it had stopped there
+            for step in range(last + 1, len(whole) + 1):
+                shutil.rmtree(out / "checkpoints" / f"step-{step}")
+            seen = json.loads((out / "checkpoints" / f"step-{last}" / "manifest.json").read_text())
+            assert seen["interactions_seen"] == sum(map(len, steps[:last]))
+    assert drawn == steps[5:], "the last process, as the undisturbed run"
+    runs.assert_same_trajectory(whole, runs.read_metrics(out))
 
 
 @pytest.mark.parametrize("engine", ["torchtitan", "transformers"])
