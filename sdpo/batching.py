@@ -423,11 +423,9 @@ def pack_passes(
         return whole, _total(policy) + _total(hindsight)
     first, second = _layouts(policy, hindsight, sharing)
     total = first.slots + second.slots
-    rows = (
-        _trie_row(first, policy, row_multiple, beyond=total),
-        _trie_row(second, hindsight, row_multiple, beyond=total),
-    )
-    return rows, total
+    rows = _trie_row(first, policy, row_multiple, beyond=total)
+    beyond = total + row_multiple  # the first's padding, too
+    return (rows, _trie_row(second, hindsight, row_multiple, beyond=beyond)), total
 
 
 def _layouts(
