@@ -6,9 +6,9 @@ device.
 
 import abc
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from .errors import SdpoError
 from .huggingface import check_finite
 from .model import ModuleModel
 from .teacher import TeacherState, reshard
+
+if TYPE_CHECKING:
+    from .inference import Inference, InferenceConfig
 
 ROW_MULTIPLE = 128
 """Row widths are rounded up to it: the block of flex attention's masks, and few enough shapes for
@@ -80,6 +83,23 @@ class EngineConfig:
         return self.teacher.folder if isinstance(self.teacher, Frozen) else None
 
 
+def refuse_disagreement(what: str, values: Sequence[Any]) -> None:
+    """Refuse to go on where ranks were started with different things.
+
+    Args:
+        values: every rank's, in their order.
+
+    Raises:
+        SdpoError: they are not all the same; the first that differs is named.
+    """
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise SdpoError(
+                f"{what} differs between ranks: rank {rank} has {other!r}, rank 0 "
+                f"{values[0]!r}; put it where all nodes read the same, or copy it to each again"
+            )
+
+
 class Engine(abc.ABC):
     """Training of one model: parameters, optimizer, teacher, checkpoints, export.
 
@@ -124,6 +144,11 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def build_policy(config: EngineConfig) -> ModuleModel:
         """The model to train; ``load`` completes its weights."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def build_inference(config: "InferenceConfig") -> "Inference":
+        """See `sdpo_parallel.build.build_inference`."""
 
     @staticmethod
     @abc.abstractmethod
@@ -201,13 +226,7 @@ class Engine(abc.ABC):
         Raises:
             SdpoError: ``value`` is not the same on all ranks; the first that differs is named.
         """
-        values = self.checkpoints.gather(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise SdpoError(
-                    f"{what} differs between ranks: rank {rank} has {other!r}, rank 0 "
-                    f"{values[0]!r}; put it where all nodes read the same, or copy it to each again"
-                )
+        refuse_disagreement(what, self.checkpoints.gather(value))
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over ranks with tokens of their own: tensor ranks count once."""
