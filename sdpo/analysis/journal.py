@@ -57,15 +57,17 @@ class Journal:
         """
         now: dict[str, Any] = json.loads(json.dumps({"sdpo": __version__, **header}))
         file = self._locked()
-        sizes = [len(line) for line in file if line.endswith(b"\n")]
-        then = self._header(file) if sizes else {}
-        if len(sizes) > 1:
-            now |= {name: then[name] for name in keeps if name in then}
-            self._refuse_others(then, now)
-            file.truncate(sum(sizes))  # half a line
-        else:
-            file.truncate(0)
+        try:
+            sizes = [len(line) for line in file if line.endswith(b"\n")]
+            then = self._header(file) if sizes else {}
+            if len(sizes) > 1:
+                now |= {name: then[name] for name in keeps if name in then}
+                self._refuse_others(then, now)
+        except SdpoError:
+            file.close()
+            raise
         self._file, self.count = file, max(0, len(sizes) - 1)
+        file.truncate(sum(sizes) if self.count else 0)  # half a line, or a header alone
         if not self.count:
             self._write([now])
         return now
@@ -149,8 +151,8 @@ class Journal:
 
     def _unwritten(self, error: OSError) -> SdpoError:
         return SdpoError(
-            f"{self.path or tempfile.gettempdir()} could not be written ({error.strerror}): make "
-            "room, then start the same command again; it goes on where it was"
+            f"{self.path or tempfile.gettempdir()} could not be written ({error.strerror}): see to "
+            "that, then start the same command again; it goes on where it was"
         )
 
 
