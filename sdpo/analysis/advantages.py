@@ -8,10 +8,11 @@ killed command goes on where it was.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +41,14 @@ CHUNK = 64
 
 Asked = tuple[Interaction, Sequence[str]]
 """An interaction, and further follow-ups to read its response under."""
+
+
+class Question(NamedTuple):
+    """What is asked, and its tokens."""
+
+    interaction: Interaction
+    followups: Sequence[str]
+    encoded: Encoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,56 +142,65 @@ class Reader(AbstractContextManager):
         """
         asked = iter(asked)
         size = CHUNK * self.inference.ranks.dp_degree
-        while chunk := list(islice(asked, size)):
-            yield self._chunk(chunk, tell)
 
-    def _chunk(self, chunk: Sequence[Asked], tell: Callable[[int], object]) -> list[Reading]:
-        encoded = [encode(i, self.tokenizer, self.config) for i, _ in chunk]
-        place = {id(e): n for n, e in enumerate(encoded)}
+        def encoded() -> list[Question]:
+            return [
+                Question(interaction, followups, encode(interaction, self.tokenizer, self.config))
+                for interaction, followups in islice(asked, size)
+            ]
+
+        with ThreadPoolExecutor(1) as ahead:  # tokenizes while the devices compute
+            chunk = encoded()
+            while chunk:
+                coming = ahead.submit(encoded)
+                yield self._chunk(chunk, tell)
+                chunk = coming.result()
+
+    def _chunk(self, chunk: Sequence[Question], tell: Callable[[int], object]) -> list[Reading]:
+        examples = [(q.encoded, 1.0) for q in chunk]
+        place = {id(e): n for n, (e, _) in enumerate(examples)}
         ranks = self.inference.ranks
-        assigned = assign(
-            [(e, 1.0) for e in encoded], ranks.dp_degree, self.packing, self.row_multiple
-        )
+        assigned = assign(examples, ranks.dp_degree, self.packing, self.row_multiple)
         mine: dict[int, NDArray[np.float32]] = {}
         for groups in assigned.micro_batches:
             places = [place[id(e)] for e, _ in groups[ranks.dp_rank]]
-            mine |= self._micro_batch(places, encoded, chunk)
+            questions = [chunk[n] for n in places]
+            others = self._others(questions, further=len(chunk[0].followups))
+            mine |= {places[m]: logps for m, logps in self._micro_batch(questions, others).items()}
             tell(sum(map(len, groups)))
         found = {n: logps for part in self.inference.gather(mine) for n, logps in part.items()}
-        return [self._reading(e, found[n]) for n, e in enumerate(encoded)]
+        return [_reading(e, found[n]) for n, (e, _) in enumerate(examples)]
 
-    def _reading(self, encoded: Encoded, logps: NDArray[np.float32]) -> Reading:
-        """From the log-probabilities, (passes, response tokens)."""
-        if not np.isfinite(logps).all():
-            raise DataError(
-                f"interaction {encoded.id}: its log-probabilities are not finite, as the model "
-                "overflows in this dtype",
-                hint="Try --dtype float32",
-            )
-        policy, *hindsight = torch.from_numpy(logps).double()
-        return Reading(encoded=encoded, policy=policy, hindsight=tuple(hindsight))
+    def _others(self, questions: Sequence[Question], further: int) -> list[Rows]:
+        """The rows of the pass under each of the further follow-ups; as many passes on ranks that
+        have no question, as all take part in each."""
+        prompts = [[self._hindsight(q, followup) for followup in q.followups] for q in questions]
+        passes = [
+            [(own[k], q.encoded.response) for own, q in zip(prompts, questions, strict=True)]
+            for k in range(further)
+        ]
+        return [pack(pairs, self.packing.row_tokens, self.row_multiple) for pairs in passes]
+
+    def _hindsight(self, question: Question, followup: str) -> tuple[int, ...]:
+        """The hindsight prompt with another follow-up, cut as `encode` cuts it."""
+        chat, thought = chat_format(self.tokenizer, self.config.date), question.encoded.thought
+        prompt = question.interaction.prompt
+        return hindsight_ids(chat, prompt, followup, self.config, thought=thought).ids
 
     def _micro_batch(
-        self, places: Sequence[int], encoded: Sequence[Encoded], chunk: Sequence[Asked]
+        self, questions: Sequence[Question], others: Sequence[Rows]
     ) -> dict[int, NDArray[np.float32]]:
-        """Place in the chunk -> log-probabilities, (passes, response tokens), of the responses that
-        are this rank's among those of a micro-batch."""
-        members = [encoded[n] for n in places]
-        row_tokens, multiple = self.packing.row_tokens, self.row_multiple
-        batch = collate([(e, 1.0) for e in members], row_tokens, multiple)
-        others: list[Rows] = []
-        for k in range(len(chunk[0][1])):
-            prompts = [self._hindsight(chunk[n][0], encoded[n], chunk[n][1][k]) for n in places]
-            pairs = [(p, e.response) for p, e in zip(prompts, members, strict=True)]
-            others.append(pack(pairs, row_tokens, multiple))
+        """Index among the questions -> log-probabilities, (passes, response tokens), of those that
+        are this rank's."""
+        model, device = self.inference.model, self.inference.device
+        examples = [(q.encoded, 1.0) for q in questions]
+        batch = collate(examples, self.packing.row_tokens, self.row_multiple)
         with self.inference.context():
-            logps = self._log_probs(batch.to(self.inference.device), others)
-        mine = self.inference.model.own_responses(batch.lengths)
-        own = places if mine is None else [places[m] for m in mine]
-        if not own:
-            return {}
-        split = np.cumsum([len(encoded[n].response) for n in own])[:-1]
-        return dict(zip(own, np.split(logps.cpu().numpy(), split, axis=1), strict=True))
+            logps = self._log_probs(batch.to(device), others).cpu().numpy()
+        mine = model.own_responses(batch.lengths)
+        own = range(len(questions)) if mine is None else mine
+        ends = np.cumsum([batch.lengths[m] for m in own], dtype=int)
+        return {m: logps[:, end - batch.lengths[m] : end] for m, end in zip(own, ends, strict=True)}
 
     @torch.no_grad()
     def _log_probs(self, batch: Batch, others: Sequence[Rows]) -> Tensor:
@@ -200,11 +218,17 @@ class Reader(AbstractContextManager):
             logps.append(out.logp)
         return torch.stack(logps).float()
 
-    def _hindsight(self, interaction: Interaction, own: Encoded, followup: str) -> tuple[int, ...]:
-        """The hindsight prompt with another follow-up, cut as `encode` cuts it."""
-        chat = chat_format(self.tokenizer, self.config.date)
-        prompt = hindsight_ids(chat, interaction.prompt, followup, self.config, thought=own.thought)
-        return prompt.ids
+
+def _reading(encoded: Encoded, logps: NDArray[np.float32]) -> Reading:
+    """From the log-probabilities, (passes, response tokens)."""
+    if not np.isfinite(logps).all():
+        raise DataError(
+            f"interaction {encoded.id}: its log-probabilities are not finite, as the model "
+            "overflows in this dtype",
+            hint="Try --dtype float32",
+        )
+    policy, *hindsight = torch.from_numpy(logps).double()
+    return Reading(encoded=encoded, policy=policy, hindsight=tuple(hindsight))
 
 
 def read_into(

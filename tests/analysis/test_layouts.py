@@ -2,12 +2,14 @@
 
 import json
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from helpers import forked, runs, tiny
+from helpers import forked, kill, runs, tiny
 from sdpo.analysis.score import FIGURES
 
 LIMITS = "--max-prompt-tokens 150 --max-hindsight-prompt-tokens 250 --max-response-tokens 60"
@@ -73,6 +75,34 @@ def test_every_layout_gives_the_same_rows_in_order(ranks, layout, models, data, 
     np.testing.assert_allclose(figures(rows), figures(alone), rtol=1e-5, atol=1e-5)
     assert shown.count(f"{N} rows -> ") == 1 and shown.count(f"{N}/{N}") == 1, shown
     assert [p.name for p in tmp_path.iterdir()] == ["scores.jsonl"]
+
+
+@pytest.mark.exhaustive
+def test_killed_on_two_ranks_and_finished_on_one(models, tmp_path):
+    """SIGKILL to one rank ends the other; what was read is not read again, on whatever layout."""
+    data = tiny.make_interactions(tmp_path / "i.jsonl", 600)
+    out, undisturbed = tmp_path / "scores.jsonl", tmp_path / "undisturbed.jsonl"
+    words = asked("data score", models("qwen3"), data, "--out")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "sdpo"]
+    argv = [sys.executable, *launch, *words, str(out), "--engine", "torchtitan"]
+    process = subprocess.Popen(argv, env=runs.ENV, stderr=subprocess.PIPE, text=True)
+    partial = Path(f"{out}.partial")
+    while not (partial.exists() and partial.read_bytes().count(b"\n") > 128):
+        assert process.poll() is None, "it was faster"
+        time.sleep(0.005)
+    kill.kill(kill.workers(process)[1:])
+    _, told = process.communicate(timeout=120)
+    assert process.returncode != 0, told
+    left = partial.read_bytes().count(b"\n") - 1
+    assert 128 <= left < 600 and not out.exists()
+    result = forked.run(1, "-m", "sdpo", *words, str(out))
+    runs.succeeded(result)
+    assert f"{left} of 600 interactions have been read already" in result.stderr
+    runs.succeeded(forked.run(1, "-m", "sdpo", *words, str(undisturbed)))
+    rows, others = read(out), read(undisturbed)
+    assert [row["id"] for row in rows] == [f"c{n}" for n in range(600)]
+    np.testing.assert_allclose(figures(rows), figures(others), rtol=1e-5, atol=1e-5)
+    assert not partial.exists()
 
 
 def test_fewer_interactions_than_ranks(models, tmp_path):
