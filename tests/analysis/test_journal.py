@@ -24,6 +24,10 @@ def out(tmp_path) -> str:
     return str(tmp_path / "folder" / "out.jsonl")
 
 
+def _full(_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def written(out: str, rows=ROWS, header=HEADER, **options) -> list:
     """Open, add rows, close; all rows that are then there."""
     with Journal(out) as journal:
@@ -103,12 +107,9 @@ def test_two_processes_do_not_write_the_same(out):
 
 
 def test_a_full_disk_is_told(out, monkeypatch):
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with Journal(out) as journal:
         journal.open(HEADER)
-        monkeypatch.setattr(os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", _full)
         with pytest.raises(SdpoError, match="No space left on device.*goes on where it was"):
             journal.append(ROWS)
 
@@ -155,6 +156,20 @@ def test_an_interrupted_command_ends_as_if_it_had_not_been(
     assert f"sdpo: {out}.partial: 14 of 20 interactions have been read already" in told
     assert out.read_bytes() == undisturbed.read_bytes()
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_when_all_is_read_only_the_output_is_made(models, tmp_path, monkeypatch, capsys):
+    data, out = tiny.make_interactions(tmp_path / "i.jsonl", 9), tmp_path / "out"
+    words = ["signal", "--model", models("qwen3"), "--interactions", data, "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr("sdpo.analysis.signal.written_whole", _full)
+        with pytest.raises(OSError, match="No space left"):
+            main(words)
+    assert not out.exists()
+    monkeypatch.setattr("sdpo.analysis.advantages.encode", None)  # nothing is
+    main(words)
+    assert "9 of 9 interactions have been read already" in capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == 9 and not list(tmp_path.glob("*.partial"))
 
 
 def test_a_killed_command_ends_as_if_it_had_not_been(models, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The commands that score, under torchrun: every layout has the rows of transformers alone."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 
 from helpers import forked, kill, runs, tiny
 from sdpo.analysis.score import FIGURES
+from sdpo.cli import main
 
 LIMITS = "--max-prompt-tokens 150 --max-hindsight-prompt-tokens 250 --max-response-tokens 60"
 SMALL = (*LIMITS.split(), "--batch-tokens", "900")
@@ -121,26 +123,29 @@ def test_fewer_interactions_than_ranks(models, tmp_path):
         np.testing.assert_allclose(one[name], other[name], rtol=1e-5, atol=1e-5)
 
 
-def test_the_verdict_is_that_of_every_rank(models, data, tmp_path):
+def test_the_verdict_is_that_of_one_process(models, data, tmp_path):
     """torchrun's own status tells no more than that one rank's was not 0."""
-    out = tmp_path / "check.json"
-    words = asked("check-hindsight", models("qwen3"), data, "--sample", "20", "--json", str(out))
-    result = sharded(2, words)
-    assert result.returncode == 1 and json.loads(out.read_text())["interactions"] == 20
+    out, alone = tmp_path / "check.json", tmp_path / "alone.json"
+    words = asked("check-hindsight", models("qwen3"), data, "--sample", "20", "--json")
+    result = sharded(2, [*words, str(out)])
+    assert result.returncode == 1 and "sdpo: error" not in result.stderr
     assert result.stdout.count("does not make use of hindsight") == 1
-    assert "exitcode  : 1" in result.stderr and "sdpo: error" not in result.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["check.json"]
+    assert "exitcode  : 1 " in result.stderr and [p.name for p in tmp_path.iterdir()] == [out.name]
+    with pytest.raises(SystemExit, match="1"):
+        main([*words, str(alone)])
+    found, expected = (json.loads(path.read_text()) for path in (out, alone))
+    for name in ("size", "advantage", "own_over_shuffled", "revealed_over_misled"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5)
 
 
 def test_an_error_of_the_main_rank_ends_all(models, data, tmp_path):
+    """torchrun stops the ranks that have not said so yet."""
     (tmp_path / "file").touch()
     words = asked("signal", models("qwen3"), data, "--out", str(tmp_path / "file" / "signal.jsonl"))
     result = sharded(2, words)
-    assert result.returncode == 1
-    for rank in (0, 1):
-        assert f"sdpo: error: rank {rank}: {tmp_path}/file/signal.jsonl.partial could not be" in (
-            result.stderr
-        )
+    assert result.returncode == 1 and "exitcode  : 2 " in result.stderr
+    told = rf"sdpo: error: rank [01]: {tmp_path}/file/signal.jsonl.partial could not be written"
+    assert re.search(told, result.stderr)
 
 
 def test_transformers_refuses_ranks_and_layouts(models, data, tmp_path, capsys):
