@@ -27,18 +27,18 @@ from sdpo_parallel.fingerprints import fingerprints
 from sdpo_parallel.huggingface import load_tokenizer, resolve_model
 from sdpo_parallel.inference import Inference, InferenceConfig
 
-from ..batching import Batch, BatchConfig, Rows, assign, collate, pack
+from ..batching import BatchConfig, assign, pack
 from ..chat import chat_format, today
 from ..errors import DataError
 from ..hindsight import Encoded, encode, hindsight_ids
 from ..interactions import Interaction
-from ..step import own_share
 from .journal import Journal
 from .options import ReaderOptions
 
 CHUNK = 64
 """Interactions per data-parallel rank that are shared out, read and kept together."""
 
+Prompt = tuple[int, ...]
 Asked = tuple[Interaction, Sequence[str]]
 """An interaction, and further follow-ups to read its response under."""
 
@@ -159,64 +159,59 @@ class Reader(AbstractContextManager):
     def _chunk(self, chunk: Sequence[Question], tell: Callable[[int], object]) -> list[Reading]:
         examples = [(q.encoded, 1.0) for q in chunk]
         place = {id(e): n for n, (e, _) in enumerate(examples)}
-        ranks = self.inference.ranks
+        ranks, further = self.inference.ranks, len(chunk[0].followups)
         assigned = assign(examples, ranks.dp_degree, self.packing, self.row_multiple)
-        mine: dict[int, NDArray[np.float32]] = {}
-        for groups in assigned.micro_batches:
+        found: dict[int, NDArray[np.float32]] = {}
+        for groups in zip(*map(assigned.of, range(ranks.dp_degree)), strict=True):
             places = [place[id(e)] for e, _ in groups[ranks.dp_rank]]
-            questions = [chunk[n] for n in places]
-            others = self._others(questions, further=len(chunk[0].followups))
-            mine |= {places[m]: logps for m, logps in self._micro_batch(questions, others).items()}
+            members = [(chunk[n].encoded, self._others(chunk[n])) for n in places]
+            with self.inference.context():
+                found |= {places[m]: logps for m, logps in self._log_probs(members, further)}
             tell(sum(map(len, groups)))
-        found = {n: logps for part in self.inference.gather(mine) for n, logps in part.items()}
-        return [_reading(e, found[n]) for n, (e, _) in enumerate(examples)]
+        whole = {n: logps for part in self.inference.gather(found) for n, logps in part.items()}
+        return [_reading(e, whole[n]) for n, (e, _) in enumerate(examples)]
 
-    def _others(self, questions: Sequence[Question], further: int) -> list[Rows]:
-        """The rows of the pass under each of the further follow-ups; as many passes on ranks that
-        have no question, as all take part in each."""
-        prompts = [[self._hindsight(q, followup) for followup in q.followups] for q in questions]
-        passes = [
-            [(own[k], q.encoded.response) for own, q in zip(prompts, questions, strict=True)]
-            for k in range(further)
-        ]
-        return [pack(pairs, self.packing.row_tokens, self.row_multiple) for pairs in passes]
-
-    def _hindsight(self, question: Question, followup: str) -> tuple[int, ...]:
-        """The hindsight prompt with another follow-up, cut as `encode` cuts it."""
+    def _others(self, question: Question) -> list[Prompt]:
+        """The hindsight prompts with the further follow-ups, cut as `encode` cuts them."""
         chat, thought = chat_format(self.tokenizer, self.config.date), question.encoded.thought
         prompt = question.interaction.prompt
-        return hindsight_ids(chat, prompt, followup, self.config, thought=thought).ids
-
-    def _micro_batch(
-        self, questions: Sequence[Question], others: Sequence[Rows]
-    ) -> dict[int, NDArray[np.float32]]:
-        """Index among the questions -> log-probabilities, (passes, response tokens), of those that
-        are this rank's."""
-        model, device = self.inference.model, self.inference.device
-        examples = [(q.encoded, 1.0) for q in questions]
-        batch = collate(examples, self.packing.row_tokens, self.row_multiple)
-        with self.inference.context():
-            logps = self._log_probs(batch.to(device), others).cpu().numpy()
-        mine = model.own_responses(batch.lengths)
-        own = range(len(questions)) if mine is None else mine
-        ends = np.cumsum([batch.lengths[m] for m in own], dtype=int)
-        return {m: logps[:, end - batch.lengths[m] : end] for m, end in zip(own, ends, strict=True)}
+        return [
+            hindsight_ids(chat, prompt, followup, self.config, thought=thought).ids
+            for followup in question.followups
+        ]
 
     @torch.no_grad()
-    def _log_probs(self, batch: Batch, others: Sequence[Rows]) -> Tensor:
-        """(passes, N) float32 of this rank's response tokens: policy, hindsight, then others."""
-        model, kept_N = self.inference.model, slice(None)
-        own = own_share(model, batch)
-        passes = [batch.policy, batch.hindsight, *others]
-        if own is not None:
-            batch, kept_N = own
+    def _log_probs(
+        self, members: Sequence[tuple[Encoded, Sequence[Prompt]]], further: int
+    ) -> list[tuple[int, NDArray[np.float32]]]:
+        """Read one micro-batch: policy, hindsight, and the further prompts, of which each member
+        has as many. All ranks take part in each pass, also those without a member.
+
+        Returns:
+            Those of the members that are this rank's: index, and the response's log-probabilities,
+            (passes, response tokens).
+        """
+        model, device = self.inference.model, self.inference.device
+        prompts = [(e.policy, e.hindsight, *others) for e, others in members]
+        responses = [e.response for e, _ in members]
+        lengths = [len(response) for response in responses]
+        mine = model.own_responses(lengths)
+        own = range(len(members)) if mine is None else mine
+        starts = np.cumsum([0, *lengths])
+        parts = [np.arange(starts[m], starts[m + 1]) for m in own]
+        kept_N = torch.from_numpy(np.concatenate([np.empty(0, int), *parts])).to(device)
+        targets = [token for m in own for token in responses[m]]
+        targets_N = torch.tensor(targets, dtype=torch.long, device=device)
         logps = []
-        for rows in passes:
-            at = (t.to(self.inference.device) for t in vars(rows).values())
+        for k in range(2 + further):
+            pairs = [(p[k], response) for p, response in zip(prompts, responses, strict=True)]
+            rows = pack(pairs, self.packing.row_tokens, self.row_multiple)
+            at = (t.to(device) for t in (rows.tokens_BT, rows.positions_BT, rows.index_N))
             hidden_ND, head = model.hidden_states(*at)[kept_N], model.lm_head()
-            out = linear_logprob(hidden_ND, head.weight, batch.targets_N, **head.options)
-            logps.append(out.logp)
-        return torch.stack(logps).float()
+            out = linear_logprob(hidden_ND, head.weight, targets_N, **head.options)
+            logps.append(out.logp.float())
+        split = torch.stack(logps).cpu().split([lengths[m] for m in own], dim=1)
+        return [(m, part.numpy()) for m, part in zip(own, split, strict=True)]
 
 
 def _reading(encoded: Encoded, logps: NDArray[np.float32]) -> Reading:
