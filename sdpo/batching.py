@@ -357,7 +357,7 @@ def _slots(
     bundles: Sequence[Bundle], config: BatchConfig, row_multiple: int, sharing: Sharing
 ) -> int:
     """Slots of the larger pass of a micro-batch, at most."""
-    passes = [u.policy for u in bundles], [u.hindsight for u in bundles]
+    passes = [b.policy for b in bundles], [b.hindsight for b in bundles]
     if sharing != "none":  # one row
         return max(_rounded(sum(slots), row_multiple) for slots in passes)
     rows = [(_fit(lengths, config.row_tokens), lengths) for lengths in passes]

@@ -9,6 +9,7 @@ from helpers import runs
 from sdpo_parallel.build import build_inference
 from sdpo_parallel.config import ParallelConfig
 from sdpo_parallel.inference import InferenceConfig
+from sdpo_parallel.rows import Rows
 
 
 def test_ranks_share_results_and_errors(models, tmp_path):
@@ -45,9 +46,8 @@ def test_weights_and_passes_have_the_dtypes_asked_for(engine, models):
         inference = build_inference(engine, config)
         inference.load()
         with inference.context():
-            hidden_ND = inference.model.hidden_states(
-                tokens, torch.arange(128)[None], torch.arange(128)
-            )
+            rows = Rows.of(tokens, torch.arange(128)[None], torch.arange(128))
+            hidden_ND = inference.model.hidden_states(rows)
         module = inference.model.module
         assert hidden_ND.dtype == inference.model.lm_head().weight.dtype == torch.bfloat16
         assert {p.dtype for p in module.parameters()} == {torch.bfloat16}

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
