@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
-from itertools import chain, count, groupby
+from itertools import count, groupby
 from typing import Literal
 
 import numpy as np
@@ -401,10 +401,10 @@ def collate(
 def pairs_of(examples: Sequence[Example]) -> tuple[list[Pair], list[Pair]]:
     """What the policy and the hindsight pass read: all responses behind their hindsight prompts,
     then behind each further one; all examples have as many."""
-    columns = zip(*((e.policy, e.hindsight, *e.further) for e, _ in examples), strict=True)
+    policy: list[Pair] = [(e.policy, e.response) for e, _ in examples]
+    prompts = zip(*((e.hindsight, *e.further) for e, _ in examples), strict=True)
     responses = [e.response for e, _ in examples]
-    policy, *hindsight = [list(zip(prompts, responses, strict=True)) for prompts in columns] or [[]]
-    return policy, list(chain(*hindsight))
+    return policy, [pair for column in prompts for pair in zip(column, responses, strict=True)]
 
 
 def _total(pairs: Sequence[Pair]) -> int:
@@ -488,8 +488,8 @@ def pack(pairs: Sequence[Pair], row_tokens: int, row_multiple: int = ROW_MULTIPL
             at = span.stop
     index = np.concatenate([np.empty(0, np.int64), *predicts])
     place = np.tile(np.arange(width), (len(rows), 1))
-    tensors = (torch.from_numpy(x) for x in (tokens, positions, place, end, index))
-    return Rows(*tensors)
+    flat = (tokens, positions, place, end, index)
+    return Rows(*(torch.from_numpy(x) for x in flat))
 
 
 def _fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:

@@ -154,23 +154,20 @@ class TransformersModel(CausalModel):
             torch.randint(1, min(largest, 1000), (n,), generator=generator).to(device)
             for n in (common, 40, 40, 30)
         )
-        width = common + len(one) + len(own)
 
         def read(*branches: Tensor) -> Tensor:
             """What the last branch reads behind the shared slots."""
             tokens = torch.cat([shared, *branches])
-            tokens = torch.nn.functional.pad(tokens, (0, PROBE - len(tokens)))
-            place, depth = torch.arange(PROBE, device=device), torch.arange(PROBE, device=device)
-            end = torch.full_like(place, width)
-            for n, branch in enumerate(branches):
-                start = common + n * len(one)
-                span = slice(start, start + len(branch))
-                depth[span], end[span] = common + torch.arange(len(branch)), span.stop
-            last = span.stop
-            depth[last:], end[:common], end[last:] = 0, last, PROBE
-            slots = torch.arange(last - len(own), last, device=device)
+            place = torch.arange(PROBE, device=device)
+            depth, end, stop = place.clone(), torch.full_like(place, PROBE), common
+            for branch in branches:
+                start, stop = stop, stop + len(branch)
+                depth[start:stop], end[start:stop] = place[common : common + len(branch)], stop
+            depth[stop:], end[:common] = 0, stop
+            padded = torch.nn.functional.pad(tokens, (0, PROBE - stop))
+            slots = place[stop - len(own) : stop]
             return self.hidden_states(
-                Rows(tokens[None], depth[None], place[None], end[None], slots)
+                Rows(padded[None], depth[None], place[None], end[None], slots)
             )
 
         setattr(self, what, True)  # as far as `read` is concerned
