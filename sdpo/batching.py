@@ -441,7 +441,7 @@ def _layouts(
     if sharing == "tries":
         return lay_out(sequences[0]), lay_out(sequences[1])
     # the state that predicts a response's first token is hindsight's own
-    return join(*sequences, [len(prompt) - 1 for prompt, _ in hindsight])
+    return join(sequences[0], sequences[1], [len(prompt) - 1 for prompt, _ in hindsight])
 
 
 def _trie_row(layout: Layout, pairs: Sequence[Pair], row_multiple: int, beyond: int) -> Rows:
