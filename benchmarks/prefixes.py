@@ -17,7 +17,7 @@ flash-attn (`--batch.share-prefix none` on a GPU), that is not what is compared 
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,8 +29,9 @@ from rich.table import Table
 
 from benchmarks.measure import Spread, machine
 from benchmarks.report import Output, grid
+from benchmarks.slots import Slots, UnitName, count, summed
 from benchmarks.step_contenders import IGNORE_FIRST, OBJECTIVES, ObjectiveName
-from sdpo.batching import Batch, BatchConfig, Cursor, Example, Unit, assign, collate, units
+from sdpo.batching import Batch, BatchConfig, Cursor, Example, assign, collate
 from sdpo.hindsight import HindsightConfig, encode
 from sdpo.interactions import Interaction, conversation_of, read_interactions
 from sdpo.step import two_pass_loss
@@ -44,7 +45,6 @@ from sdpo_parallel.rows import Sharing
 
 LIMIT = 1e-4
 """Relative difference of loss or gradient norm beyond which the two do not compute the same."""
-UnitName = Literal["interaction", "conversation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,56 +125,6 @@ def examples_of(items: Sequence[Interaction], tokenizer: Any) -> list[Example]:
     """Tokens, and weights normalised over them."""
     total = sum(i.weight for i in items) or 1.0
     return [(encode(i, tokenizer, HindsightConfig()), i.weight / total) for i in items]
-
-
-# ---- counting ------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Slots:
-    """What both passes read, without padding."""
-
-    sharing: Sharing
-    unit: UnitName
-    policy: int
-    hindsight: int
-
-    @property
-    def cost(self) -> int:
-        """In forward passes of one token."""
-        return 3 * self.policy + self.hindsight
-
-
-def count(examples: Sequence[Example], most: int) -> list[Slots]:
-    """Slots by what is shared, whole sequences first.
-
-    Args:
-        examples: turns of a conversation one after the other.
-        most: slots of a pass; a conversation that needs more is cut between its turns.
-    """
-    alone = [(replace(e, conversation=""), weight) for e, weight in examples]
-    ways: list[tuple[Sharing, UnitName, Sequence[Example]]] = [
-        ("none", "interaction", examples),
-        ("keys", "interaction", alone),
-        ("tries", "conversation", examples),
-        ("keys", "conversation", examples),
-    ]
-    return [_summed(units(given, most, how), how, unit) for how, unit, given in ways]
-
-
-def _summed(found: Iterable[Unit], sharing: Sharing, unit: UnitName) -> Slots:
-    found = list(found)
-    sums = sum(u.policy for u in found), sum(u.hindsight for u in found)
-    return Slots(sharing, unit, *sums)
-
-
-def table_of_slots(found: Sequence[Slots], title: str) -> Table:
-    """One row for each way to share."""
-    columns = "policy tokens", "hindsight tokens", "cost 3P + H", ""
-    table = grid(title, "shared", "by", *columns, left=2)
-    for s in found:
-        unit = "" if s.sharing == "none" else s.unit
-        sizes = (f"{n:,}" for n in (s.policy, s.hindsight, s.cost))
-        table.add_row(s.sharing, unit, *sizes, f"{found[0].cost / s.cost:.2f}x")
-    return table
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -275,7 +225,7 @@ def compare(
         batches = [collate(mine, settings.row_tokens, *layout) for mine in assigned.of(0)]
         found = [unit for ranks in assigned.micro_batches for unit in ranks[0]]
         moved = [batch.to(engine.device) for batch in batches]
-        return moved, _summed(found, sharing, settings.unit)
+        return moved, summed(found, sharing, settings.unit)
 
     shortest = min((e for step in steps for e in step), key=lambda e: len(e[0].hindsight))
     for sharing in ways:
@@ -294,6 +244,18 @@ def compare(
         )
         both.check()
         yield both
+
+
+# ---- telling ------------------------------------------------------------------------------------
+def table_of_slots(found: Sequence[Slots], title: str) -> Table:
+    """One row for each way to share."""
+    columns = "policy tokens", "hindsight tokens", "cost 3P + H", ""
+    table = grid(title, "shared", "by", *columns, left=2)
+    for s in found:
+        unit = "" if s.sharing == "none" else s.unit
+        sizes = (f"{n:,}" for n in (s.policy, s.hindsight, s.cost))
+        table.add_row(s.sharing, unit, *sizes, f"{found[0].cost / s.cost:.2f}x")
+    return table
 
 
 def table_of_steps(found: Sequence[Both], title: str) -> Table:
@@ -358,12 +320,13 @@ def _counted(
     found = count(examples, settings.micro_batch_tokens)
     size = f"{len(examples):,} interactions of {number:,} conversations"
     console.print(table_of_slots(found, f"{settings.data.name}: {size}"))
+    whole = found[0]
     about = dict(kind="count", verdict="counted", contender="sdpo", conversations=number)
     about |= dict(interactions=len(examples), responses=sum(len(e.response) for e, _ in examples))
+    shares = (dict(zip(("policy", "hindsight"), s.shares_of(whole), strict=True)) for s in found)
     return [
-        about | asdict(s) | dict(cost=s.cost, whole=dict(policy=w.policy, hindsight=w.hindsight))
-        for w in found[:1]
-        for s in found
+        about | asdict(s) | dict(cost=s.cost, read=read)
+        for s, read in zip(found, shares, strict=True)
     ]
 
 
