@@ -58,6 +58,8 @@ class Settings(Output):
     unit: UnitName = "interaction"
     """What a step draws: single interactions, or conversations with all their turns."""
     steps: int = 5
+    rounds: int = 1
+    """How often each step is taken either way; the fastest counts."""
     per_step: int = 8
     """Interactions of a step; of conversations, as many as make so many turns."""
     seed: int = 0
@@ -76,7 +78,7 @@ class Settings(Output):
     activation_checkpoint: Literal["none", "selective", "full"] = "none"
 
     def __post_init__(self):
-        for name in ("steps", "per_step", "micro_batch_tokens", "row_tokens"):
+        for name in ("steps", "rounds", "per_step", "micro_batch_tokens", "row_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -170,7 +172,7 @@ def engine_of(settings: Settings, longest: int, folder: str) -> Engine:
     config = EngineConfig(
         model=settings.model,
         run_folder=folder,
-        total_steps=2 * settings.steps + 2,
+        total_steps=1,
         max_tokens=longest,
         # AdamW's whole work, which leaves float32 weights as they are
         optimizer=OptimizerConfig(lr=1e-30, warmup_fraction=0.0, schedule="constant"),
@@ -232,15 +234,17 @@ def compare(
         take(engine, prepared([(shortest[0], 1.0)], sharing)[0], objective)
     for n, step in enumerate(steps):
         ready = [prepared(step, sharing) for sharing in ways]
-        taken: dict[int, Taken] = {}
-        for i in (0, 1) if n % 2 == 0 else (1, 0):
-            taken[i] = take(engine, ready[i][0], objective)
+        taken: tuple[list[Taken], list[Taken]] = [], []
+        for turn in range(n, n + settings.rounds):
+            for i in (0, 1) if turn % 2 == 0 else (1, 0):
+                taken[i].append(take(engine, ready[i][0], objective))
+        whole, shared = (min(some, key=lambda t: t.seconds) for some in taken)
         both = Both(
             interactions=len(step),
             responses=sum(len(e.response) for e, _ in step),
             slots=(ready[0][1], ready[1][1]),
-            whole=taken[0],
-            shared=taken[1],
+            whole=whole,
+            shared=shared,
         )
         both.check()
         yield both
