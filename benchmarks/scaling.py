@@ -98,13 +98,13 @@ def chosen_interactions(settings: Settings, rows: Sequence[Row]) -> tuple[Intera
     given = settings.interactions
     if given.policy_read < 1 or given.hindsight_read < 1:
         return given, "as given"
-    for row in reversed(rows):
-        if row.get("benchmark") == "prefixes" and row.get("kind") == "count":
-            if row["sharing"] == "keys" and row["unit"] == settings.unit:
-                policy, hindsight = (row["read"][name] for name in ("policy", "hindsight"))
-                source = f"as counted by benchmarks.prefixes in {row['interactions']:,} "
-                source += f"interactions of {row['data']}, drawn by {settings.unit}"
-                return replace(given, policy_read=policy, hindsight_read=hindsight), source
+    counts = [r for r in rows if r.get("benchmark") == "prefixes" and r.get("kind") == "count"]
+    for row in reversed(counts):
+        if (row["sharing"], row["unit"]) == ("keys", settings.unit):
+            policy, hindsight = (row["read"][name] for name in ("policy", "hindsight"))
+            source = f"as counted by benchmarks.prefixes in {row['interactions']:,} "
+            source += f"interactions of {row['data']}, drawn by {settings.unit}"
+            return replace(given, policy_read=policy, hindsight_read=hindsight), source
     return given, ""
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -54,9 +55,10 @@ def test_slots_are_those_counted_by_hand():
 def data(tmp_path):
     """Six conversations of one to three turns."""
     rows = []
-    for row in map(json.loads, open(tiny.make_interactions(tmp_path / "one.jsonl", 6))):
+    first = Path(tiny.make_interactions(tmp_path / "one.jsonl", 6))
+    for n, row in enumerate(map(json.loads, first.read_text(encoding="utf-8").splitlines())):
         history = row["prompt"]
-        for turn in range(1 + len(rows) % 3):
+        for turn in range(1 + n % 3):
             new = dict(row, id=f"{row['id']}_{turn}", turn_id=turn, prompt=history)
             rows.append(new)
             history = [*history, row["completion"], row["user_response"]]
@@ -67,7 +69,7 @@ def data(tmp_path):
 
 def test_steps_of_conversations_hold_all_turns_and_no_interaction_twice(data):
     items = read_interactions(data)
-    assert len(items) == 11
+    assert len(items) == 12
     at = Settings(model="", data=data, unit="conversation", steps=2, per_step=3)
     steps = draw(items, at)
     assert all(len(step) >= 3 for step in steps)
@@ -79,7 +81,7 @@ def test_steps_of_conversations_hold_all_turns_and_no_interaction_twice(data):
     assert sorted(drawn) == sorted(whole)
     assert draw(items, replace(at, seed=1)) != steps == draw(items, at)
     assert [len(s) for s in draw(items, replace(at, unit="interaction"))] == [3, 3]
-    with pytest.raises(ValueError, match="11 interactions are too few for 9 steps"):
+    with pytest.raises(ValueError, match="12 interactions are too few for 9 steps"):
         draw(items, replace(at, steps=9))
 
 
@@ -101,7 +103,7 @@ def test_counts_are_of_the_first_conversations(data, models, tmp_path, capsys):
     assert interaction["policy"] == none["policy"] > tries["policy"] == keys["policy"]
     assert keys["hindsight"] <= interaction["hindsight"] < tries["hindsight"] < none["hindsight"]
     assert "cost 3P + H" in capsys.readouterr().out
-    assert len(first_conversations(read_interactions(data), 0)) == 11
+    assert len(first_conversations(read_interactions(data), 0)) == 12
 
 
 @pytest.mark.parametrize("teacher, sharing", [("live", "keys"), ("ema:0.9", "tries")])
