@@ -370,7 +370,7 @@ def _measured(
             "whole": responses / sum(b.whole.seconds for b in found),
             "shared": responses / sum(b.shared.seconds for b in found),
         },
-        steps=[asdict(b) | dict(ratio=b.ratio) for b in found],
+        steps=[asdict(b) | dict(ratio=b.ratio, slots=list(map(asdict, b.slots))) for b in found],
     )
     return [row], device
 

@@ -126,7 +126,7 @@ def test_steps_agree_and_are_timed_by_turns(teacher, sharing, data, models, tmp_
     responses = sum(s["responses"] for s in row["steps"])
     assert rates["whole"] == pytest.approx(responses / sum(seconds))
     assert rates["shared"] / rates["whole"] == pytest.approx(row["over_all"])
-    assert row["by_cost"] > 1.1
+    assert row["by_cost"] > (1.3 if sharing == "keys" else 1.05)
     assert "shared over whole" in capsys.readouterr().out
 
 
