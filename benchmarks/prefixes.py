@@ -84,8 +84,11 @@ class Settings(Output):
 
     @property
     def packing(self) -> BatchConfig:
-        sizes = dict(row_tokens=self.row_tokens, micro_batch_tokens=self.micro_batch_tokens)
-        return BatchConfig(interactions_per_step=self.per_step, **sizes)
+        return BatchConfig(
+            interactions_per_step=self.per_step,
+            row_tokens=self.row_tokens,
+            micro_batch_tokens=self.micro_batch_tokens,
+        )
 
 
 # ---- which interactions --------------------------------------------------------------------------
