@@ -119,7 +119,7 @@ class Prediction:
     nvlink: float
     infiniband: float
     tokens_per_second: float
-    """Tokens of both passes per GPU and second."""
+    """Tokens of both passes per GPU and second, shared ones counted wherever they belong."""
 
     @property
     def apart(self) -> float:
@@ -182,7 +182,7 @@ def compute_seconds(
 ) -> float:
     """Seconds of one rank's layers and lm_head in a step."""
     n = work.micro_batches * work.responses / each.response
-    flops = model_flops(shape, *each.lengths, each.response)
+    flops = model_flops(shape, *each.lengths, each.response, each.read(parallel))
     split, rate = parallel.tensor * parallel.context, gpu.peak * gpu.efficiency
     layers, head = (n * f / split / rate for f in flops)
     if gpu.head is not None:

@@ -1,6 +1,8 @@
 """Step time, memory and traffic of 8 to 1024 GPUs, predicted; how far the prediction is checked.
 
     python -m benchmarks.scaling [--model qwen3-8b] [--results benchmarks/results] [--all-layouts]
+    python -m benchmarks.prefixes MODEL INTERACTIONS --count-only --out shared.jsonl
+    python -m benchmarks.scaling --results shared.jsonl --unit conversation
 
 Three tables, from what was measured most directly to what was not measured at all:
 
@@ -30,6 +32,7 @@ from benchmarks.measure import machine
 from benchmarks.models import QWEN3
 from benchmarks.prediction import GIB, GPU, GPUS, Links, Prediction, layouts, predict
 from benchmarks.report import Output, Row, grid, read
+from benchmarks.slots import UnitName
 from benchmarks.traffic import Interactions, shape_of
 from sdpo_parallel.memory import USABLE, ModelShape
 
@@ -48,7 +51,10 @@ class Settings(Output):
     links: Links = field(default_factory=Links)
     activation_checkpoint: Literal["none", "selective", "full"] = "selective"
     results: Path | None = None
-    """A file or folder of JSON lines, of the benchmarks step and divergence."""
+    """A file or folder of JSON lines, of the benchmarks step, divergence and prefixes."""
+    unit: UnitName = "interaction"
+    """What a step draws, where ``results`` have counts of shared prefixes. They are used unless
+    ``interactions`` says how much is read."""
     count: bool = True
     """Count bytes on gloo ranks here: one to four minutes."""
     seconds: float = 10.0
@@ -86,9 +92,29 @@ def chosen_gpu(name: str, rows: Sequence[Row]) -> GPU:
     return gpu
 
 
-def assumptions(settings: Settings, gpu: GPU) -> list[str]:
-    """All that the prediction rests on."""
+def chosen_interactions(settings: Settings, rows: Sequence[Row]) -> tuple[Interactions, str]:
+    """With the shares of both passes that are read, and where they come from: from the settings,
+    else by the newest count in ``rows``; else everything is read."""
+    given = settings.interactions
+    if given.policy_read < 1 or given.hindsight_read < 1:
+        return given, "as given"
+    counts = [r for r in rows if r.get("benchmark") == "prefixes" and r.get("kind") == "count"]
+    for row in reversed(counts):
+        if (row["sharing"], row["unit"]) == ("keys", settings.unit):
+            policy, hindsight = (row["read"][name] for name in ("policy", "hindsight"))
+            source = f"as counted by benchmarks.prefixes in {row['interactions']:,} "
+            source += f"interactions of {row['data']}, drawn by {settings.unit}"
+            return replace(given, policy_read=policy, hindsight_read=hindsight), source
+    return given, ""
+
+
+def assumptions(settings: Settings, gpu: GPU, source: str = "") -> list[str]:
+    """All that the prediction rests on; ``source``: of the shares that are read."""
     e, k = settings.interactions, settings.links
+    shared = "no prefix is shared: there are no counts of benchmarks.prefixes"
+    if source:
+        shared = f"{e.policy_read:.0%} of the policy's and {e.hindsight_read:.0%} of hindsight's "
+        shared += f"tokens are read, {source}; under context parallelism all are"
     head = "the objective runs at the layers' efficiency: there are no bfloat16 rows of "
     head += f"benchmarks.divergence from a {gpu.name}"
     if gpu.head is not None:
@@ -112,6 +138,7 @@ def assumptions(settings: Settings, gpu: GPU) -> list[str]:
         f"{e.scaling} scaling: {e.per_8_gpus} interactions a step {each}, all of {e.prompt} + "
         f"{e.response} tokens with hindsight {e.hindsight} + {e.response}; no padding, and no "
         "rank waits for longer ones",
+        shared,
         "reverse KL, live teacher, no adapters; AdamW and metrics take no time of their own",
     ]
 
@@ -216,10 +243,12 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     console = Console(width=185)
     rows = read(settings.results) if settings.results else []
     about = machine(torch.device("cpu"))
+    each, source = chosen_interactions(settings, rows)
+    known = replace(settings, interactions=each)
     new = [
         *(_show_counts(console) if settings.count else []),
         *_show_fit(console, settings, rows),
-        *_show_predictions(console, settings, chosen_gpu(settings.gpu, rows)),
+        *_show_predictions(console, known, chosen_gpu(settings.gpu, rows), source),
     ]
     found = [dict(benchmark="scaling", machine=about) | row for row in new]
     settings.keep(found)
@@ -264,13 +293,15 @@ def _show_fit(console: Console, settings: Settings, rows: Sequence[Row]) -> list
     return found
 
 
-def _show_predictions(console: Console, settings: Settings, gpu: GPU) -> list[dict[str, Any]]:
+def _show_predictions(
+    console: Console, settings: Settings, gpu: GPU, source: str
+) -> list[dict[str, Any]]:
     found = predictions(settings, gpu)
     shown = None if settings.all_layouts else 1
     some = [p for fitting in found.values() for p in fitting[:shown]]
     which = "every layout that fits" if settings.all_layouts else "the fastest layout that fits"
     title = f"PREDICTED, not measured: {settings.model} on {gpu.name}, {which}"
-    stated = assumptions(settings, gpu)
+    stated = assumptions(settings, gpu, source)
     if some:
         console.print(table_of_predictions(some, title, some[0].tokens_per_second))
         console.print(

@@ -34,6 +34,7 @@ from benchmarks.measure import (
 from benchmarks.models import QWEN3, TINY
 from benchmarks.prediction import GPUS
 from benchmarks.report import MIB, excuses, first_line, grid, milliseconds
+from benchmarks.slots import slots
 from benchmarks.step_contenders import (
     IGNORE_FIRST,
     Contender,
@@ -62,8 +63,8 @@ class Settings(OnDevice):
     interactions: int = 0
     """Interactions per step. Default: 8 on a CPU, 32 on a GPU."""
     prompt: int = 0
-    """Median tokens of a prompt; its logarithm deviates by 0.7. Default: 48 on a CPU, 600 on a
-    GPU. Responses have half of that, follow-ups an eighth."""
+    """Median tokens of a conversation's first prompt; its logarithm deviates by 0.7. Default: 48
+    on a CPU, 600 on a GPU. Responses have half of that, follow-ups an eighth."""
     micro_batch_tokens: int = 0
     """Slots of a micro-batch, padding included, for all contenders. Default: 2048, 16384."""
     checkpointing: bool = False
@@ -94,7 +95,8 @@ class Settings(OnDevice):
 
 
 def interactions(settings: Settings, vocabulary: int) -> list[Encoded]:
-    """Random tokens of log-normal lengths."""
+    """Random tokens of log-normal lengths. Every second interaction is the next turn of the one
+    before it: its prompt is that one's with response and follow-up."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(median: float) -> tuple[int, ...]:
@@ -102,9 +104,12 @@ def interactions(settings: Settings, vocabulary: int) -> list[Encoded]:
         n = max(IGNORE_FIRST + 1, min(int(median * scale), int(6 * median)))
         return tuple(torch.randint(vocabulary, (n,), generator=generator).tolist())
 
-    items = []
+    items: list[Encoded] = []
+    said: tuple[int, ...] = ()
     for i in range(settings.interactions):
-        prompt, response, followup = (tokens(settings.prompt / by) for by in (1, 2, 8))
+        prompt = items[-1].policy + items[-1].response + said if i % 2 else tokens(settings.prompt)
+        response, followup = (tokens(settings.prompt / by) for by in (2, 8))
+        said = followup
         items.append(
             Encoded(
                 id=str(i),
@@ -114,6 +119,7 @@ def interactions(settings: Settings, vocabulary: int) -> list[Encoded]:
                 old_logprobs=None,
                 ends=True,
                 truncated=Truncated(),
+                conversation=str(i // 2),
             )
         )
     return items
@@ -141,6 +147,17 @@ def tokens(e: Encoded) -> tuple[int, int, int]:
     """Tokens in the policy's pass, in the hindsight pass, and in the response."""
     n = len(e.response)
     return len(e.policy) + n, len(e.hindsight) + n, n
+
+
+def model_flops_of(
+    model: str, items: Sequence[Encoded], settings: Settings, contender: Contender
+) -> float:
+    """What a step needs, of what a contender reads."""
+    examples = [(e, 1.0) for e in items]
+    whole = slots(examples, settings.micro_batch_tokens, "none", "conversation")
+    shared = slots(examples, settings.micro_batch_tokens, "keys", "conversation")
+    read = shared.shares_of(whole) if contender.reads_tries else (1.0, 1.0)
+    return sum(sum(model_flops(shape_of(MODELS[model]), *tokens(e), read)) for e in items)
 
 
 class Check:
@@ -236,7 +253,6 @@ def _half(name: str, liger: bool, check: Check, settings: Settings) -> list[dict
     model = build(name, settings, getattr(torch, settings.weights), liger)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=settings.gpu)
     lengths = [tokens(e) for e in items]
-    flops = sum(sum(model_flops(shape_of(MODELS[name]), *each)) for each in lengths)
     total = sum(policy + hindsight for policy, hindsight, _ in lengths)
     device = torch.device(settings.device)
     steps, found = {}, {}
@@ -257,11 +273,13 @@ def _half(name: str, liger: bool, check: Check, settings: Settings) -> list[dict
             optimizer.zero_grad()
             _free(settings)
         steps[c.name] = step
+        flops = model_flops_of(name, items, settings, c)
         found[c.name] = dict(contender=c.name, verdict="right", error=error, extra_bytes=extra)
+        found[c.name] |= dict(flops=flops)
     for key, rounds in interleaved(steps, device, settings.seconds, least=3).items():
         spread = Spread.of(map(sum, rounds))
         speed = dict(seconds={"step": asdict(spread)}, tokens_per_second=total / spread.median)
-        rows.append(found[key] | speed | dict(tokens=total, flops=flops))
+        rows.append(found[key] | speed | dict(tokens=total))
     return rows
 
 

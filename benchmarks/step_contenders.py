@@ -13,18 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
-from transformers.utils.import_utils import is_flash_attn_2_available
 
 from benchmarks.peers import lacking
 from sdpo.batching import Batch, BatchConfig, micro_batches
 from sdpo.hindsight import Encoded
 from sdpo.objective import ReverseKL, SampledToken
 from sdpo.step import two_pass_loss
-from sdpo_parallel.transformers.engine import TransformersModel
+from sdpo_parallel.rows import Sharing
+from sdpo_parallel.transformers.engine import TransformersModel, choose_attention
 
 ObjectiveName = Literal["sampled_token", "reverse_kl"]
-DENSE_ROW = 2048
-"""Tokens of a packed row without flash-attn."""
+OBJECTIVES = {"sampled_token": SampledToken, "reverse_kl": ReverseKL}
 IGNORE_FIRST = 2
 """Response tokens without loss, as in the paper's offline runs."""
 
@@ -65,11 +64,15 @@ class Contender:
     """Modules that must be importable."""
     liger: bool = False
     """On a model with Liger's norms, MLPs and rotary embeddings."""
+    reads_tries: bool = False
+    """Its rows share prefixes."""
 
     def missing(self, device: str) -> str | None:
         """Why it cannot run; None: it can."""
         if self.liger and torch.device(device).type != "cuda":
             return "needs a GPU"
+        if self.reads_tries and choose_attention(device, "bfloat16"):
+            return "is not compared here: the model's attention is flash-attn, for whole sequences"
         absent = " ".join(filter(None, map(lacking, self.packages)))
         return f"lacks a package: pip install {absent}" if absent else None
 
@@ -77,7 +80,8 @@ class Contender:
 def contenders(objective: ObjectiveName) -> list[Contender]:
     """Everyone, each also with Liger's model kernels."""
     plain = [
-        Contender("sdpo", _ours(objective, packed=True), _packed),
+        Contender("sdpo", _ours(objective), _packed),
+        Contender("sdpo, prefixes shared", _ours(objective), _tries, reads_tries=True),
         Contender("sdpo, not packed", _ours(objective, packed=False), _packed),
         Contender("full logits (the paper's)", full_logits(objective), padded),
         Contender("TRL's SDPO loss", _trl(objective), padded, packages=("trl", "datasets")),
@@ -88,14 +92,14 @@ def contenders(objective: ObjectiveName) -> list[Contender]:
     ]
 
 
-def _ours(name: ObjectiveName, packed: bool) -> Loss:
-    kind = {"sampled_token": SampledToken, "reverse_kl": ReverseKL}[name]
-    objective = kind(ignore_first=IGNORE_FIRST)
+def _ours(name: ObjectiveName, packed: bool = True) -> Loss:
+    objective = OBJECTIVES[name](ignore_first=IGNORE_FIRST)
 
     @lru_cache(maxsize=1)
     def policy(model: PreTrainedModel) -> TransformersModel:
         found = TransformersModel(model)
-        found.packs = packed
+        if not packed:
+            found.packs = found.reads_tries = False
         return found
 
     return lambda model, batch: two_pass_loss(policy(model), batch, objective).loss
@@ -174,12 +178,17 @@ def _mean_of_means(value_BR: Tensor, x: Padded) -> Tensor:
     return ((value_BR * x.counted_BR).sum(-1) / length_B).mean() * x.share
 
 
-def _packed(items: Sequence[Encoded], slots: int, device: str) -> list[Batch]:
-    # a dense mask lets a token look at all of its row: there, rows of many documents cost more
-    flash = torch.device(device).type == "cuda" and is_flash_attn_2_available()
-    row_tokens = slots // 2 if flash else min(slots // 2, DENSE_ROW)
-    config = BatchConfig(row_tokens=row_tokens, micro_batch_tokens=slots)
-    return [b.to(device) for b in micro_batches([(e, 1 / len(items)) for e in items], config)]
+def _packed(
+    items: Sequence[Encoded], slots: int, device: str, sharing: Sharing = "none"
+) -> list[Batch]:
+    config = BatchConfig(row_tokens=max(1, slots // 2), micro_batch_tokens=slots)
+    examples = [(e, 1 / len(items)) for e in items]
+    return [b.to(device) for b in micro_batches(examples, config, sharing)]
+
+
+def _tries(items: Sequence[Encoded], slots: int, device: str) -> list[Batch]:
+    """Rows that share prefixes; hindsight reads on the policy's keys and values."""
+    return _packed(items, slots, device, "keys")
 
 
 def padded(items: Sequence[Encoded], slots: int, device: str) -> list[Padded]:

@@ -49,7 +49,17 @@ class Interactions:
     """Tokens before the response in the hindsight pass."""
     response: int = 512
     micro_batch_tokens: int = 16_384
-    """Slots of the hindsight pass that a rank computes at a time, before context parallelism."""
+    """Slots of the larger pass that a rank computes at a time, before context parallelism."""
+    policy_read: float = 1.0
+    """Share of the policy pass' tokens that are read, as benchmarks.prefixes counts it; 1: no
+    prefix is shared. Context parallelism shares none."""
+    hindsight_read: float = 1.0
+    """The same of the hindsight pass."""
+
+    def __post_init__(self):
+        for name in ("policy_read", "hindsight_read"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
 
     def of_step(self, ranks: int) -> int:
         return round(self.per_8_gpus * (ranks / 8 if self.scaling == "weak" else 1))
@@ -58,6 +68,10 @@ class Interactions:
     def lengths(self) -> tuple[int, int]:
         """Tokens of an interaction's policy pass and hindsight pass."""
         return self.prompt + self.response, self.hindsight + self.response
+
+    def read(self, parallel: ParallelConfig) -> tuple[float, float]:
+        """Shares of both passes' tokens that a layout reads."""
+        return (1.0, 1.0) if parallel.context > 1 else (self.policy_read, self.hindsight_read)
 
 
 class Work(NamedTuple):
@@ -75,14 +89,18 @@ def work_of(each: Interactions, parallel: ParallelConfig, ranks: int) -> Work:
     """No slot is padding."""
     groups = parallel.shards(ranks) * parallel.replicate
     n = math.ceil(each.of_step(ranks) / groups)
-    policy, hindsight = each.lengths
-    m = math.ceil(n * hindsight / each.micro_batch_tokens)
-    sizes = (n * t / m for t in (policy, hindsight, each.response))
+    passes = [t * share for t, share in zip(each.lengths, each.read(parallel), strict=True)]
+    m = math.ceil(n * max(passes) / each.micro_batch_tokens)
+    sizes = (n * t / m for t in (*passes, each.response))
     return Work(m, *sizes, chunk_bytes=tuning.CHUNK_BYTES["cuda"])
 
 
 def model_flops(
-    shape: ModelShape, policy: int, hindsight: int, response: int
+    shape: ModelShape,
+    policy: int,
+    hindsight: int,
+    response: int,
+    read: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[float, float]:
     """Flops that one interaction needs, of layers and lm_head; its tokens in the policy's pass, in
     the hindsight pass, and in the response.
@@ -90,11 +108,16 @@ def model_flops(
     Two per weight and token in a forward, four more in a backward; causal attention; the lm_head at
     response tokens only, without a gradient for the hindsight pass. Padding, recomputation and
     logits of prompts do not count.
+
+    Args:
+        read: shares of the two passes' tokens that are read where prefixes are shared: the last
+            ones, which see all the others.
     """
     body = shape.layers * shape.layer() + shape.hidden
     layers = 0.0
-    for t, passes in ((policy, 3), (hindsight, 1)):
-        layers += passes * (2 * body * t + 2 * shape.layers * shape.q * t * t)
+    for t, passes, share in ((policy, 3, read[0]), (hindsight, 1, read[1])):
+        pairs = t * t * (1 - (1 - share) ** 2)
+        layers += passes * (2 * body * t * share + 2 * shape.layers * shape.q * pairs)
     return layers, 8 * shape.head() * response
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.models import QWEN3
 from sdpo.cli import COMMANDS, DATA_COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
@@ -97,3 +98,39 @@ def every_flag() -> frozenset[str]:
     commands = [(name,) for name in COMMANDS if name != "data"]
     commands += [("data", name) for name in DATA_COMMANDS]
     return frozenset().union(*map(flags, commands))
+
+
+@pytest.fixture
+def picture():
+    """The script that draws docs/prefixes.md's picture."""
+    path = ROOT / "docs" / "assets" / "trie_row.py"
+    spec = importlib.util.spec_from_file_location("trie_row", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_of_shared_prefixes_prints_what_the_page_says(picture):
+    said, _ = picture.made()
+    page = picture.PAGE.read_text(encoding="utf-8")
+    (output,) = re.findall(r"```\n(none .*?)```", page, re.S)
+    assert [line.rstrip() for line in said.splitlines()] == output.splitlines()
+
+
+def test_the_picture_of_a_trie_row_is_of_the_examples_rows(picture):
+    """And its grid is the mask that attention computes with."""
+    _, (policy, hindsight) = picture.made()
+    drawn = picture.drawing(policy, hindsight)
+    assert picture.PICTURE.read_text(encoding="utf-8") == drawn
+    alone, joined = policy.sight.dense(), hindsight.sight.behind(policy).dense()
+    own = int(alone.sum()) + int(joined[..., policy.tokens_BT.shape[1] :].sum())
+    kept = int(joined[..., : policy.tokens_BT.shape[1]].sum())
+    assert drawn.count('"own"') == own + 1 and drawn.count('"kept"') == kept + 1, "and a legend"
+
+
+def test_the_memory_of_kept_keys_is_what_the_page_says():
+    c = QWEN3["qwen3-8b"]
+    each = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * 2
+    page = (ROOT / "docs" / "prefixes.md").read_text(encoding="utf-8")
+    assert f"{each:,} bytes a slot for Qwen3-8B, {each * 16_384 / 2**30:g} GiB for" in page

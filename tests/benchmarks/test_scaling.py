@@ -156,6 +156,35 @@ def test_weak_scaling_keeps_a_gpus_work_and_strong_scaling_the_steps():
     )
 
 
+SHARED = Interactions(policy_read=0.7, hindsight_read=0.45)
+
+
+def test_slots_that_are_not_read_again_take_no_time_and_context_ranks_share_none():
+    whole, shared = (traffic.work_of(e, ParallelConfig(), 8) for e in (EACH, SHARED))
+    slots = [w.micro_batches * t for w in (whole, shared) for t in w[1:4]]
+    assert slots[3:] == pytest.approx([0.7 * slots[0], 0.45 * slots[1], slots[2]])
+    assert shared.micro_batches < whole.micro_batches
+    assert shared.policy_slots <= SHARED.micro_batch_tokens, "the larger pass, now"
+    # the layers' cost is 3P + H, and attention's a little more: the last tokens see all others
+    fewer = (3 * 0.7 * 1024 + 0.45 * 1152) / (3 * 1024 + 1152)
+    flops = [
+        traffic.model_flops(QWEN3_8B, 1024, 1152, 512, e.read(ParallelConfig()))
+        for e in (EACH, SHARED)
+    ]
+    assert flops[0][1] == flops[1][1]
+    assert fewer < flops[1][0] / flops[0][0] < 1.01 * fewer
+    p = predict(8, each=SHARED)
+    assert p.compute < 0.8 * predict(8).compute and p.overlapped < predict(8).overlapped
+    assert p.tokens_per_second > predict(8).tokens_per_second
+    assert predict(8, each=SHARED, context=2) == predict(8, context=2)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.1])
+def test_a_share_is_a_share(share):
+    with pytest.raises(ValueError, match="hindsight_read must lie in"):
+        Interactions(hindsight_read=share)
+
+
 def test_all_layouts_use_all_gpus_once():
     found = prediction.layouts(256, "full")
     assert len(found) == len(set(found)) == 30
@@ -256,6 +285,40 @@ def test_predictions_are_printed_with_what_they_assume(results, tmp_path, capsys
     assert {r["ranks"] for r in predicted if r["best"]} == {8, 64}
     assert all(r["assumptions"] and r["verdict"] == "predicted" for r in predicted)
     assert all(r["memory"] <= 0.9 * 80 * 2**30 for r in predicted)
+
+
+def counts(**read: float) -> list[dict]:
+    """Rows of benchmarks.prefixes; hindsight's share by unit."""
+    at = dict(benchmark="prefixes", kind="count", data="i.jsonl", interactions=1353)
+    return [
+        at | dict(sharing=how, unit=unit, read=dict(policy=1.0, hindsight=share))
+        for how, unit, share in [("none", "interaction", 1.0)]
+        + [("keys", unit, share) for unit, share in read.items()]
+    ]
+
+
+def test_shares_are_those_counted_or_given_and_else_everything_is_read(results, capsys):
+    rows = counts(interaction=0.5, conversation=0.25)
+    settings = Settings(unit="conversation", interactions=Interactions(prompt=100))
+    found, source = scaling.chosen_interactions(settings, rows)
+    assert found == Interactions(prompt=100, hindsight_read=0.25) and "1,353" in source
+    by_one, _ = scaling.chosen_interactions(Settings(), rows)
+    assert by_one == Interactions(hindsight_read=0.5)
+    assert scaling.chosen_interactions(Settings(), rows[:1]) == (Interactions(), "")
+    given = replace(settings, interactions=SHARED)
+    assert scaling.chosen_interactions(given, rows) == (SHARED, "as given")
+
+    said = " ".join(scaling.assumptions(Settings(interactions=found), GPUS["h100"], source))
+    assert "100% of the policy's and 25% of hindsight's tokens are read, as counted" in said
+    assert "no prefix is shared" in " ".join(scaling.assumptions(Settings(), GPUS["h100"]))
+
+    def seconds(*new) -> float:
+        Output(out=results).keep(new)
+        at = Settings(count=False, results=results, gpus=(8,), unit="conversation")
+        return min(r["seconds"] for r in scaling.run(at) if r["kind"] == "prediction")
+
+    assert seconds() > seconds(*rows)
+    assert "25% of hindsight's" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_does_not_fit_is_said(results, capsys):

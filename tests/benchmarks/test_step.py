@@ -20,7 +20,7 @@ TINY = Settings(**SMALL, seconds=0.001, device="cpu").resolved()
 def test_every_contender_has_the_gradients_of_full_logits_in_float64(objective):
     check = Check(Settings(objective=objective, device="cpu").resolved())
     chosen = [c for c in contenders(objective) if not c.liger]
-    assert len(chosen) == 4
+    assert len(chosen) == 5
     for c in chosen:
         error = check.errors(c)
         assert max(error.values()) <= LIMIT, (c.name, error)
@@ -49,10 +49,13 @@ def test_a_run_measures_everyone_on_the_same_tokens(tmp_path, capsys):
     rows = step.run(replace(TINY, out=out))
     assert read(out) == rows
     timed = [r for r in rows if "seconds" in r]
-    assert [r["verdict"] for r in timed] == ["right"] * 4
-    assert len({r["tokens"] for r in timed}) == 1 and len({r["flops"] for r in timed}) == 1
+    assert [r["verdict"] for r in timed] == ["right"] * 5
+    assert len({r["tokens"] for r in timed}) == 1
+    flops = {r["contender"]: r["flops"] for r in timed}
+    assert flops.pop("sdpo, prefixes shared") < 0.9 * flops["sdpo"] == 0.9 * max(flops.values())
+    assert len(set(flops.values())) == 1
     absent = [r for r in rows if "note" in r]
-    assert len(absent) == 4 and all("needs a GPU" in r["note"] for r in absent)
+    assert len(absent) == 5 and all("needs a GPU" in r["note"] for r in absent)
     assert "sdpo, not packed" in capsys.readouterr().out
 
 
@@ -64,9 +67,35 @@ def test_a_contender_that_raises_is_named_and_the_others_go_on(monkeypatch):
     mended = [replace(c, loss=broken) if "TRL" in c.name else c for c in chosen]
     monkeypatch.setattr(step, "contenders", lambda objective: mended)
     rows = step.run(replace(TINY, liger=False))
-    assert [r["verdict"] for r in rows].count("right") == 3
+    assert [r["verdict"] for r in rows].count("right") == 4
     (failed,) = (r for r in rows if r["verdict"] == "failed")
     assert failed["note"] == "TypeError: no such argument"
+
+
+def test_every_second_interaction_is_the_next_turn_and_is_shared():
+    first, second, alone = items = interactions(TINY, 512)
+    said = first.hindsight[len(first.policy) :]
+    assert second.policy == first.policy + first.response + said
+    assert first.conversation == second.conversation != alone.conversation
+    (chosen,) = (c for c in contenders("reverse_kl") if c.name == "sdpo, prefixes shared")
+    (batch,) = chosen.batches(items, 2048, "cpu")
+    # the first turn's row is the beginning of the second's, and hindsight's begin as the policy's
+    policy = sum(len(e.policy) + len(e.response) for e in (second, alone))
+    hindsight = sum(len(e.hindsight) - len(e.policy) + len(e.response) for e in items)
+    assert batch.sharing == "keys" and batch.tokens <= policy + hindsight < batch.unshared
+
+
+def test_rows_of_whole_sequences_are_read_without_views():
+    """`not packed`: one padded row for each document."""
+    model = build("check", TINY, torch.float32)
+    (chosen,) = (c for c in contenders("reverse_kl") if c.name == "sdpo, not packed")
+    (batch,) = chosen.batches(interactions(TINY, 512), 2048, "cpu")
+    seen = []
+    model.model.register_forward_pre_hook(
+        lambda _, a, k: seen.append((k["input_ids"].shape, "sdpo_view" in k)), with_kwargs=True
+    )
+    chosen.loss(model, batch)
+    assert [(shape[0], view) for shape, view in seen[-2:]] == [(3, False)] * 2
 
 
 def test_flops_are_those_of_the_matmuls():
