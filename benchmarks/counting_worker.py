@@ -1,7 +1,7 @@
 """Run under torchrun on gloo: bytes of every collective of a tiny Qwen3's step; timed all-gathers.
 
 argv: JSON of ``counting.STEP``, ``parallel`` (fields of ParallelConfig), ``sizes`` (fields of
-config.json) and perhaps ``sharing`` ("none" where it is missing). The last line of rank 0's stdout is JSON: ``sent``, one
+config.json) and perhaps ``sharing``. The last line of rank 0's stdout is JSON: ``sent``, one
 [axis, operator, bytes that a rank sends, collectives] for each axis and operator, and ``gathers``,
 [bytes that a rank sends, seconds] for each size.
 """

@@ -14,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.counting_worker import batch_of
 from benchmarks.models import QWEN3
 from benchmarks.traffic import shape_of
 from helpers import runs, tiny
 from sdpo_parallel import memory
 from sdpo_parallel.config import EMA, Frozen, Live, LoraConfig, ParallelConfig, TrustRegion
+from sdpo_parallel.engine import ROW_MULTIPLE
 from sdpo_parallel.memory import Load, ModelShape, estimate, host_bytes
 
 TOLERANCE = 0.15
@@ -58,6 +60,14 @@ CASES = {
     ),
     "adapters": case(task={"lora_rank": 16}),
     "llama": case(checkpoint="none", kind="llama"),
+    **{
+        f"{sharing}, {checkpoint}{', ' if name else ''}{name}": case(
+            ranks, checkpoint, task={"sharing": sharing, "rows": 3}, **layout
+        )
+        for sharing in ("none", "tries", "keys")
+        for checkpoint in ("none", "selective", "full")
+        for name, ranks, layout in [("", 1, {}), ("2 shards", 2, {}), ("tensor", 2, {"tensor": 2})]
+    },
 }
 
 
@@ -87,11 +97,14 @@ def measured(name: str) -> dict[str, int]:
 
 def estimated(name: str) -> dict[str, int]:
     c, task = CASES[name], CASES[name]["task"]
-    width = task["prompt"] + task["response"]
+    batch = batch_of(task | {"interactions": task["rows"]}, ROW_MULTIPLE)
     load = Load(
-        tokens=task["rows"] * width,
+        tokens=batch.policy.tokens_BT.numel(),
+        hindsight_tokens=batch.hindsight.tokens_BT.numel(),
+        unshared_tokens=task["rows"] * (task["prompt"] + task["response"]),
+        sharing=batch.sharing,
         response_tokens=task["rows"] * task["response"],
-        row_tokens=width,
+        row_tokens=batch.policy.tokens_BT.shape[1],
         max_tokens=task["hindsight"] + task["response"],
         chunk_bytes=task["chunk_bytes"],
     )
