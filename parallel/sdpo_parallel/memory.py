@@ -33,9 +33,9 @@ gradient waits for the embeddings'.
 
 The peak is the largest of these moments; all but ``update`` include the gathered lm_head:
 
-    hindsight    all layers' kept tensors; the final norm's; h (N, D); all layers' keys and values of
-                 the policy's slots, 2 K / t each, where hindsight reads on them: freed afterwards;
-                 and over the S slots of hindsight, of one layer without gradient, the larger of
+    hindsight    all layers' kept tensors; the final norm's; h (N, D); all layers' keys and values
+                 of the policy's slots, 2 K / t each, where hindsight reads on them, freed
+                 afterwards; over the S slots of hindsight, of one layer without gradient, the larger of
 
                      attention  D / s + D + (2 Q + 2 K) / t, and all keys and values that it reads
                      MLP        2 D / s + D + 3 F / t

@@ -59,7 +59,9 @@ def load_of(config: TrainConfig, sample: Sequence[Encoded] = ()) -> Load:
     policy, hindsight = h.max_prompt_tokens, h.max_hindsight_prompt_tokens
     read = Read(policy + response, max(0, hindsight - policy * (sharing == "keys")) + response)
     if sample:
-        read = slots_read(sample, config, sharing, conversations=_whole(config))
+        read = slots_read(
+            sample, config, sharing, conversations=config.batch.unit == "conversation"
+        )
         response = sum(len(e.response) for e in sample)
         longest = max(max(len(e.policy), len(e.hindsight)) + len(e.response) for e in sample)
     tokens = max(b.micro_batch_tokens, longest)
@@ -74,11 +76,6 @@ def load_of(config: TrainConfig, sample: Sequence[Encoded] = ()) -> Load:
         chunk_bytes=config.objective.chunk_bytes or default_chunk_bytes(torch.device("cuda")),
         grad_bytes=default_grad_bytes(torch.device("cuda")),
     )
-
-
-def _whole(config: TrainConfig) -> bool:
-    """A step has whole conversations."""
-    return getattr(config.batch, "unit", "interaction") == "conversation"
 
 
 def memory_per_rank(
