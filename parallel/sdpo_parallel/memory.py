@@ -35,7 +35,7 @@ The peak is the largest of these moments; all but ``update`` include the gathere
 
     hindsight    all layers' kept tensors; the final norm's; h (N, D); all layers' keys and values
                  of the policy's slots, 2 K / t each, where hindsight reads on them, freed
-                 afterwards; over the S slots of hindsight, one layer without gradient, the larger of
+                 afterwards; over the S slots of hindsight, one layer without gradient, the larger
 
                      attention  D / s + D + (2 Q + 2 K) / t, and all keys and values that it reads
                      MLP        2 D / s + D + 3 F / t
