@@ -53,11 +53,11 @@ def parameter_count(folder: str) -> int:
 
 def load_of(config: TrainConfig, sample: Sequence[Encoded] = ()) -> Load:
     """The fullest micro-batch: every slot of its larger pass used; the shares of response tokens
-    and of the hindsight pass are those of ``sample``, or without one what the limits allow."""
+    and of the hindsight pass are those of ``sample``, or without one what the limits allow where
+    nothing is shared."""
     h, b, sharing = config.hindsight, config.batch, sharing_of(config)
     response, longest = h.max_response_tokens, config.max_tokens
-    policy, hindsight = h.max_prompt_tokens, h.max_hindsight_prompt_tokens
-    read = Read(policy + response, max(0, hindsight - policy * (sharing == "keys")) + response)
+    read = Read(h.max_prompt_tokens + response, h.max_hindsight_prompt_tokens + response)
     if sample:
         read = slots_read(
             sample, config, sharing, conversations=config.batch.unit == "conversation"

@@ -196,7 +196,7 @@ def test_kept_keys_take_147_kb_of_a_token_of_qwen3_8b():
     for sharing in ("none", "tries"):
         assert not kept_bytes(QWEN3_8B, ParallelConfig(), load=replace(load, sharing=sharing))
     # under full checkpointing the pass that reads them is the peak
-    long = replace(load, tokens=65_536, row_tokens=65_536)
+    long = replace(load, tokens=65_536, hindsight_tokens=65_536, row_tokens=65_536)
     parts = on_gpus(load=long, activation_checkpoint="full")
     assert parts["kept keys and values"] == 147_456 * long.tokens
     assert on_gpus(EMA(), load=long)["kept keys and values"] == 0
