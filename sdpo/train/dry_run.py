@@ -231,26 +231,20 @@ def _show_shares(console: Console, config: TrainConfig, sample: Sequence[Encoded
         return
     sharing = sharing_of(config)
     reads = {
-        "every sequence whole": slots_read(sample, config, "none", conversations=False),
-        "prefixes shared, each interaction by itself": slots_read(
-            sample, config, sharing, conversations=False
-        ),
-        "prefixes shared, whole conversations": slots_read(
-            sample, config, sharing, conversations=True
-        ),
+        "no prefixes": slots_read(sample, config, "none", conversations=False),
+        "by interaction": slots_read(sample, config, sharing, conversations=False),
+        "by conversation": slots_read(sample, config, sharing, conversations=True),
     }
     whole, *_ = reads.values()
-    title = f"tokens read of {len(sample):,} interactions, by pass; cost 3 policy + hindsight"
-    names = ("read", "policy", "hindsight", "saved", "cost")
+    title = f"tokens read of {len(sample):,} interactions"
+    names = ("shared", "policy P", "hindsight H", "saved", "3 P + H", "fewer")
     table = Table(*names, title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, read in reads.items():
         saved = whole.policy + whole.hindsight - read.policy - read.hindsight
-        fewer = f"{whole.cost / read.cost:.2f}x fewer"
         numbers = (read.policy, read.hindsight, saved, read.cost)
-        *shown, cost = (f"{n:,}" for n in numbers)
-        table.add_row(name, *shown, cost if read is whole else f"{cost}, {fewer}")
+        table.add_row(name, *(f"{n:,}" for n in numbers), f"{whole.cost / read.cost:.2f}x")
     console.print(table)
 
 

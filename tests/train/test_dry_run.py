@@ -141,10 +141,9 @@ def test_what_the_data_shares(models, tmp_path, capsys):
         return capsys.readouterr().out
 
     def reads(text: str) -> list[list[int]]:
-        """Policy, hindsight, saved and cost: whole, by interaction, by conversation."""
-        rows = [line for line in text.splitlines() if re.search(r"whole │|itself │|conver", line)]
-        found = [[int(n.replace(",", "")) for n in re.findall(r"│ +([\d,]+)\b", r)] for r in rows]
-        return [row for row in found if len(row) == 4]
+        """Policy, hindsight, saved and cost: without sharing, by interaction, by conversation."""
+        rows = re.findall(r"(?:no prefixes|by interaction|by conversation) *│(.*)│.*x │", text)
+        return [[int(n.replace(",", "")) for n in row.split("│")] for row in rows]
 
     limits = ("--hindsight.max-prompt-tokens", "400", "--hindsight.max-hindsight-prompt-tokens")
     arguments = ["--model", models("qwen3"), "--data", data, "--dry-run", *limits, "500"]
@@ -154,7 +153,7 @@ def test_what_the_data_shares(models, tmp_path, capsys):
         assert cost == 3 * policy + hindsight
         assert saved == whole[0] + whole[1] - policy - hindsight
     assert whole[0] == alone[0] > 1.5 * together[0] and whole[1] > alone[1]
-    assert f"{whole[3] / together[3]:.2f}x fewer" in text
+    assert f"{together[3]:,} │ {whole[3] / together[3]:.2f}x" in text
     assert "kept keys and values" in text and "--batch.share-prefix none does without" in text
     tries = reads(shown("--teacher", "ema:0.9"))
     assert tries[0] == tries[1] == whole and tries[2][0] == together[0]
