@@ -444,7 +444,8 @@ def estimate(
 def kept_bytes(model: ModelShape, parallel: ParallelConfig, *, load: Load) -> int:
     """Bytes of the policy's keys and values that a live teacher's hindsight pass reads on, while it
     runs; 0 where it does not."""
-    return round(_Rank(model, parallel, LoraConfig(), Live(), parallel.tensor, load).kept_keys())
+    ranks = parallel.replicate * parallel.context * parallel.tensor
+    return round(_Rank(model, parallel, LoraConfig(), Live(), ranks, load).kept_keys())
 
 
 def host_bytes(
