@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
-from itertools import count, groupby
+from itertools import chain, count, groupby
 from typing import Literal
 
 import numpy as np
@@ -219,10 +219,10 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Unit:
+class Bundle:
     """Examples that are computed together: one, or turns of a conversation, which share prefixes.
 
-    Slots are counted without what the unit shares with others.
+    Slots are counted without what it shares with others.
     """
 
     examples: list[Example]
@@ -236,7 +236,7 @@ class Unit:
         return 3 * self.policy + self.hindsight
 
 
-def units(examples: Iterable[Example], most: int, sharing: Sharing = "none") -> Iterator[Unit]:
+def bundles(examples: Iterable[Example], most: int, sharing: Sharing = "none") -> Iterator[Bundle]:
     """Examples as what is computed together, in their order.
 
     Args:
@@ -252,14 +252,14 @@ def units(examples: Iterable[Example], most: int, sharing: Sharing = "none") -> 
             n = len(group)
             while max(slots := _slots_of(group[:n], sharing)) > most and n > 1:
                 n -= 1
-            yield Unit(group[:n], *slots)
+            yield Bundle(group[:n], *slots)
             group = group[n:]
 
 
 def _slots_of(examples: Sequence[Example], sharing: Sharing) -> tuple[int, int]:
     """Slots of the policy and the hindsight pass, without padding."""
-    policy, hindsight = _both(examples)
-    if len(examples) == 1 and sharing != "keys":
+    policy, hindsight = pairs_of(examples)
+    if sharing == "none":
         return _total(policy), _total(hindsight)
     first, second = _layouts(policy, hindsight, sharing)
     return first.slots, second.slots
@@ -269,15 +269,15 @@ def micro_batches(
     examples: Iterable[Example], config: BatchConfig, sharing: Sharing = "none"
 ) -> Iterator[Batch]:
     """One process's examples in order, cut so that no pass exceeds ``micro_batch_tokens``."""
-    group: list[Unit] = []
-    for unit in units(examples, config.micro_batch_tokens, sharing):
+    group: list[Bundle] = []
+    for bundle in bundles(examples, config.micro_batch_tokens, sharing):
         if (
             group
-            and _slots([*group, unit], config, ROW_MULTIPLE, sharing) > config.micro_batch_tokens
+            and _slots([*group, bundle], config, ROW_MULTIPLE, sharing) > config.micro_batch_tokens
         ):
             yield collate(_examples(group), config.row_tokens, sharing=sharing)
             group = []
-        group.append(unit)
+        group.append(bundle)
     if group:
         yield collate(_examples(group), config.row_tokens, sharing=sharing)
 
@@ -291,7 +291,7 @@ class Assignment:
     collectives; within one, ranks wait for the slowest.
     """
 
-    micro_batches: list[list[list[Unit]]]
+    micro_batches: list[list[list[Bundle]]]
 
     def of(self, rank: int) -> list[list[Example]]:
         """A rank's micro-batches."""
@@ -330,8 +330,8 @@ def assign(
         seen.setdefault(e.conversation, n)
     if sharing != "none":
         examples = sorted(examples, key=lambda example: seen[example[0].conversation])
-    found = list(units(examples, config.micro_batch_tokens, sharing))
-    costs = {i: unit.cost for i, unit in enumerate(found)}
+    found = list(bundles(examples, config.micro_batch_tokens, sharing))
+    costs = {i: bundle.cost for i, bundle in enumerate(found)}
     most = max(sum(u.policy for u in found), sum(u.hindsight for u in found))
     rounds = max(1, -(-most // (dp_degree * config.micro_batch_tokens)))
     while True:
@@ -343,19 +343,21 @@ def assign(
         ):
             break
         rounds += 1
-    contents.sort(key=lambda c: -sum(unit.cost for unit in c))
+    contents.sort(key=lambda c: -sum(bundle.cost for bundle in c))
     groups = [contents[m * dp_degree : (m + 1) * dp_degree] for m in range(rounds)]
     # alternate the direction, so that no rank gets the longest bin of every group
     return Assignment([g if m % 2 == 0 else g[::-1] for m, g in enumerate(groups)])
 
 
-def _examples(units: Iterable[Unit]) -> list[Example]:
-    return [example for unit in units for example in unit.examples]
+def _examples(bundles: Iterable[Bundle]) -> list[Example]:
+    return [example for bundle in bundles for example in bundle.examples]
 
 
-def _slots(units: Sequence[Unit], config: BatchConfig, row_multiple: int, sharing: Sharing) -> int:
+def _slots(
+    bundles: Sequence[Bundle], config: BatchConfig, row_multiple: int, sharing: Sharing
+) -> int:
     """Slots of the larger pass of a micro-batch, at most."""
-    passes = [u.policy for u in units], [u.hindsight for u in units]
+    passes = [b.policy for b in bundles], [b.hindsight for b in bundles]
     if sharing != "none":  # one row
         return max(_rounded(sum(slots), row_multiple) for slots in passes)
     rows = [(_fit(lengths, config.row_tokens), lengths) for lengths in passes]
@@ -374,7 +376,7 @@ def collate(
     ends = [i == len(e.response) - 1 and e.ends for e in encoded for i in range(len(e.response))]
     old = [p for e in encoded for p in e.old_logprobs or ()]
     known = all(e.old_logprobs is not None for e in encoded)
-    both = _both(examples)
+    both = pairs_of(examples)
     (policy, hindsight), tokens = pack_passes(*both, row_tokens, row_multiple, sharing)
     return Batch(
         policy=policy,
@@ -396,10 +398,13 @@ def collate(
     )
 
 
-def _both(examples: Sequence[Example]) -> tuple[list[Pair], list[Pair]]:
-    """What the policy and the hindsight pass read."""
-    policy: list[Pair] = [(e.policy, e.response) for e, _ in examples]
-    return policy, [(e.hindsight, e.response) for e, _ in examples]
+def pairs_of(examples: Sequence[Example]) -> tuple[list[Pair], list[Pair]]:
+    """What the policy and the hindsight pass read: all responses behind their hindsight prompts,
+    then behind each further one; all examples have as many."""
+    columns = zip(*((e.policy, e.hindsight, *e.further) for e, _ in examples), strict=True)
+    responses = [e.response for e, _ in examples]
+    policy, *hindsight = [list(zip(prompts, responses, strict=True)) for prompts in columns] or [[]]
+    return policy, list(chain(*hindsight))
 
 
 def _total(pairs: Sequence[Pair]) -> int:
@@ -423,11 +428,9 @@ def pack_passes(
         return whole, _total(policy) + _total(hindsight)
     first, second = _layouts(policy, hindsight, sharing)
     total = first.slots + second.slots
-    rows = (
-        _trie_row(first, policy, row_multiple, beyond=total),
-        _trie_row(second, hindsight, row_multiple, beyond=total),
-    )
-    return rows, total
+    rows = _trie_row(first, policy, row_multiple, beyond=total)
+    beyond = total + row_multiple  # the first's padding, too
+    return (rows, _trie_row(second, hindsight, row_multiple, beyond=beyond)), total
 
 
 def _layouts(

@@ -78,6 +78,12 @@ class HindsightConfig:
         except ValueError:
             raise SdpoError(f"date must be a day, YYYY-MM-DD, got {self.date!r}") from None
 
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence that either pass may read."""
+        longest_prompt = max(self.max_prompt_tokens, self.max_hindsight_prompt_tokens)
+        return longest_prompt + self.max_response_tokens
+
 
 class Truncated(NamedTuple):
     """Whether an interaction lost tokens to the limits: by sequence, and what of its prompts."""
@@ -108,6 +114,8 @@ class Encoded:
     """The response brings its own thinking block, and the prompts close none."""
     conversation: str = ""
     """Of which it is a turn."""
+    further: tuple[tuple[int, ...], ...] = ()
+    """Other hindsight prompts behind which the response is read, where it is scored."""
 
 
 def resolve_template(template: str) -> str:

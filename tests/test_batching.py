@@ -15,10 +15,10 @@ from sdpo.batching import (
     Cursor,
     Stream,
     assign,
+    bundles,
     collate,
     micro_batches,
     unit_of,
-    units,
 )
 from sdpo.conversations import Message
 from sdpo.hindsight import Encoded, Truncated
@@ -128,7 +128,7 @@ def test_a_deal_of_wildly_different_lengths_is_balanced():
         )
         for _ in range(128)
     ]
-    naive = [sum(u.cost for u in units([(e, 1.0) for e in items[r::8]], 1)) for r in range(8)]
+    naive = [sum(b.cost for b in bundles([(e, 1.0) for e in items[r::8]], 1)) for r in range(8)]
     waiting = 1 - sum(naive) / (8 * max(naive))
     assigned = assign([(e, 1.0) for e in items], 8, BatchConfig(), ROW_MULTIPLE)
     assert waiting > 0.2 and assigned.idle < 0.02, (waiting, assigned.idle)

@@ -6,6 +6,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from .engine import Engine, EngineConfig
 from .errors import SdpoError
+from .inference import Inference, InferenceConfig
 from .transformers.engine import TransformersEngine
 
 EngineName = Literal["torchtitan", "transformers"]
@@ -21,6 +22,15 @@ def build_engine(name: EngineName, config: EngineConfig, state: Stateful) -> Eng
         SdpoError: the engine is not installed, or the config does not fit the model or the ranks.
     """
     return _engine(name)(config, state)
+
+
+def build_inference(name: EngineName, config: InferenceConfig) -> Inference:
+    """A model that is only read; ``load`` completes its weights.
+
+    Raises:
+        SdpoError: the engine is not installed, or the config does not fit the model or the ranks.
+    """
+    return _engine(name).build_inference(config)
 
 
 def export_checkpoint(

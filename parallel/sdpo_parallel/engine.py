@@ -7,9 +7,9 @@ device.
 import abc
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from .huggingface import check_finite
 from .model import ModuleModel
 from .rows import Sharing
 from .teacher import TeacherState, reshard
+
+if TYPE_CHECKING:
+    from .inference import Inference, InferenceConfig
 
 ROW_MULTIPLE = 128
 """Row widths are rounded up to it: the block of flex attention's masks, and few enough shapes for
@@ -82,6 +85,23 @@ class EngineConfig:
     def teacher_folder(self) -> str | None:
         """The folder of a teacher that does not start as the policy; None: it does."""
         return self.teacher.folder if isinstance(self.teacher, Frozen) else None
+
+
+def refuse_disagreement(what: str, values: Sequence[Any]) -> None:
+    """Refuse to go on where ranks were started with different things.
+
+    Args:
+        values: every rank's, in their order.
+
+    Raises:
+        SdpoError: they are not all the same; the first that differs is named.
+    """
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise SdpoError(
+                f"{what} differs between ranks: rank {rank} has {other!r}, rank 0 "
+                f"{values[0]!r}; put it where all nodes read the same, or copy it to each again"
+            )
 
 
 class Engine(abc.ABC):
@@ -145,6 +165,11 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def build_policy(config: EngineConfig) -> ModuleModel:
         """The model to train; ``load`` completes its weights."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def build_inference(config: "InferenceConfig") -> "Inference":
+        """See `sdpo_parallel.build.build_inference`."""
 
     @staticmethod
     @abc.abstractmethod
@@ -222,13 +247,7 @@ class Engine(abc.ABC):
         Raises:
             SdpoError: ``value`` is not the same on all ranks; the first that differs is named.
         """
-        values = self.checkpoints.gather(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise SdpoError(
-                    f"{what} differs between ranks: rank {rank} has {other!r}, rank 0 "
-                    f"{values[0]!r}; put it where all nodes read the same, or copy it to each again"
-                )
+        refuse_disagreement(what, self.checkpoints.gather(value))
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over ranks with tokens of their own: tensor ranks count once."""

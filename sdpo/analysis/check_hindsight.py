@@ -27,9 +27,11 @@ none either: tiny models may never have learned such a sentence.
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import tyro
@@ -40,12 +42,13 @@ from rich.table import Table
 
 from ..errors import DataError
 from ..interactions import Interaction, conversation_of, iter_interactions
-from ..io.files import written_whole
+from ..io.files import sha256, written_whole
+from .journal import Journal
 from .options import ReaderOptions
 from .score import interval, partners
 
 if TYPE_CHECKING:
-    from .advantages import Reader
+    from .advantages import Reader, Reading
 
 CONTEXTS = ("own", "shuffled", "neutral", "revealed", "misled")
 NEUTRAL = "Okay."
@@ -152,20 +155,50 @@ def sample(path: str, count: int, seed: int) -> list[Interaction]:
     return [i for place, i in enumerate(iter_interactions(path)) if place in drawn]
 
 
-def check(reader: "Reader", interactions: Sequence[Interaction], *, seed: int = 0) -> Findings:
+def check(
+    reader: "Reader",
+    interactions: Sequence[Interaction],
+    *,
+    seed: int = 0,
+    journal: Journal | None = None,
+    header: Mapping[str, Any] = MappingProxyType({}),
+) -> Findings:
     """Read every response six times.
 
     Args:
         interactions: as ``sample`` draws them.
+        journal: keeps what was read, should the process be killed.
+        header: what decides which interactions these are.
     """
+    from .advantages import read_into  # torch: seconds, which --help need not pay
+
     conversations = [conversation_of(i) for i in interactions]
     partner = partners(conversations, seed, "the sample")
     asked = [(i, _others(i, interactions[j])) for i, j in zip(interactions, partner, strict=True)]
-    readings = list(reader.read(asked))
-    advantage = np.array([[float(a.mean()) for a in r.advantages] for r in readings])
-    size = np.array([[float(a.abs().mean()) for a in r.advantages] for r in readings])
-    surprisal = float(np.mean([-float(r.policy.mean()) for r in readings]))
-    return _findings(advantage, size, surprisal, partner, seed)
+    with Journal(None) if journal is None else nullcontext(journal) as kept:
+        read_into(
+            kept,
+            reader,
+            asked,
+            _means,
+            header={"command": "check-hindsight", "seed": seed, **header},
+            total=len(asked),
+            says="reading six times",
+        )
+
+        def found() -> Findings:
+            surprisal, mean, size = map(np.array, zip(*kept.rows(), strict=True))
+            return _findings(mean, size, float(surprisal.mean()), partner, seed)
+
+        return reader.inference.on_main(found)
+
+
+def _means(reading: "Reading") -> tuple[float, list[float], list[float]]:
+    """Surprisal; A and |A| by hindsight context."""
+    advantages = reading.advantages
+    mean = [float(a.mean()) for a in advantages]
+    size = [float(a.abs().mean()) for a in advantages]
+    return -float(reading.policy.mean()), mean, size
 
 
 def _others(interaction: Interaction, other: Interaction) -> tuple[str, ...]:
@@ -216,6 +249,8 @@ def command(
 ) -> None:
     """Whether a model makes use of hindsight under a template; exit status 0 if it does, else 1.
 
+    With --json, a run that was killed goes on where it was when the same command is started again.
+
     Args:
         model: any causal LM: a local Hugging Face folder, or a name on the hub.
         interactions: file that `sdpo data prepare` wrote.
@@ -223,17 +258,24 @@ def command(
         seed: decides which interactions are drawn, and which exchange follow-ups.
         json_out: JSON file to write the findings to.
     """
-    from .advantages import Reader  # torch and transformers: seconds, which --help need not pay
+    from .advantages import Reader  # torch: seconds, which --help need not pay
 
     drawn = sample(interactions, sample_size, seed)
-    found = check(Reader.load(model, options), drawn, seed=seed)
-    template = options.hindsight.template
-    _show(found, model, template)
-    if json_out is not None:
-        row = {"uses_hindsight": found.uses_hindsight, "reasons": found.reasons()}
-        row |= {"model": model, "interactions": interactions, "template": template}
-        with written_whole(json_out) as file:
-            json.dump(row | asdict(found), file, indent=2, allow_nan=False)
+    header = {"interactions": sha256(interactions), "sample": sample_size}
+    with Journal(json_out) as journal, Reader.load(model, options) as reader:
+        found = check(reader, drawn, seed=seed, journal=journal, header=header)
+
+        def tell() -> None:
+            template = options.hindsight.template
+            _show(found, model, template)
+            if json_out is not None:
+                row = {"uses_hindsight": found.uses_hindsight, "reasons": found.reasons()}
+                row |= {"model": model, "interactions": interactions, "template": template}
+                with written_whole(json_out) as file:
+                    json.dump(row | asdict(found), file, indent=2, allow_nan=False)
+            journal.discard()
+
+        reader.inference.on_main(tell)
     raise SystemExit(0 if found.uses_hindsight else 1)
 
 

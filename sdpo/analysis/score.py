@@ -19,8 +19,7 @@ that.
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 import numpy as np
@@ -28,19 +27,17 @@ import tyro
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 
 from ..errors import DataError
-from ..interactions import Interaction, conversation_of, iter_interactions
-from ..io.files import written_whole
+from ..interactions import conversation_of, iter_interactions
+from ..io.files import sha256, written_whole
+from .journal import Journal
 from .options import ReaderOptions
 
 if TYPE_CHECKING:
-    from .advantages import Reader
+    from .advantages import Reading
 
-CHUNK = 512
-"""Interactions after which a new batch begins: the same rows in any version, to the last bit."""
 OUTLIER = 3.5
 """Modified z-score beyond which a value is an outlier (Iglewicz and Hoaglin, 1993)."""
 DRAWS = 1000
@@ -143,22 +140,14 @@ class FollowUps:
         return self._file.read(self._ends[i + 1] - self._ends[i]).decode()
 
 
-def score(reader: "Reader", pairs: Iterable[tuple[Interaction, Sequence[str]]]) -> Iterator[tuple]:
-    """Rows of `FIGURES` for interactions, each with another conversation's follow-up."""
-    pairs = iter(pairs)
-    chunks = iter(lambda: list(islice(pairs, CHUNK)), [])
-    for reading in chain.from_iterable(map(reader.read, chunks)):
-        own, other = (advantage.numpy() for advantage in reading.advantages)
-        size, control = np.abs(own).mean(), np.abs(other).mean()
-        difference = np.abs(own - other).mean()
-        row = len(own), own.mean(), size, np.abs(own).max(), control, difference, size - control
-        if not np.isfinite(row).all():
-            raise DataError(
-                f"interaction {reading.encoded.id}: its log-probabilities are not finite, as the "
-                "model overflows in this dtype",
-                hint="Try --dtype float32",
-            )
-        yield row
+def figures(reading: "Reading") -> tuple[float, ...]:
+    """The row of `FIGURES` of an interaction that was read with another conversation's follow-up,
+    too."""
+    own, other = (advantage.numpy() for advantage in reading.advantages)
+    size, control = np.abs(own).mean(), np.abs(other).mean()
+    difference = np.abs(own - other).mean()
+    row = own.mean(), size, np.abs(own).max(), control, difference, size - control
+    return len(own), *map(float, row)
 
 
 def score_command(
@@ -171,13 +160,15 @@ def score_command(
 ) -> None:
     """Measure how much each follow-up says about its response, next to another conversation's.
 
+    A run that was killed goes on where it was when the same command is started again.
+
     Args:
         model: any causal LM: a local Hugging Face folder, or a name on the hub.
         interactions: file that `sdpo data prepare` wrote.
         out: JSONL file to write, one row per interaction; training selects by it.
         seed: decides which interactions exchange follow-ups.
     """
-    from .advantages import Reader  # torch and transformers: seconds, which --help need not pay
+    from .advantages import Reader, read_into  # torch: seconds, which --help need not pay
 
     with tempfile.TemporaryFile() as file:
         ids, conversations, texts = [], [], FollowUps(file)
@@ -186,17 +177,39 @@ def score_command(
             conversations.append(conversation_of(i))
             texts.append(i.followup)
         partner = partners(conversations, seed, interactions)
-        reader = Reader.load(model, options)
         data = zip(iter_interactions(interactions), partner, strict=True)
-        rows = score(reader, ((interaction, [texts[j]]) for interaction, j in data))
-        rows = track(rows, description="reading three times", total=len(ids))
-        table = np.fromiter(rows, FIGURES, count=len(ids))
+        header = {"command": "data score", "interactions": sha256(interactions), "seed": seed}
+        with Journal(out) as journal, Reader.load(model, options) as reader:
+            read_into(
+                journal,
+                reader,
+                ((interaction, [texts[j]]) for interaction, j in data),
+                figures,
+                header=header,
+                total=len(ids),
+                says="reading three times",
+            )
+            reader.inference.on_main(
+                lambda: _write(journal, interactions, out, ids, conversations, seed)
+            )
+
+
+def _write(
+    journal: Journal,
+    interactions: str,
+    out: str,
+    ids: Sequence[str],
+    conversations: Sequence[str],
+    seed: int,
+) -> None:
+    table = np.fromiter(map(tuple, journal.rows()), FIGURES, count=len(ids))
     flags = outliers(table["mean_abs_advantage"])
     with written_whole(out) as file:
         for id, values, flag in zip(ids, table, flags, strict=True):
             figures = dict(zip(FIGURES.names or (), values.item(), strict=True))
             row = {"id": id, **figures, "outlier": flag}
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    journal.discard()
     console = Console()
     _show(console, table, conversations, seed)
     _name_outliers(console, interactions, table, flags)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, TypedDict
 
 import tyro
 from rich.console import Console
-from rich.progress import track
 from rich.text import Text
 
 from ..interactions import iter_interactions
-from ..io.files import written_whole
+from ..io.files import sha256, written_whole
+from .journal import Journal
 from .options import ReaderOptions
 
 if TYPE_CHECKING:
@@ -67,28 +67,46 @@ def command(
 ) -> None:
     """Show what each follow-up says about each token of the response before it.
 
+    A run that was killed goes on where it was when the same command is started again.
+
     Args:
         model: any causal LM: a local Hugging Face folder, or a name on the hub.
         interactions: file that `sdpo data prepare` wrote.
         out: JSONL file to write, one row per interaction.
         show: number of interactions to print in colour.
     """
-    from .advantages import Reader  # torch and transformers: seconds, which --help need not pay
+    from .advantages import Reader, read_into  # torch: seconds, which --help need not pay
 
     total = sum(1 for _ in iter_interactions(interactions))  # every row is checked before loading
-    reader = Reader.load(model, options)
-    readings = reader.read((i, ()) for i in iter_interactions(interactions))
+    with Journal(out) as journal, Reader.load(model, options) as reader:
+
+        def row(reading: "Reading") -> tuple[Signal, bool]:
+            return signal_of(reading, reader.tokenizer), any(reading.encoded.truncated)
+
+        read_into(
+            journal,
+            reader,
+            ((i, ()) for i in iter_interactions(interactions)),
+            row,
+            header={"command": "signal", "interactions": sha256(interactions)},
+            total=total,
+            says="reading twice",
+        )
+        reader.inference.on_main(lambda: _write(journal, out, show))
+
+
+def _write(journal: Journal, out: str, show: int) -> None:
     shown, truncated = [], 0
     with written_whole(out) as file:
-        for reading in track(readings, description="reading twice", total=total):
-            row = signal_of(reading, reader.tokenizer)
+        for row, lost_tokens in journal.rows():
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             shown += [row] if len(shown) < show else []
-            truncated += any(reading.encoded.truncated)
+            truncated += lost_tokens
+    journal.discard()
     console = Console()
     if truncated:
-        console.print(f"[yellow]{truncated} of {total} were truncated to the limits[/]")
+        console.print(f"[yellow]{truncated} of {journal.count} were truncated to the limits[/]")
     for row in shown:
         console.rule(Text(row["id"]))
         console.print(coloured(row))
-    console.print(f"{total:,} rows -> {out}", markup=False, soft_wrap=True)
+    console.print(f"{journal.count:,} rows -> {out}", markup=False, soft_wrap=True)

@@ -85,9 +85,7 @@ class TrainConfig:
     @property
     def max_tokens(self) -> int:
         """The longest sequence that either pass may read."""
-        h = self.hindsight
-        longest_prompt = max(h.max_prompt_tokens, h.max_hindsight_prompt_tokens)
-        return longest_prompt + h.max_response_tokens
+        return self.hindsight.max_tokens
 
 
 def local_models(config: TrainConfig) -> TrainConfig:

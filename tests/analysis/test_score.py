@@ -46,7 +46,7 @@ def by_reader(reader, interactions) -> dict[str, np.ndarray]:
 
 
 def test_rows_aggregate_two_readings(data, models, tmp_path, monkeypatch):
-    monkeypatch.setattr("sdpo.analysis.score.CHUNK", 7)
+    monkeypatch.setattr("sdpo.analysis.advantages.CHUNK", 7)
     model, out = models("qwen3"), tmp_path / "scores.jsonl"
     score(model, data, out, seed=4, batch_tokens=900)
     rows, interactions = read(out), read_interactions(data)

@@ -1,12 +1,14 @@
 """`sdpo signal` against transformers: full logits, one unpadded sequence at a time, float32."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers import tiny
+from helpers import runs, tiny
 from sdpo.analysis.signal import coloured
 from sdpo.cli import main
 from sdpo.hindsight import hindsight_prompt
@@ -74,3 +76,20 @@ def test_nothing_half_written_is_left_behind(models, tmp_path, capsys):
         main(f"signal --model {models('qwen3')} --interactions {data} --out {out}".split())
     assert "line 4" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["i.jsonl"]
+
+
+@pytest.mark.parametrize("command", ["signal", "data score", "check-hindsight"])
+def test_log_probabilities_that_are_not_finite_are_refused(command, models, tmp_path, capsys):
+    """Finite weights whose logits overflow."""
+    folder = tmp_path / "model"
+    shutil.copytree(models("qwen3"), folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] *= 1e38
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    data = tiny.make_interactions(tmp_path / "i.jsonl", 20)
+    words = [*command.split(), "--model", folder, "--interactions", data]
+    words += ["--json" if command == "check-hindsight" else "--out", tmp_path / "out"]
+    told = runs.refused(capsys, *words)
+    assert "interaction c0: its log-probabilities are not finite" in told
+    assert "Try --dtype float32" in told
+    assert not list(tmp_path.glob("out*"))

@@ -45,7 +45,7 @@ def loader(data, tokenizer, dp_rank=0, dp_degree=1, consumed=0, batch=CONFIG, **
     made = Loader(data, tokenizer, LIMITS, batch)
     made.cursor.consumed = consumed
     ranks = Ranks(rank=dp_rank, world_size=dp_degree, dp_rank=dp_rank, dp_degree=dp_degree)
-    engine = SimpleNamespace(ranks=ranks, row_multiple=128)
+    engine = SimpleNamespace(ranks=ranks, row_multiple=128, sharing="keys")
     made.assign_to(engine, **options)  # pyright: ignore[reportArgumentType]
     return made
 

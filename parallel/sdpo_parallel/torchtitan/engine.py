@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ..config import EMA, LoraConfig, OptimizerConfig
 from ..engine import Engine, EngineConfig
 from ..huggingface import check_teacher, copy_assets, export_dtype, replace_folder
+from ..inference import InferenceConfig
 from ..teacher import TeacherState, reshard
 from . import cpu
 from .lm_head import hold
@@ -26,6 +27,7 @@ cpu.prepare()  # before torchtitan binds the device
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
 
+from .inference import TorchtitanInference  # noqa: E402
 from .mesh import Mesh, check_layout  # noqa: E402
 from .model import TorchtitanModel  # noqa: E402
 from .weights import merged_weights, peft_weights, write_hf, write_peft  # noqa: E402
@@ -63,6 +65,10 @@ class TorchtitanEngine(Engine):
         return TorchtitanModel(
             config.model, mesh, config.max_tokens, lora=config.lora, trained=True
         )
+
+    @staticmethod
+    def build_inference(config: InferenceConfig) -> TorchtitanInference:
+        return TorchtitanInference(config)
 
     @staticmethod
     def export_policy(

@@ -86,8 +86,9 @@ def init_distributed(*, host_memory: bool = False) -> int:
     utils.device_module.set_device(utils.get_local_device())
     # far beyond what a run's own watchdog allows, which names the ranks that stall
     comm = CommConfig(init_timeout_seconds=7200, trace_buf_size=0)
+    beside = host_memory and utils.device_type != "cpu"
     with quiet():
-        return dist_utils.init_distributed(comm, enable_cpu_backend=host_memory, base_folder="")
+        return dist_utils.init_distributed(comm, enable_cpu_backend=beside, base_folder="")
 
 
 def check_layout(folder: str, parallel: ParallelConfig, world_size: int) -> None:

@@ -40,13 +40,13 @@ from ..huggingface import (
     replace_folder,
     two_heads,
 )
+from ..inference import Dtype, Inference, InferenceConfig
 from ..model import CausalModel, LMHead
 from ..rows import Kept, Rows
 from ..teacher import TeacherState
 from .attention import NAME, Unreadable, install, uninstall, view
 from .liger import apply_liger
 
-Dtype = Literal["auto", "bfloat16", "float32"]
 PROBE = 128
 """Slots of a row that is read to see what a model can."""
 
@@ -304,6 +304,13 @@ class TransformersEngine(Engine):
         return _load(config, config.model, "float32")
 
     @staticmethod
+    def build_inference(config: InferenceConfig) -> Inference:
+        _refuse_layouts(config.parallel, LoraConfig())
+        passes, liger = config.layout.compute_dtype, config.parallel.liger
+        model = load_model(config.model, dtype=config.dtype, compute_dtype=passes, liger=liger)
+        return Inference(model, model.module.device)
+
+    @staticmethod
     def export_policy(
         policy: TransformersModel, config: EngineConfig, folder: str, *, adapters: bool = False
     ) -> None:
@@ -353,13 +360,13 @@ def _refuse_layouts(parallel: ParallelConfig, lora: LoraConfig) -> None:
     """Refuse what only the torchtitan engine can do."""
     if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise SdpoError(
-            f"the transformers engine trains on one device, and torchrun started {world} ranks: "
+            f"the transformers engine runs on one device, and torchrun started {world} ranks: "
             "start it without torchrun, or use --engine torchtitan"
         )
     for name, off in {"replicate": 1, "tensor": 1, "context": 1, "cpu_offload": False}.items():
         if (value := getattr(parallel, name)) != off:
             raise SdpoError(
-                f"parallel.{name}={value}: the transformers engine trains on one device; use "
+                f"parallel.{name}={value}: the transformers engine runs on one device; use "
                 "--engine torchtitan"
             )
     if parallel.compile != "none":

@@ -43,8 +43,11 @@ CPU, XPU = ({"device_type": name, "capability": None, "modules": ALL} for name i
         ),
         ({"capability": None, "modules": ALL}, "flex", ["NVIDIA GPUs only"]),
         (XPU, "flex", ["NVIDIA GPUs only"]),
-        (CPU, "dense", ["no CPU kernels", "no backward on a CPU"]),
-        ({**CPU, "context": 2}, "dense", ["no CPU kernels"]),
+        (CPU, "branches", ["no CPU kernels", "no backward on a CPU"]),
+        ({**CPU, "context": 2}, "dense", ["no CPU kernels", "not branches, as .*context=2"]),
+        ({**CPU, "compiled": True}, "dense", ["not branches, as it cannot be compiled"]),
+        ({"modules": ALL, "shares": True}, "flex_flash", ["not varlen, as .*share_prefix"]),
+        ({"modules": (FA3,), "shares": True}, "flex", ["not varlen, as .*share_prefix"]),
     ],
 )
 def test_auto(options, backend, reasons):
@@ -80,8 +83,8 @@ def test_what_is_asked_for_and_works_is_taken(setting, options):
 @pytest.mark.parametrize(
     ("setting", "options", "message"),
     [
-        ("flex", {"device_type": "cpu"}, "no backward on a CPU.*what works here: dense"),
-        ("varlen", {"device_type": "cpu"}, "no CPU kernels.*what works here: dense"),
+        ("flex", {"device_type": "cpu"}, "no backward on a CPU.*what works here: branches, dense"),
+        ("varlen", {"device_type": "cpu"}, "no CPU kernels.*what works here: branches, dense"),
         ("flex_flash", {"device_type": "cpu"}, "no CPU kernels"),
         ("varlen", {"device_type": "xpu", "capability": None}, "NVIDIA GPUs only"),
         ("flex_flash", {"capability": None}, "NVIDIA GPUs only"),
