@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sdpo_parallel.config import Live
 from sdpo_parallel.rows import Sharing
 
-from ..batching import Example, units
+from ..batching import Example, bundles
 from ..hindsight import Encoded
 from .config import TrainConfig
 
@@ -58,5 +58,5 @@ def slots_read(
         examples.sort(key=lambda example: first[example[0].conversation])
     groups = [examples] if conversations else [[example] for example in examples]
     most = config.batch.micro_batch_tokens
-    found = [unit for group in groups for unit in units(group, most, sharing)]
-    return Read(sum(u.policy for u in found), sum(u.hindsight for u in found))
+    found = [bundle for group in groups for bundle in bundles(group, most, sharing)]
+    return Read(sum(b.policy for b in found), sum(b.hindsight for b in found))
