@@ -1,7 +1,7 @@
 """Run under torchrun on gloo: bytes of every collective of a tiny Qwen3's step; timed all-gathers.
 
-argv: JSON of ``counting.STEP``, ``parallel`` (fields of ParallelConfig) and ``sizes`` (fields of
-config.json). The last line of rank 0's stdout is JSON: ``sent``, one
+argv: JSON of ``counting.STEP``, ``parallel`` (fields of ParallelConfig), ``sizes`` (fields of
+config.json) and perhaps ``sharing``. The last line of rank 0's stdout is JSON: ``sent``, one
 [axis, operator, bytes that a rank sends, collectives] for each axis and operator, and ``gathers``,
 [bytes that a rank sends, seconds] for each size.
 """
@@ -50,18 +50,24 @@ def engine_of(job: dict[str, Any], folder: Path) -> TorchtitanEngine:
 
 
 def batch_of(job: dict[str, Any], row_multiple: int) -> Batch:
-    """A micro-batch of equal interactions, of token ids that mean nothing."""
-    item = Encoded(
-        id="x",
-        policy=tuple(range(job["prompt"])),
-        hindsight=tuple(range(job["hindsight"])),
-        response=tuple(range(job["response"])),
-        old_logprobs=None,
-        ends=True,
-        truncated=Truncated(),
-    )
+    """A micro-batch of interactions of one prompt, equally long, of token ids that mean nothing."""
+    prompt = tuple(range(job["prompt"]))
+
+    def item(n: int) -> Encoded:
+        follow_up, response = range(len(prompt), job["hindsight"]), range(job["response"])
+        return Encoded(
+            id=f"{n}",
+            policy=prompt,
+            hindsight=(*prompt, *follow_up[n:], *follow_up[:n]),
+            response=(*response[n:], *response[:n]),
+            old_logprobs=None,
+            ends=True,
+            truncated=Truncated(),
+        )
+
+    examples = [(item(n), 1.0) for n in range(job["interactions"])]
     width = job["hindsight"] + job["response"]
-    return collate([(item, 1.0)] * job["interactions"], width, row_multiple)
+    return collate(examples, width, row_multiple, job.get("sharing", "none"))
 
 
 def step(engine: TorchtitanEngine, job: dict[str, Any], batch: Batch) -> None:

@@ -155,6 +155,7 @@ def predict(
         ranks=ranks,
         load=Load(
             tokens=math.ceil(work.policy_slots),
+            hindsight_tokens=math.ceil(work.hindsight_slots),
             response_tokens=math.ceil(work.responses),
             row_tokens=min(8192, math.ceil(work.policy_slots)),
             max_tokens=max(each.lengths),

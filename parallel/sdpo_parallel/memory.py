@@ -19,6 +19,8 @@ What one layer saves for its backward, in elements of the compute dtype per toke
     outputs of adapters' A                        r each
     an elementwise norm (CPU)                     its normed input once more, before the weight
     dense attention                               the row's width: a float mask, made per layer
+    branches of shared prefixes (CPU)             2 K / t for every token of whole sequences, joined
+                                                  for each branch, in place of the slots' own
 
 and in float32: the positions' rotary values (2 H; Llama: H), attention's log-sum-exp (Q / H t) and
 the norms' inverse deviations. ``full`` checkpointing keeps D / s; ``selective`` keeps D / s and the
@@ -31,6 +33,14 @@ gradient waits for the embeddings'.
 
 The peak is the largest of these moments; all but ``update`` include the gathered lm_head:
 
+    hindsight    all layers' kept tensors; the final norm's; h (N, D); all layers' keys and values
+                 of the policy's slots, 2 K / t each, where hindsight reads on them, freed
+                 afterwards; over the S slots of hindsight, one layer without gradient, the larger
+
+                     attention  D / s + D + (2 Q + 2 K) / t, and all keys and values that it reads
+                     MLP        2 D / s + D + 3 F / t
+
+                 this layer and the next one gathered
     objective    all layers' kept tensors; the final norm's; h, g, dH (N, D); and what the kernels
                  need: a chunk's logits, its rows of h, g and dH, and either the gradient with
                  respect to all logits (N, V / t), which outlives the logits until dW is there, or
@@ -48,12 +58,13 @@ adapters. Left out, which makes it too low: fragmentation, buffers of NCCL and c
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig
 
 from .config import EMA, Frozen, Live, LoraConfig, ParallelConfig, Teacher, TrustRegion
 from .errors import SdpoError
+from .rows import Sharing
 
 MASTER = 4
 """Bytes of a float32: master weights, gradients reduced across ranks, each of AdamW's moments."""
@@ -177,6 +188,23 @@ class Load:
     """Logits of both passes that may be alive at once."""
     grad_bytes: int = 0
     """Gradients with respect to logits that may be kept from the forward to the backward."""
+    hindsight_tokens: int = 0
+    """Slots of a micro-batch's hindsight pass, before context parallelism."""
+    sharing: Sharing = "none"
+    unshared_tokens: int = 0
+    """Tokens of the policy's sequences, each counted whole; for what shares prefixes on a CPU."""
+
+
+class Moment(NamedTuple):
+    """Bytes that come and go within a step."""
+
+    gathered: float
+    """Layers, the lm_head included."""
+    activations: float
+    head: float
+    """Logits and the lm_head's gradient."""
+    keys: float = 0.0
+    """Those that hindsight reads on, and values."""
 
 
 class _Rank:
@@ -206,7 +234,10 @@ class _Rank:
         # bytes of the compute dtype
         self.item = 4 if parallel.resolve_dtype(device_type) == "float32" else 2
         self.tokens = load.tokens / parallel.context
-        self.dense = parallel.attention == "dense" or self.on_cpu
+        self.hindsight = load.hindsight_tokens / parallel.context
+        branches = self.on_cpu and parallel.compile == "none" and parallel.context == 1
+        self.dense = parallel.attention == "dense" or (self.on_cpu and not branches)
+        self.joins = self.on_cpu and not self.dense and load.sharing != "none"
         # width of the residual stream
         self.residual = model.hidden / (parallel.tensor if parallel.sequence_parallel else 1)
         # tensors of its input's size that a norm leaves: one, and its elementwise form two
@@ -225,7 +256,8 @@ class _Rank:
         m, p = self.model, self.parallel
         t, copies = p.tensor, self.norm_copies
         items = 2 * copies * self.residual + 2 * m.hidden
-        items += (2 * m.q + 2 * m.kv * p.context + 4 * m.intermediate) / t
+        items += (2 * m.q + 4 * m.intermediate) / t
+        keys = self.load.unshared_tokens if self.joins else self.load.tokens
         inverse = 2.0
         if m.qk_norm:
             items += copies * (m.q + m.kv) / t
@@ -234,7 +266,8 @@ class _Rank:
         if self.dense:
             items += self.load.row_tokens
         rotary = (2 if m.qk_norm else 1) * m.head_dim
-        return self.tokens * (self.item * items + 4 * (rotary + m.heads / t + inverse))
+        each = self.item * items + 4 * (rotary + m.heads / t + inverse)
+        return self.tokens * each + self.item * 2 * m.kv / t * keys
 
     def kept(self) -> float:
         """Bytes that one layer keeps from its forward to its backward."""
@@ -244,7 +277,7 @@ class _Rank:
         items, single = self.residual, 0.0
         if mode == "selective":
             items += sum(self._matmul_widths()[::2])
-            if not self.dense:
+            if not self.dense and not self.on_cpu:
                 items += m.q / t
                 single = m.heads / t
             if t > 1 and self.parallel.sequence_parallel:
@@ -315,8 +348,28 @@ class _Rank:
         backward = self.item * head * self.trains_head + MASTER * n * m.hidden
         return n * row + max(self.chunk(), backward)
 
-    def moments(self) -> dict[str, tuple[float, float, float]]:
-        """Moment -> (gathered layers, activations, head): the second table of the module."""
+    def kept_keys(self) -> float:
+        """Keys and values that hindsight's pass reads on, of all layers."""
+        if self.load.sharing != "keys" or not isinstance(self.teacher, Live):
+            return 0.0
+        m = self.model
+        return self.item * self.tokens * 2 * m.layers * m.kv / self.parallel.tensor
+
+    def inference(self) -> float:
+        """Bytes at work in one layer of the hindsight pass."""
+        m, t, slots, item = self.teacher_model, self.parallel.tensor, self.hindsight, self.item
+        read = self.load.hindsight_tokens + (self.load.tokens if self.kept_keys() else 0)
+        attention = slots * (self.residual + m.hidden + (2 * m.q + 2 * m.kv) / t)
+        attention += read * 2 * m.kv / t
+        if self.dense:
+            attention += slots * self.load.row_tokens
+        if self.joins:  # masks of branches
+            attention += slots * self.load.max_tokens
+        mlp = slots * (2 * self.residual + m.hidden + 3 * m.intermediate / t)
+        return item * max(attention, mlp)
+
+    def moments(self) -> dict[str, Moment]:
+        """The second table of the module."""
         m, item, t = self.model, self.item, self.parallel.tensor
         head, rows = m.head(t), item * self.load.response_tokens * m.hidden
         trains = self.trains_head
@@ -329,15 +382,21 @@ class _Rank:
         reducing = (item + MASTER) * head * trains
         weight_gradient = item * m.hidden * m.intermediate / t * trains
         moving = (item if m.tied else MASTER) * head * trains
+        layers = 2 * item * self.teacher_model.layer(t)
         return {
-            "objective": (gathered, ending + 3 * rows, self.kernels()),
-            "head": (gathered, ending + 2 * rows + whole, reducing),
-            "layer": (
+            "hindsight": Moment(
+                gathered + layers, ending + rows + self.inference(), 0.0, self.kept_keys()
+            ),
+            "objective": Moment(gathered, ending + 3 * rows, self.kernels()),
+            "head": Moment(gathered, ending + 2 * rows + whole, reducing),
+            "layer": Moment(
                 gathered + 2 * item * m.layer(t) + weight_gradient,
                 kept - self.kept() + self.saved() + inside,
                 moving,
             ),
-            "embedding": (gathered, whole, reducing + (item * head * trains if m.tied else 0.0)),
+            "embedding": Moment(
+                gathered, whole, reducing + (item * head * trains if m.tied else 0.0)
+            ),
         }
 
 
@@ -356,7 +415,7 @@ def estimate(
 
     Args:
         ranks: of the whole run.
-        device_type: "cpu" assumes what a CPU runs: dense attention, elementwise norms.
+        device_type: "cpu" assumes what a CPU runs: attention by branches, elementwise norms.
         teacher_model: of ``Frozen(folder)``, where it is not ``model``.
 
     Raises:
@@ -368,17 +427,25 @@ def estimate(
         state = dict.fromkeys(state, 0.0)
     weights = state.pop("teacher")
 
-    def peak(gathered: float, activations: float, head: float, teacher: float) -> dict[str, int]:
-        sizes = {**state, "rotary tables": rank.rotary_tables(), "gathered layers": gathered}
-        sizes |= {"activations": activations, "head chunk and head gradient": head}
+    def peak(moment: Moment, teacher: float) -> dict[str, int]:
+        sizes = {**state, "rotary tables": rank.rotary_tables()}
+        sizes |= {"gathered layers": moment.gathered, "activations": moment.activations}
+        sizes |= {"kept keys and values": moment.keys, "head chunk and head gradient": moment.head}
         parts = {name: round(size) for name, size in (sizes | {"teacher": teacher}).items()}
         return parts | {"total": sum(parts.values())}
 
     teaching = weights + rank.teacher_at_work()
-    peaks = [peak(*moment, teaching) for moment in rank.moments().values()]
+    peaks = [peak(moment, teaching) for moment in rank.moments().values()]
     if on_cpu:
-        peaks.append(peak(0.0, MASTER * rank.trained, 0.0, weights))
+        peaks.append(peak(Moment(0.0, MASTER * rank.trained, 0.0), weights))
     return max(peaks, key=lambda parts: parts["total"])
+
+
+def kept_bytes(model: ModelShape, parallel: ParallelConfig, *, load: Load) -> int:
+    """Bytes of the policy's keys and values that a live teacher's hindsight pass reads on, while it
+    runs; 0 where it does not."""
+    ranks = parallel.replicate * parallel.context * parallel.tensor
+    return round(_Rank(model, parallel, LoraConfig(), Live(), ranks, load).kept_keys())
 
 
 def host_bytes(

@@ -22,13 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sdpo_kernels import default_chunk_bytes, default_grad_bytes
 from sdpo_parallel.config import Frozen, ParallelConfig
 from sdpo_parallel.huggingface import load_tokenizer
-from sdpo_parallel.memory import USABLE, Load, ModelShape, estimate, host_bytes
+from sdpo_parallel.memory import USABLE, Load, ModelShape, estimate, host_bytes, kept_bytes
 
 from ..batching import Stream, unit_of
 from ..errors import SdpoError
 from ..hindsight import Encoded, Truncated, encode
 from .config import TrainConfig, local_models, to_json
 from .loader import load_interactions
+from .shares import Read, sharing_of, slots_read, why_not
 
 SAMPLE = 512
 """Interactions tokenized to estimate lengths and truncation."""
@@ -51,20 +52,26 @@ def parameter_count(folder: str) -> int:
 
 
 def load_of(config: TrainConfig, sample: Sequence[Encoded] = ()) -> Load:
-    """The fullest micro-batch: every slot used; the share of response tokens is that of
-    ``sample``, or without one what the limits allow."""
-    h, b = config.hindsight, config.batch
-    prompt, response = h.max_hindsight_prompt_tokens, h.max_response_tokens
-    longest = config.max_tokens
+    """The fullest micro-batch: every slot of its larger pass used; the shares of response tokens
+    and of the hindsight pass are those of ``sample``, or without one what the limits allow where
+    nothing is shared."""
+    h, b, sharing = config.hindsight, config.batch, sharing_of(config)
+    response, longest = h.max_response_tokens, config.max_tokens
+    read = Read(h.max_prompt_tokens + response, h.max_hindsight_prompt_tokens + response)
     if sample:
-        prompt = mean(len(e.hindsight) for e in sample)
-        response = mean(len(e.response) for e in sample)
+        read = slots_read(
+            sample, config, sharing, conversations=config.batch.unit == "conversation"
+        )
+        response = sum(len(e.response) for e in sample)
         longest = max(max(len(e.policy), len(e.hindsight)) + len(e.response) for e in sample)
     tokens = max(b.micro_batch_tokens, longest)
+    larger = max(read.policy, read.hindsight)
     return Load(
         tokens=tokens,
-        response_tokens=round(tokens * response / (prompt + response)),
-        row_tokens=min(max(b.row_tokens, longest), tokens),
+        hindsight_tokens=round(tokens * read.hindsight / larger),
+        sharing=sharing,
+        response_tokens=round(tokens * response / larger),
+        row_tokens=tokens if sharing != "none" else min(max(b.row_tokens, longest), tokens),
         max_tokens=config.max_tokens,
         chunk_bytes=config.objective.chunk_bytes or default_chunk_bytes(torch.device("cuda")),
         grad_bytes=default_grad_bytes(torch.device("cuda")),
@@ -108,13 +115,18 @@ def layouts(config: TrainConfig, ranks: int) -> list[ParallelConfig]:
     ]
 
 
-def alternatives(config: TrainConfig, ranks: int, load: Load) -> dict[ParallelConfig, int]:
+def alternatives(
+    config: TrainConfig, ranks: int, sample: Sequence[Encoded] = ()
+) -> dict[ParallelConfig, int]:
     """Bytes in total of each layout under each activation_checkpoint."""
-    totals = {}
+    totals, loads = {}, {}
     for layout, kind in product(layouts(config, ranks), get_args(Checkpoint)):
         other = replace(layout, activation_checkpoint=kind)
+        run = replace(config, parallel=other)
+        if (sharing := sharing_of(run)) not in loads:
+            loads[sharing] = load_of(run, sample)
         with suppress(SdpoError):  # the degree does not divide the model's sizes
-            totals[other] = memory_per_rank(config, ranks, load, other)["total"]
+            totals[other] = memory_per_rank(config, ranks, loads[sharing], other)["total"]
     return totals
 
 
@@ -140,6 +152,8 @@ def refuse_what_does_not_fit(
     change.append(f"batch.micro_batch_tokens below {config.batch.micro_batch_tokens}")
     if not config.parallel.cpu_offload:
         change.append("parallel.cpu_offload")
+    if parts["kept keys and values"]:
+        change.append("batch.share_prefix none")
     fitting = [
         f"tensor={p.tensor} context={p.context} activation_checkpoint={p.activation_checkpoint} "
         f"({size / GIB:.1f} GiB)"
@@ -172,7 +186,7 @@ def dry_run(config: TrainConfig, *, ranks: int, gpu_memory_gib: float | None = N
     console.print(f"parameters: {parameter_count(config.model):,}")
     load = load_of(config, sample)
     parts = memory_per_rank(config, ranks, load)
-    others = alternatives(config, ranks, load)
+    others = alternatives(config, ranks, sample)
     _show_parts(console, config, parts, ranks, load)
     _show_alternatives(console, config, others, gpu_memory_gib)
     if gpu_memory_gib is not None:
@@ -206,7 +220,32 @@ def _show_data(console: Console, config: TrainConfig) -> list[Encoded]:
         cut = sum(getattr(e.truncated, part) for e in sample)
         table.add_row(f"truncated, {part}", f"{cut} of {len(sample)}")
     console.print(table)
+    _show_shares(console, config, sample)
     return sample
+
+
+def _show_shares(console: Console, config: TrainConfig, sample: Sequence[Encoded]) -> None:
+    """Print what the two passes read of the sample, with and without sharing prefixes."""
+    if reason := why_not(config):
+        console.print(f"prefixes are not shared: {reason}")
+        return
+    sharing = sharing_of(config)
+    reads = {
+        "no prefixes": slots_read(sample, config, "none", conversations=False),
+        "by interaction": slots_read(sample, config, sharing, conversations=False),
+        "by conversation": slots_read(sample, config, sharing, conversations=True),
+    }
+    whole, *_ = reads.values()
+    title = f"tokens read of {len(sample):,} interactions"
+    names = ("shared", "policy P", "hindsight H", "saved", "3 P + H", "fewer")
+    table = Table(*names, title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, read in reads.items():
+        saved = whole.policy + whole.hindsight - read.policy - read.hindsight
+        numbers = (read.policy, read.hindsight, saved, read.cost)
+        table.add_row(name, *(f"{n:,}" for n in numbers), f"{whole.cost / read.cost:.2f}x")
+    console.print(table)
 
 
 def _show_parts(
@@ -224,6 +263,12 @@ def _show_parts(
         "of them of responses"
     )
     model, parallel = ModelShape.from_config(config.model), config.parallel
+    if kept := kept_bytes(model, parallel, load=load):
+        console.print(
+            f"kept keys and values: {kept / GIB:,.2f} GiB between the policy's pass and the "
+            f"objective, {'within' if parts['kept keys and values'] else 'below'} the peak; "
+            "--batch.share-prefix none does without"
+        )
     host = host_bytes(model, parallel, config.lora, config.teacher, ranks=ranks, load=load)
     if host:
         console.print(f"in host memory, per rank: {host / GIB:,.1f} GiB")

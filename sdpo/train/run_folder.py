@@ -177,6 +177,7 @@ RESUMABLE = (
     "parallel.liger",
     "batch.row_tokens",
     "batch.micro_batch_tokens",
+    "batch.share_prefix",
     "objective.chunk_bytes",
 )
 """Settings, or groups of them, that do not change what a run computes: free on resumption."""

@@ -2,7 +2,7 @@
 rank 0 prints bytes as JSON.
 
 argv: JSON with folder, out, parallel (fields of ParallelConfig), lora_rank, rows, prompt,
-hindsight, response, chunk_bytes.
+hindsight, response, chunk_bytes, and perhaps sharing.
 """
 
 import json

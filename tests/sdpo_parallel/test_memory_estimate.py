@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.counting_worker import batch_of
 from benchmarks.models import QWEN3
 from benchmarks.traffic import shape_of
 from helpers import runs, tiny
 from sdpo_parallel import memory
 from sdpo_parallel.config import EMA, Frozen, Live, LoraConfig, ParallelConfig, TrustRegion
-from sdpo_parallel.memory import Load, ModelShape, estimate, host_bytes
+from sdpo_parallel.engine import ROW_MULTIPLE
+from sdpo_parallel.memory import Load, ModelShape, estimate, host_bytes, kept_bytes
 
 TOLERANCE = 0.15
 SIZES = dict(
@@ -58,6 +60,24 @@ CASES = {
     ),
     "adapters": case(task={"lora_rank": 16}),
     "llama": case(checkpoint="none", kind="llama"),
+    "many keys": case(
+        checkpoint="full",
+        sizes={
+            "vocab_size": 1024,
+            "num_hidden_layers": 12,
+            "num_key_value_heads": 8,
+            "intermediate_size": 256,
+        },
+        task={"sharing": "keys", "rows": 5},
+    ),
+    **{
+        f"{sharing}, {checkpoint}{', ' if name else ''}{name}": case(
+            ranks, checkpoint, task={"sharing": sharing, "rows": 3}, **layout
+        )
+        for sharing in ("none", "tries", "keys")
+        for checkpoint in ("none", "selective", "full")
+        for name, ranks, layout in [("", 1, {}), ("2 shards", 2, {}), ("tensor", 2, {"tensor": 2})]
+    },
 }
 
 
@@ -87,11 +107,14 @@ def measured(name: str) -> dict[str, int]:
 
 def estimated(name: str) -> dict[str, int]:
     c, task = CASES[name], CASES[name]["task"]
-    width = task["prompt"] + task["response"]
+    batch = batch_of(task | {"interactions": task["rows"]}, ROW_MULTIPLE)
     load = Load(
-        tokens=task["rows"] * width,
+        tokens=batch.policy.tokens_BT.numel(),
+        hindsight_tokens=batch.hindsight.tokens_BT.numel(),
+        unshared_tokens=task["rows"] * (task["prompt"] + task["response"]),
+        sharing=batch.sharing,
         response_tokens=task["rows"] * task["response"],
-        row_tokens=width,
+        row_tokens=batch.policy.tokens_BT.shape[1],
         max_tokens=task["hindsight"] + task["response"],
         chunk_bytes=task["chunk_bytes"],
     )
@@ -105,7 +128,7 @@ def error(name: str) -> float:
     return estimated(name)["total"] / measured(name)["total"] - 1
 
 
-@pytest.mark.parametrize("name", some(CASES, "selective", "2 shards", "tensor"))
+@pytest.mark.parametrize("name", some(CASES, "selective", "2 shards", "tensor", "keys, selective"))
 def test_the_estimate_is_what_is_measured(name):
     counted, estimate = measured(name), estimated(name)
     for part in ("parameters", "gradients", "optimizer"):
@@ -118,6 +141,12 @@ def test_twice_the_activations_are_noticed(name, monkeypatch):
     once = memory._Rank.saved
     monkeypatch.setattr(memory._Rank, "saved", lambda self: 2 * once(self))
     assert error(name) > TOLERANCE
+
+
+def test_kept_keys_that_are_forgotten_are_noticed(monkeypatch):
+    assert abs(error("many keys")) < TOLERANCE
+    monkeypatch.setattr(memory._Rank, "kept_keys", lambda self: 0.0)
+    assert error("many keys") < -TOLERANCE
 
 
 @pytest.mark.exhaustive
@@ -157,6 +186,20 @@ def test_gradients_of_logits_are_counted_that_there_is_room_for():
     assert one == pytest.approx(rows * (row + 6 * 4096))
     assert two == pytest.approx(2 * one)
     assert kept == pytest.approx(4096 * row - 4 * QWEN3_8B.head())
+
+
+def test_kept_keys_take_147_kb_of_a_token_of_qwen3_8b():
+    load = replace(LOAD, sharing="keys", hindsight_tokens=4096)
+    assert kept_bytes(QWEN3_8B, ParallelConfig(), load=load) == 147_456 * load.tokens
+    split = kept_bytes(QWEN3_8B, ParallelConfig(tensor=4), load=load)
+    assert split == 147_456 * load.tokens / 4
+    for sharing in ("none", "tries"):
+        assert not kept_bytes(QWEN3_8B, ParallelConfig(), load=replace(load, sharing=sharing))
+    # under full checkpointing the pass that reads them is the peak
+    long = replace(load, tokens=65_536, hindsight_tokens=65_536, row_tokens=65_536)
+    parts = on_gpus(load=long, activation_checkpoint="full")
+    assert parts["kept keys and values"] == 147_456 * long.tokens
+    assert on_gpus(EMA(), load=long)["kept keys and values"] == 0
 
 
 def test_teachers_of_their_own_are_counted():

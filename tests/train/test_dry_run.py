@@ -1,5 +1,6 @@
 """The dry run's memory tables, from config.json alone."""
 
+import json
 import re
 from pathlib import Path
 
@@ -115,3 +116,56 @@ def test_alternatives_keep_the_rest_of_the_layout(qwen3_8b):
         (t, c) for t in (1, 2, 4) for c in (1, 2, 4) if t * c <= 4
     }
     assert all(p.replicate == 2 and not p.sequence_parallel for p in found)
+
+
+def conversations(path) -> str:
+    """Two of three turns, each of which holds the turns before."""
+    rows = []
+    for c, first in (("a", "a story please"), ("b", "five things")):
+        messages = [{"role": "user", "content": f"{first} {tiny.TEXT}"}]
+        for n in range(3):
+            answer = {"role": "assistant", "content": f"the {n} {tiny.TEXT}"}
+            follow_up = {"role": "user", "content": f"no {n} longer"}
+            row = {"id": f"{c}_{n}", "turn_id": n, "prompt": messages}
+            rows.append(row | {"completion": answer, "user_response": follow_up})
+            messages = [*messages, answer, follow_up]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_what_the_data_shares(models, tmp_path, capsys):
+    data = conversations(tmp_path / "data.jsonl")
+
+    def shown(*options: str) -> str:
+        main(["train", "reverse-kl", *arguments, *options])
+        return capsys.readouterr().out
+
+    def reads(text: str) -> list[list[int]]:
+        """Policy, hindsight, saved and cost: without sharing, by interaction, by conversation."""
+        rows = re.findall(r"(?:no prefixes|by interaction|by conversation) *│(.*)│.*x │", text)
+        return [[int(n.replace(",", "")) for n in row.split("│")] for row in rows]
+
+    limits = ("--hindsight.max-prompt-tokens", "400", "--hindsight.max-hindsight-prompt-tokens")
+    arguments = ["--model", models("qwen3"), "--data", data, "--dry-run", *limits, "500"]
+    text = shown()
+    whole, alone, together = reads(text)
+    for policy, hindsight, saved, cost in (whole, alone, together):
+        assert cost == 3 * policy + hindsight
+        assert saved == whole[0] + whole[1] - policy - hindsight
+    assert whole[0] == alone[0] > 1.5 * together[0] and whole[1] > alone[1]
+    assert f"{together[3]:,} │ {whole[3] / together[3]:.2f}x" in text
+    assert "kept keys and values" in text and "--batch.share-prefix none does without" in text
+    tries = reads(shown("--teacher", "ema:0.9"))
+    assert tries[0] == tries[1] == whole and tries[2][0] == together[0]
+    none = shown("--batch.share-prefix", "none")
+    assert "prefixes are not shared: batch.share_prefix none" in none and not reads(none)
+
+
+def test_keys_that_do_not_fit_are_told_how_to_do_without(qwen3_8b, run, capsys):
+    full = ("--ranks", 64, "--parallel.activation-checkpoint", "full")
+    options = (*full, "--gpu-memory-gib", 40, "--batch.micro-batch-tokens", 65536)
+    with pytest.raises(SystemExit):
+        run(qwen3_8b, *options)
+    out, err = capsys.readouterr()
+    assert "9.00 GiB between the policy's pass" in out  # 147,456 bytes of each of 65,536 tokens
+    assert "kept keys and values 9.0" in err and "batch.share_prefix none" in err

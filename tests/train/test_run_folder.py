@@ -30,9 +30,12 @@ def test_a_new_run_writes_its_config_and_refuses_a_second(tmp_path):
     with pytest.raises(SdpoError, match="batch.unit: 'interaction' -> 'conversation'"):
         RunFolder(str(out), config(out, batch=whole), resume=True)
     stored = json.loads((out / "config.json").read_text())
-    del stored["select"], stored["batch"]["unit"]  # a run from before there were these
+    for later in ("unit", "share_prefix"):
+        del stored["batch"][later]
+    del stored["select"]  # a run from before there were these
     (out / "config.json").write_text(json.dumps(stored))
-    RunFolder(str(out), config(out), resume=True)
+    for sharing in ("auto", "none"):
+        RunFolder(str(out), config(out, batch=BatchConfig(share_prefix=sharing)), resume=True)
     (out / "config.json").unlink()
     (out / "checkpoints" / "step-3").mkdir(parents=True)
     with pytest.raises(SdpoError, match="config.json is gone: pass --resume"):

@@ -39,9 +39,11 @@ def hold(lm_head: torch.nn.Module, until_last: bool) -> None:
 def end_prefetch(embeddings: torch.nn.Module) -> None:
     """Let the backward's prefetch end at the embeddings.
 
-    FSDP2 prefetches the module that ran before, and before the policy's embeddings that was the
-    hindsight pass's lm_head: it would be gathered again, for nothing. Naming the embeddings, which
-    are gathered already, costs nothing.
+    FSDP2's backward prefetches what ran before a module the last time. With a live teacher that was
+    the hindsight pass, which runs the policy's modules in the policy's order: every layer calls for
+    the right one. Before its embeddings, however, the policy's lm_head ran: at the end of a step it
+    would be gathered again, for nothing. Naming the embeddings, which are gathered already, costs
+    nothing.
     """
     if isinstance(embeddings, FSDPModule):
         embeddings.set_modules_to_backward_prefetch([embeddings])

@@ -1,6 +1,8 @@
 """What a step sends: counted on real process groups."""
 
+import functools
 import json
+from collections import Counter
 
 import pytest
 
@@ -12,35 +14,79 @@ from helpers import runs
 
 SIZES = TINY["count"]
 MICRO_BATCHES = 3
+SHARED = ("tries", "keys")
 
 
-def collectives(sizes: dict, **parallel) -> list[Collective]:
-    job = dict(STEP, micro_batches=MICRO_BATCHES, sizes=sizes, parallel=parallel)
-    printed = runs.worker("comm_worker.py", 2, json.dumps(job))
-    return [Collective(*c) for c in json.loads(printed.splitlines()[-1])]
+@functools.cache
+def ran(sharing: str = "none", tensor: int = 1, **sizes: int) -> tuple[list[Collective], list[str]]:
+    """The collectives of a step, and the groups of weights that FSDP2 gathered in two."""
+    job = dict(STEP, micro_batches=MICRO_BATCHES, sizes=SIZES | sizes, sharing=sharing)
+    job |= {"parallel": {"tensor": tensor}}
+    printed = json.loads(runs.worker("comm_worker.py", 2, json.dumps(job)).splitlines()[-1])
+    return [Collective(*c) for c in printed["collectives"]], printed["weights"]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_head_is_gathered_once_per_step(tied):
-    """Not once per chunk, pass or micro-batch. Norm and head (and, tied, the embeddings) are one
-    group of FSDP2; other layers are gathered for each pass."""
-    sizes = {**SIZES, "tie_word_embeddings": tied}
-    shape = shape_of(sizes)
-    gathers = [c.bytes // 4 for c in collectives(sizes) if c.operator == "all-gather"]
-    embeddings, layer = shape.head(), shape.layer()
-    head = embeddings + shape.hidden
-    assert gathers.count(head) == 1, sorted(gathers)
-    assert gathers.count(embeddings) == (0 if tied else 3 * MICRO_BATCHES), (
-        "embeddings are gathered in each pass and the backward, or with the head"
-    )
-    assert max(gathers) == max(head, layer), "nothing larger is gathered"
-    # in the policy's forward, the backward and the hindsight pass
-    assert gathers.count(layer) >= shape.layers * 2 * MICRO_BATCHES
+@pytest.mark.parametrize(
+    ("tied", "sharing"),
+    [
+        (False, "none"),
+        (False, "keys"),
+        *(pytest.param(*c, marks=pytest.mark.exhaustive) for c in [(True, "none"), (True, "keys")]),
+        *(pytest.param(tied, "tries", marks=pytest.mark.exhaustive) for tied in (False, True)),
+    ],
+)
+def test_every_weight_is_gathered_and_reduced_as_often_as_it_must_be(tied, sharing):
+    """Norm and head (and, tied, the embeddings) are one group of FSDP2, gathered once per step, not
+    once per chunk, pass or micro-batch. Others are gathered for each pass and for the backward, and
+    each gradient is reduced once a micro-batch."""
+    shape = shape_of({**SIZES, "tie_word_embeddings": tied})
+    embeddings, head, layers = shape.head(), shape.head() + shape.hidden, shape.layers
+    seen, _ = ran(sharing, tie_word_embeddings=tied)
+    gathered = Counter({shape.layer(): 3 * MICRO_BATCHES * layers})
+    reduced = Counter({shape.layer(): MICRO_BATCHES * layers, head: MICRO_BATCHES})
+    gathered[head] += 1
+    if not tied:
+        gathered[embeddings] += 3 * MICRO_BATCHES
+        reduced[embeddings] += MICRO_BATCHES
+
+    def of(operator: str) -> Counter:
+        return Counter(c.bytes // 4 for c in seen if c.operator == operator)
+
+    assert of("all-gather") == gathered
+    assert of("reduce-scatter") == reduced
+
+
+@pytest.mark.parametrize("sharing", ["none", *SHARED])
+def test_the_backward_gathers_ahead_what_it_needs_next(sharing):
+    """And nothing else: the last forward before a backward is hindsight's."""
+    _, weights = ran(sharing)
+    layers = [f"layers.{i}" for i in range(SIZES["num_hidden_layers"])]
+    each = ["tok_embeddings", *layers]
+    backward = [f"<{name}" for name in reversed(each)]
+    step = [*each, "norm, lm_head", *each, *backward]
+    step += [*each, *each, *backward] * (MICRO_BATCHES - 1)
+    assert weights == 2 * step
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_sharing_prefixes_takes_the_same_collectives(tensor):
+    """In the same order; only activations between tensor ranks are fewer bytes."""
+
+    def calls(sharing: str) -> list[tuple]:
+        return [(c.operator, c.ranks, c.dimensions, c.kernels) for c in ran(sharing, tensor)[0]]
+
+    def sent(sharing: str, weights: bool) -> int:
+        return sum(c.bytes for c in ran(sharing, tensor)[0] if (c.dimensions == 1) == weights)
+
+    for sharing in SHARED:
+        assert calls(sharing) == calls("none")
+        assert sent(sharing, weights=True) == sent("none", weights=True)
+        if tensor > 1:
+            assert 0 < sent(sharing, weights=False) < 0.85 * sent("none", weights=False)
 
 
 def test_bytes_under_tensor_parallelism_do_not_depend_on_the_vocabulary():
-    larger = {**SIZES, "vocab_size": 8 * SIZES["vocab_size"]}
-    a, b = (collectives(sizes, tensor=2) for sizes in (SIZES, larger))
+    a, b = (ran(tensor=2, vocab_size=n * SIZES["vocab_size"])[0] for n in (1, 8))
     # more chunks of the same bytes: the same numbers of every token, in more messages
     for kernels in (True, False):
         sent = [sum(c.bytes for c in seen if c.kernels == kernels) for seen in (a, b)]

@@ -1,0 +1,62 @@
+"""How much of what a run reads its sequences share: for the dry run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sdpo_parallel.config import Live
+from sdpo_parallel.rows import Sharing
+
+from ..batching import Example, bundles
+from ..hindsight import Encoded
+from .config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Read:
+    """Slots of both passes over some interactions."""
+
+    policy: int
+    hindsight: int
+
+    @property
+    def cost(self) -> int:
+        """Work in forward passes of one token: the policy's backward counts two."""
+        return 3 * self.policy + self.hindsight
+
+
+def sharing_of(config: TrainConfig) -> Sharing:
+    """What rows share in a run of this config, of a model that can read shared prefixes."""
+    if why_not(config):
+        return "none"
+    return "keys" if isinstance(config.teacher, Live) else "tries"
+
+
+def why_not(config: TrainConfig) -> str:
+    """The setting that keeps a run from sharing prefixes; empty where none does."""
+    if config.batch.share_prefix == "none":
+        return "batch.share_prefix none"
+    if config.parallel.context > 1:
+        return "context parallelism splits rows"
+    if config.parallel.attention == "varlen":
+        return "attention varlen reads whole sequences"
+    return ""
+
+
+def slots_read(
+    sample: Sequence[Encoded], config: TrainConfig, sharing: Sharing, *, conversations: bool
+) -> Read:
+    """What is read of ``sample``, padding not counted.
+
+    Args:
+        conversations: the turns of one are read together; else each interaction is by itself.
+    """
+    examples: list[Example] = [(e, 1.0) for e in sample]
+    if conversations:
+        first: dict[str, int] = {}
+        for n, e in enumerate(sample):
+            first.setdefault(e.conversation, n)
+        examples.sort(key=lambda example: first[example[0].conversation])
+    groups = [examples] if conversations else [[example] for example in examples]
+    most = config.batch.micro_batch_tokens
+    found = [bundle for group in groups for bundle in bundles(group, most, sharing)]
+    return Read(sum(b.policy for b in found), sum(b.hindsight for b in found))
