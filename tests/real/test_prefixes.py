@@ -56,15 +56,12 @@ def conversations(data) -> list[list[Interaction]]:
     found: dict[str, list[Interaction]] = {}
     for i in read_interactions(data):
         found.setdefault(conversation_of(i), []).append(i)
-    return [
-        turns
-        for turns in found.values()
-        if len(turns) > 1 and len(turns[-1].response) + _characters(turns[-1]) < 3000
-    ][:3]
+    several = (turns for turns in found.values() if 2 <= len(turns) <= 3)
+    return [turns for turns in several if _characters(turns[-1]) < 1200][:3]
 
 
 def _characters(i: Interaction) -> int:
-    return sum(len(m.content) for m in i.prompt)
+    return sum(map(len, (*(m.content for m in i.prompt), i.response, i.followup)))
 
 
 def test_smollm2_learns_the_same_from_shared_prefixes(conversations, smollm2):
