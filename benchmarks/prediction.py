@@ -156,6 +156,7 @@ def predict(
         load=Load(
             tokens=math.ceil(work.policy_slots),
             hindsight_tokens=math.ceil(work.hindsight_slots),
+            sharing="none" if each.read(parallel) == (1.0, 1.0) else "keys",
             response_tokens=math.ceil(work.responses),
             row_tokens=min(8192, math.ceil(work.policy_slots)),
             max_tokens=max(each.lengths),

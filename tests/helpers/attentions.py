@@ -10,7 +10,7 @@ from helpers import runs, tiny
 from sdpo_parallel.torchtitan.attention import Machine, importable
 from sdpo_parallel.transformers import engine
 
-TITAN = ("dense", "flex", "varlen", "flex_flash")
+TITAN = ("branches", "dense", "flex", "varlen", "flex_flash")
 BOTH = [("transformers", a) for a in ("sdpa", "flash_attention_2")]
 BOTH += [("torchtitan", a) for a in TITAN]
 """(engine, attention), all that there are."""
@@ -50,8 +50,9 @@ def assert_learns(
     if name == "torchtitan":
         options += ["--parallel.attention", attention]
     else:
-        wanted = attention if attention != "sdpa" else None
-        monkeypatch.setattr(engine, "choose_attention", lambda *_: wanted)
+        flash = attention != "sdpa"  # which reads whole sequences
+        monkeypatch.setattr(engine, "choose_attention", lambda *_: attention if flash else None)
+        options += ["--batch.share-prefix", "none" if flash else "auto"]
     rows = runs.train("reverse-kl", model, data, folder / "run", *options)
     losses = [row["loss"] for row in rows]
     assert len(losses) == STEPS
