@@ -62,8 +62,10 @@ class TorchtitanModel(CausalModel):
         self.folder, self.mesh, self.max_tokens, self.lora = folder, mesh, max_tokens, lora
         self.attention = mesh.attention.backend
         self.varlen = self.attention == "varlen"
-        # overrides change what flex is
-        self.spec = spec_from_hf(folder, attention=self._titan_attention(), lora=lora)
+        self.by_sdpa = self.attention in ("branches", "dense")
+        # an override makes flex what is asked for
+        backend = "flex" if self.by_sdpa else self.attention
+        self.spec = spec_from_hf(folder, attention=backend, lora=lora)
         if self.spec.model.enable_weight_tying:  # pyright: ignore
             check_tied(folder)
         check_length(folder, self.spec.model.max_seq_len, max_tokens)  # pyright: ignore
@@ -133,9 +135,6 @@ class TorchtitanModel(CausalModel):
     def _compute_dtype(self) -> torch.dtype:
         return TORCH_DTYPE_MAP[self.mesh.parallel.resolve_dtype(self.mesh.device.type)]
 
-    def _titan_attention(self) -> str:
-        return "flex" if self.attention in ("dense", "branches") else self.attention
-
     def lm_head(self) -> LMHead:
         """Gathered over the data-parallel ranks; with tensor parallelism, this rank's rows."""
         return gathered(self.module.lm_head, self.vocabulary, self.tensor_group)
@@ -190,8 +189,8 @@ class TorchtitanModel(CausalModel):
         model.update_from_config(config=SimpleNamespace(parallelism=mesh.titan))
         for layer in model.layers:
             layer.attention.rope = replace(layer.attention.rope, max_seq_len=self.max_tokens)
-        on_cpu = self.attention in ("dense", "branches")
-        overrides: list[Any] = [] if self.varlen else [FLEX_TO_CPU if on_cpu else FLEX_THAT_KEEPS]
+        ours = FLEX_TO_CPU if self.by_sdpa else FLEX_THAT_KEEPS
+        overrides: list[Any] = [] if self.varlen else [ours]
         if parallel.liger:
             from .liger import OVERRIDES  # the optional extra
 
