@@ -67,14 +67,10 @@ def two_pass_loss(
             sharded by FSDP2 holds on to its gathered weights: ``reshard`` it before changing them.
 
     Raises:
-        SdpoError: policy and teacher do not make logits alike of their lm_heads' products.
+        SdpoError: policy and teacher do not make logits alike of their lm_heads' products, or the
+            batch's rows share what they cannot read.
     """
     teacher = teacher or policy
-    if batch.sharing == "keys" and teacher is not policy:
-        raise SdpoError(
-            "the batch's hindsight rows read the policy's keys (sharing 'keys'), which another "
-            "teacher's differ from: collate with sharing 'tries'"
-        )
     hidden_ND, hindsight_ND = two_passes(
         policy, batch.policy, batch.hindsight, teacher, batch.sharing
     )
@@ -105,7 +101,21 @@ def two_pass_loss(
 def two_passes(
     policy: CausalModel, rows: Rows, hindsight: Rows, teacher: CausalModel, sharing: Sharing
 ) -> tuple[Tensor, Tensor]:
-    """(N, D) of the policy's rows, and without gradient those of hindsight's."""
+    """(N, D) of the policy's rows, and without gradient those of hindsight's.
+
+    Raises:
+        SdpoError: the rows share what these models cannot read.
+    """
+    if sharing == "keys" and teacher is not policy:
+        raise SdpoError(
+            "the batch's hindsight rows read the policy's keys (sharing 'keys'), which another "
+            "teacher's differ from: collate with sharing 'tries'"
+        )
+    if sharing != "none" and not (policy.reads_tries and teacher.reads_tries):
+        raise SdpoError(
+            f"the batch's rows share prefixes (sharing {sharing!r}), which the model cannot read: "
+            "collate with sharing 'none'"
+        )
     kept = Kept(rows) if sharing == "keys" else None
     hidden_ND = policy.hidden_states(rows, keep=kept)
     with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from helpers import runs, tiny
 from sdpo.batching import Cursor, Example, collate
@@ -192,6 +192,34 @@ def test_other_teachers_cannot_read_the_policys_keys():
     whole = collate(CONVERSATION, 64, sharing="none")
     found, expected = (two_pass_loss(model, b, ReverseKL(), other).loss for b in (tries, whole))
     torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_model_that_cannot_read_tries_refuses_them():
+    """One whose layers look back a few tokens only: a slot's distance is not its sequence's."""
+    sizes = {**tiny.SIZES, "sliding_window": 4, "head_dim": 16}
+    model = TransformersModel(AutoModelForCausalLM.from_config(MistralConfig(**sizes)))
+    assert model.packs and not model.reads_tries
+    assert model.module.config._attn_implementation == "sdpa"
+    with pytest.raises(SdpoError, match="collate with sharing 'none'"):
+        two_pass_loss(model, collate(CONVERSATION, 64, sharing="tries"), ReverseKL())
+    assert two_pass_loss(model, collate(CONVERSATION, 64), ReverseKL()).loss.isfinite()
+
+
+def test_other_code_notices_nothing():
+    """``generate`` and a plain call compute as they did before the model was wrapped."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny.make_config("llama")).eval()
+    tokens = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 5]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+
+    def read() -> tuple[Tensor, Tensor]:
+        options = {"attention_mask": mask, "pad_token_id": 0}
+        out = model.generate(tokens, max_new_tokens=6, do_sample=False, **options)
+        return model(tokens, attention_mask=mask).logits, out
+
+    before = read()
+    assert TransformersModel(model).reads_tries
+    assert all(torch.equal(a, b) for a, b in zip(read(), before, strict=True))
 
 
 def test_kept_keys_are_kept_once_and_freed():
