@@ -116,7 +116,7 @@ def gradient(loss: Tensor, model: TransformersModel) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 @given(items=examples, objective=st.sampled_from(OBJECTIVES), sharing=st.sampled_from(SHARING))
 def test_losses_gradients_and_signals_are_those_of_one_sequence_at_a_time(
     kind, items, objective, sharing: Sharing
