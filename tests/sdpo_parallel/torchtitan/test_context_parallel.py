@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_mask
 
 from sdpo_parallel.rows import Rows
 from sdpo_parallel.torchtitan import context_parallel
@@ -32,7 +33,15 @@ def test_a_ranks_mask_is_its_part_of_the_whole_in_many_shapes(ranks, seed):
             mesh: Any = SimpleNamespace(size=lambda: ranks, get_local_rank=lambda r=rank: r)
             part = context_parallel.share(positions_BT.shape[1], mesh, torch.device("cpu"))
             sight = context_parallel.sight_of(rows, part)
-            assert torch.equal(sight.dense(), whole[:, :, part.mine_L][..., part.order_T])
+            expected = whole[:, :, part.mine_L][..., part.order_T]
+            assert torch.equal(sight.dense(), expected)
+            if n < 4:
+                mask = sight.block_mask(128)
+                count, (queries, keys) = positions_BT.shape[0], mask.seq_lengths
+                dense = create_mask(mask.mask_mod, count, 1, queries, keys, device="cpu")
+                assert torch.equal(dense, expected)
+                covers = mask.to_dense().repeat_interleave(128, 2).repeat_interleave(128, 3).bool()
+                assert not (expected & ~covers).any(), "a block that holds pairs is left out"
             held += part.mine_L.tolist()
         assert sorted(held) == list(range(positions_BT.shape[1]))
         assert held == part.order_T.tolist(), "keys are gathered in the order of the ranks"
