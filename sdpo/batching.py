@@ -256,6 +256,14 @@ def bundles(examples: Iterable[Example], most: int, sharing: Sharing = "none") -
             group = group[n:]
 
 
+def by_conversation(examples: Sequence[Example]) -> list[Example]:
+    """Turns of a conversation behind each other, where the first of them was."""
+    first: dict[str, int] = {}
+    for n, (e, _) in enumerate(examples):
+        first.setdefault(e.conversation, n)
+    return sorted(examples, key=lambda example: first[example[0].conversation])
+
+
 def _slots_of(examples: Sequence[Example], sharing: Sharing) -> tuple[int, int]:
     """Slots of the policy and the hindsight pass, without padding."""
     policy, hindsight = pairs_of(examples)
@@ -325,11 +333,8 @@ def assign(
     """As few micro-batches as fit: ranks x micro-batches bins of equal cost (longest processing
     time first), bins of similar cost in the same micro-batch. What shares prefixes stays
     together."""
-    seen: dict[str, int] = {}
-    for n, (e, _) in enumerate(examples):
-        seen.setdefault(e.conversation, n)
     if sharing != "none":
-        examples = sorted(examples, key=lambda example: seen[example[0].conversation])
+        examples = by_conversation(examples)
     found = list(bundles(examples, config.micro_batch_tokens, sharing))
     costs = {i: bundle.cost for i, bundle in enumerate(found)}
     most = max(sum(u.policy for u in found), sum(u.hindsight for u in found))

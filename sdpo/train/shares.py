@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from sdpo_parallel.config import Live
 from sdpo_parallel.rows import Sharing
 
-from ..batching import Example, bundles
+from ..batching import Example, bundles, by_conversation
 from ..hindsight import Encoded
 from .config import TrainConfig
 
@@ -51,12 +51,8 @@ def slots_read(
         conversations: the turns of one are read together; else each interaction is by itself.
     """
     examples: list[Example] = [(e, 1.0) for e in sample]
-    if conversations:
-        first: dict[str, int] = {}
-        for n, e in enumerate(sample):
-            first.setdefault(e.conversation, n)
-        examples.sort(key=lambda example: first[example[0].conversation])
-    groups = [examples] if conversations else [[example] for example in examples]
+    alone = [[example] for example in examples]
+    groups = [by_conversation(examples)] if conversations else alone
     most = config.batch.micro_batch_tokens
     found = [bundle for group in groups for bundle in bundles(group, most, sharing)]
     return Read(sum(b.policy for b in found), sum(b.hindsight for b in found))
