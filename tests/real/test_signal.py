@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from helpers import runs
+from real.conftest import prepared
 from sdpo.batching import BatchConfig, Cursor, collate, micro_batches
 from sdpo.cli import main
 from sdpo.hindsight import Encoded, HindsightConfig, encode
@@ -29,18 +31,9 @@ COUNT, CHARACTERS = 24, 500
 def data(sharegpt, tmp_path_factory) -> str:
     """The first short interactions of the ShareGPT file, as `sdpo data prepare` makes them."""
     folder = tmp_path_factory.mktemp("sharegpt")
-    with open(sharegpt, encoding="utf-8") as file:
-        text, at, log = file.read(8_000_000), 1, []
-    for _ in range(600):
-        at = text.index("{", at)
-        conversation, at = json.JSONDecoder().raw_decode(text, at)
-        log.append(json.dumps(conversation) + "\n")
-    (folder / "log.jsonl").write_text("".join(log), encoding="utf-8")
-    prepared, short = folder / "prepared.jsonl", folder / "short.jsonl"
-    main(["data", "prepare", str(folder / "log.jsonl"), "--out", str(prepared)]
-         + ["--preset", "all-turns", "--workers", "1"])  # fmt: skip
-    lines = prepared.read_text(encoding="utf-8").splitlines(keepends=True)
-    read = zip(lines, read_interactions(str(prepared)), strict=True)
+    whole, short = Path(prepared(sharegpt, folder, "all-turns", 600)), folder / "short.jsonl"
+    lines = whole.read_text(encoding="utf-8").splitlines(keepends=True)
+    read = zip(lines, read_interactions(str(whole)), strict=True)
     rows = [line for line, i in read if characters(i) <= CHARACTERS]
     short.write_text("".join(rows[:COUNT]), encoding="utf-8")
     return str(short)
