@@ -12,6 +12,8 @@ from .errors import SdpoError
 COMMANDS = {
     "data": ("", "conversation logs to interactions: prepare, inspect, validate, score, trace"),
     "train": ("train.command:main", "train a model on interactions; under torchrun on many GPUs"),
+    "online": ("online.command:main", "train a model on what users say to its own answers"),
+    "snapshots": ("online.snapshots:command", "an online run's snapshots: list, export, restore"),
     "export": ("train.export:export", "write a checkpoint of a run as a Hugging Face folder"),
     "check-hindsight": (
         "analysis.check_hindsight:command",
@@ -51,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(0 if asked_for_help else 2)
     name, *rest = args
     command = pkgutil.resolve_name(f"{__package__}.{commands[name][0]}")
-    if name == "train":  # its arguments depend on the recipe
+    if name in ("train", "online"):  # their arguments depend on the recipe
         run(lambda: command(rest))
     else:
         run(lambda: tyro.cli(command, prog=f"{prog} {name}", args=rest))

@@ -146,11 +146,19 @@ def hindsight_prompt(
 
 
 def encode(
-    interaction: Interaction, tokenizer: "PreTrainedTokenizerBase", config: HindsightConfig
+    interaction: Interaction,
+    tokenizer: "PreTrainedTokenizerBase",
+    config: HindsightConfig,
+    *,
+    sampled_thought: bool | None = None,
 ) -> Encoded:
     """Tokens of both passes of one interaction, cut to the limits.
 
     A response that came with its sampled ids is used as sampled, up to the first id that ends it.
+
+    Args:
+        sampled_thought: whether the prompt that sampled ids were sampled behind left a thinking
+            block to the response; None: judged by what the ids hold.
 
     Raises:
         DataError: the response holds no text, or nothing but a thought that is to be stripped; the
@@ -160,6 +168,7 @@ def encode(
     chat = chat_format(tokenizer, config.date)
     if interaction.response_token_ids is not None:
         response, thought = chat.sampled_ids(interaction.response_token_ids)
+        thought = thought if sampled_thought is None else sampled_thought
     else:
         response, thought = chat.response_ids(interaction.response, config.thinking)
     row = f"interaction {interaction.id}"

@@ -219,11 +219,10 @@ def to_turn(message: Message) -> dict[str, str]:
 
 def from_row(row: dict[str, Any], default_id: str) -> Interaction:
     """The interaction of a row. Raises DataError, naming the field."""
-    prompt = as_list(row.get("prompt"), "prompt")
     weight, ids = row.get("weight"), row.get("completion_token_ids")
     return Interaction(
         id=as_id(row.get("id"), default_id),
-        prompt=tuple(_from_turn(turn, f"prompt[{i}]") for i, turn in enumerate(prompt)),
+        prompt=prompt_of(row.get("prompt")),
         response=_spoken_by("assistant", row.get("completion"), "completion"),
         followup=_spoken_by("user", row.get("user_response"), "user_response"),
         turn_id=_turn_id(row.get("turn_id")),
@@ -231,6 +230,14 @@ def from_row(row: dict[str, Any], default_id: str) -> Interaction:
         response_token_ids=None if ids is None else tuple(as_list(ids, "completion_token_ids")),
         response_logprobs=_logprobs(row.get("completion_logprobs")),
     )
+
+
+def prompt_of(turns: object) -> tuple[Message, ...]:
+    """The messages of a row's ``prompt``. Raises DataError, naming the field."""
+    messages = as_list(turns, "prompt")
+    if not messages:
+        raise bad("prompt", "the prompt has no messages", "Give the history, or drop the row")
+    return tuple(_from_turn(turn, f"prompt[{i}]") for i, turn in enumerate(messages))
 
 
 def _from_turn(turn: object, name: str) -> Message:

@@ -39,6 +39,8 @@ SUMS = (
     "logp_hindsight",
     *(f"truncated_{kind}" for kind in Truncated._fields),
     "clipped",
+    "gap",
+    "gap_tokens",
 )
 """What ``StepOutput.sums`` holds, in order. They add over micro-batches and ranks."""
 
@@ -139,7 +141,10 @@ def score(policy: CausalModel, batch: Batch, teacher: CausalModel | None = None)
 
 
 def metrics(sums: Tensor) -> dict[str, float]:
-    """Sums over a step -> what is logged. Means are over response tokens; lengths in tokens."""
+    """Sums over a step -> what is logged. Means are over response tokens; lengths in tokens.
+
+    ``sampler/gap``, the mean |log p - log p as sampled|, is there where responses came with it.
+    """
     s = dict(zip(SUMS, sums.tolist(), strict=True))
     tokens, n = max(s["tokens"], 1.0), max(s["interactions"], 1.0)
     return {
@@ -155,6 +160,7 @@ def metrics(sums: Tensor) -> dict[str, float]:
         "response/length": s["tokens"] / n,
         **{f"truncated/{kind}": s[f"truncated_{kind}"] for kind in Truncated._fields},
         "advantage/clipped": s["clipped"] / tokens,
+        **({"sampler/gap": s["gap"] / s["gap_tokens"]} if s["gap_tokens"] else {}),
     }
 
 
@@ -175,8 +181,17 @@ def _sums(objective: Objective, loss: Tensor, stats: TokenStats, batch: Batch) -
         stats.logp_teacher.sum(),
         *batch.truncated_SK.sum(0),
         _clipped(objective, stats, batch),
+        *_gap(stats, batch),
     ]
     return torch.stack([v.to(loss.device, torch.float64) for v in values])
+
+
+def _gap(stats: TokenStats, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Sum of |log p here - log p as sampled|, and of how many tokens."""
+    none = stats.logp_student.new_zeros(())
+    if batch.old_logp_N is None:
+        return none, none
+    return (stats.logp_student - batch.old_logp_N).abs().sum(), none + batch.old_logp_N.numel()
 
 
 def _clipped(objective: Objective, stats: TokenStats, batch: Batch) -> Tensor:

@@ -109,6 +109,8 @@ class Checkpoints:
         # of its own: a background save must not mix its messages with training's
         self.group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if distributed else None
         self._saving: tuple[int, Future] | None = None
+        self.pinned = set[int]()
+        """Steps whose checkpoints stay, however old."""
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
@@ -227,7 +229,7 @@ class Checkpoints:
 
     def _saved(self) -> None:
         if self.rank == 0 and self.config.keep:
-            for old in self.steps()[: -self.config.keep]:
+            for old in set(self.steps()[: -self.config.keep]) - self.pinned:
                 shutil.rmtree(self.folder / f"step-{old}", ignore_errors=True)
 
     def _verify(self, step: int) -> list[str]:

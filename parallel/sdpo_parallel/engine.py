@@ -7,7 +7,7 @@ device.
 import abc
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -194,6 +194,15 @@ class Engine(abc.ABC):
         tokenizer; or, with ``adapters``, a PEFT folder of the adapters alone."""
         self.export_policy(self.policy, self.config, folder, adapters=adapters)
 
+    @abc.abstractmethod
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights one after the other, whole, under Hugging Face's names and with
+        adapters merged. All ranks must take all of them."""
+
+    def restart_optimizer(self) -> None:
+        """Forget what the optimizer has gathered of past gradients."""
+        self.optimizer.state.clear()
+
     def context(self) -> contextlib.AbstractContextManager[object]:
         """What both passes and their backward run in."""
         return contextlib.nullcontext()
@@ -248,6 +257,10 @@ class Engine(abc.ABC):
             SdpoError: ``value`` is not the same on all ranks; the first that differs is named.
         """
         refuse_disagreement(what, self.checkpoints.gather(value))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, any that can be pickled, in their order, on every rank."""
+        return [value]
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over ranks with tokens of their own: tensor ranks count once."""

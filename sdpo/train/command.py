@@ -2,14 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
 from ..errors import SdpoError
-from .config import TrainConfig, read_settings, with_settings
+from .config import AnyRun, TrainConfig, read_settings, with_settings
 from .dry_run import dry_run
 from .recipes import RECIPES
 from .trainer import train
@@ -35,8 +35,9 @@ class TrainCommand:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Parse and run."""
-    configs, args = _starting_points(sys.argv[1:] if args is None else args)
-    texts = {name: (recipe.__doc__ or "").partition("\n")[0] for name, recipe in RECIPES.items()}
+    args = sys.argv[1:] if args is None else args
+    configs, args = starting_points(args, RECIPES, TrainConfig, "train")
+    texts = first_lines(RECIPES)
     choices = {name: (texts.get(name, ""), TrainCommand(c)) for name, c in configs.items()}
     command = tyro.extras.overridable_config_cli(choices, prog="sdpo train", args=args)
     if command.dry_run:
@@ -45,10 +46,24 @@ def main(args: Sequence[str] | None = None) -> None:
     train(command.config, resume=command.resume)
 
 
-def _starting_points(args: Sequence[str]) -> tuple[dict[str, TrainConfig], list[str]]:
+def first_lines(recipes: Mapping[str, Callable[..., object]]) -> dict[str, str]:
+    """What each recipe says of itself, in one line."""
+    return {name: (recipe.__doc__ or "").partition("\n")[0] for name, recipe in recipes.items()}
+
+
+def starting_points(
+    args: Sequence[str],
+    recipes: Mapping[str, Callable[..., AnyRun]],
+    kind: type[AnyRun],
+    command: str,
+) -> tuple[dict[str, AnyRun], list[str]]:
     """The configs that flags then override, by name, and the remaining arguments.
 
     Without ``--config`` these are the recipes; with it, the one config that the file gives.
+
+    Args:
+        kind: of the configs.
+        command: ``sdpo``'s, for errors.
 
     Raises:
         SdpoError: the file cannot be used, or neither it nor the command line names a recipe.
@@ -57,20 +72,20 @@ def _starting_points(args: Sequence[str]) -> tuple[dict[str, TrainConfig], list[
     parser.add_argument("--config")
     found, rest = parser.parse_known_args(args)
     if found.config is None:
-        return {name: recipe() for name, recipe in RECIPES.items()}, rest
+        return {name: recipe() for name, recipe in recipes.items()}, rest
     settings = read_settings(found.config)
     recipe = settings.pop("recipe", None)
-    if rest and rest[0] in RECIPES:
+    if rest and rest[0] in recipes:
         recipe, *rest = rest
     if recipe is None and "kind" in settings:
-        name, config = "run", with_settings(None, settings, found.config)
-    elif recipe in RECIPES:
-        name, config = recipe, with_settings(RECIPES[recipe](), settings, found.config)
+        name, config = "run", with_settings(None, settings, found.config, kind)
+    elif isinstance(recipe, str) and recipe in recipes:
+        name, config = recipe, with_settings(recipes[recipe](), settings, found.config, kind)
     else:
         problem = "no recipe" if recipe is None else f"recipe {recipe!r} unknown"
-        known = ", ".join(RECIPES)
+        known = ", ".join(recipes)
         raise SdpoError(
-            f'{found.config}: {problem}; write recipe = "NAME" there, or `sdpo train NAME --config '
-            f"{found.config}`, NAME being one of {known}"
+            f'{found.config}: {problem}; write recipe = "NAME" there, or `sdpo {command} NAME '
+            f"--config {found.config}`, NAME being one of {known}"
         )
     return {name: config}, [name, *rest]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -56,14 +56,12 @@ TEACHER = tyro.constructors.PrimitiveConstructorSpec(
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Everything that decides what a run computes and where it is kept."""
+class RunConfig:
+    """What every run that trains is told, wherever its interactions come from."""
 
     model: str
     """Model to start from: a local Hugging Face folder, or a name on the hub such as
     Qwen/Qwen3-0.6B or Qwen/Qwen3-0.6B@revision."""
-    data: str
-    """Interactions to train on, as ``sdpo data prepare`` writes them."""
     out: str
     """Folder of the run: config, metrics, checkpoints and the exported model."""
     engine: Literal["torchtitan", "transformers"] = "torchtitan"
@@ -74,7 +72,6 @@ class TrainConfig:
     it started from, another model, or the policy held near its start."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     hindsight: HindsightConfig = field(default_factory=HindsightConfig)
-    select: SelectConfig = field(default_factory=SelectConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -88,7 +85,19 @@ class TrainConfig:
         return self.hindsight.max_tokens
 
 
-def local_models(config: TrainConfig) -> TrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """Everything that decides what a run on recorded interactions computes."""
+
+    data: str
+    """Interactions to train on, as ``sdpo data prepare`` writes them."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+
+
+AnyRun = TypeVar("AnyRun", bound=RunConfig)
+
+
+def local_models(config: AnyRun) -> AnyRun:
     """The same run with every model as a local folder; names are looked up on the hub.
 
     Call it once, and keep the config as given for the run's folder.
@@ -115,10 +124,14 @@ ADDED_LATER = {
 """Settings that runs of earlier versions lack, as those runs behaved."""
 
 
-def completed(settings: dict[str, Any], by: dict[str, Any] = ADDED_LATER) -> dict[str, Any]:
+def completed(settings: dict[str, Any]) -> dict[str, Any]:
     """What a run's config.json says, with the settings that an earlier version did not know."""
+    return _filled(settings, ADDED_LATER) if settings.get("kind") == "TrainConfig" else settings
+
+
+def _filled(settings: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
     groups = {
-        name: completed(settings[name], value)
+        name: _filled(settings[name], value)
         for name, value in by.items()
         if isinstance(value, dict) and isinstance(settings.get(name), dict)
     }
@@ -126,15 +139,31 @@ def completed(settings: dict[str, Any], by: dict[str, Any] = ADDED_LATER) -> dic
 
 
 def read_config(run: str | Path) -> TrainConfig:
-    """The config that a run was started with.
+    """The config that a run of ``sdpo train`` was started with.
 
     Raises:
         SdpoError: the folder holds no run, or one of another version of this program.
     """
+    path = _config_file(run)
+    return with_settings(None, read_settings(path), str(path))
+
+
+def read_run_config(run: str | Path) -> RunConfig:
+    """What the config of any kind of run says of what all have.
+
+    Raises:
+        SdpoError: as `read_config` does.
+    """
+    path, types = _config_file(run), get_type_hints(RunConfig)
+    settings = {name: v for name, v in completed(read_settings(path)).items() if name in types}
+    return _built(RunConfig, settings | {"kind": "RunConfig"}, None, str(path))
+
+
+def _config_file(run: str | Path) -> Path:
     path = Path(run) / "config.json"
     if not path.is_file():
         raise SdpoError(f"{run}: no config.json; give the folder of a run")
-    return with_settings(None, read_settings(path), str(path))
+    return path
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -156,15 +185,21 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def with_settings(base: TrainConfig | None, settings: dict[str, Any], where: str) -> TrainConfig:
+def with_settings(
+    base: AnyRun | None, settings: dict[str, Any], where: str, kind: type[AnyRun] = TrainConfig
+) -> AnyRun:
     """``base`` with what a config file says. Without a base the file says everything, as that of a
     run's folder does.
+
+    Args:
+        kind: of the config, where there is no base.
 
     Raises:
         SdpoError: a field is missing, unknown, or holds no value of its kind; names ``where`` and
             the field.
     """
-    return _built(TrainConfig, settings if base else completed(settings), base, where)
+    kind = kind if base is None else type(base)
+    return _built(kind, settings if base else completed(settings), base, where)
 
 
 def _built(kind: Any, value: Any, base: Any, where: str, *path: str) -> Any:

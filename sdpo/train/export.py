@@ -13,7 +13,7 @@ from sdpo_parallel.config import ParallelConfig
 from sdpo_parallel.huggingface import resolve_model
 
 from ..errors import SdpoError
-from .config import read_config
+from .config import read_run_config
 from .trainer import engine_config
 
 
@@ -40,7 +40,7 @@ def export(
     Raises:
         SdpoError: no run, no undamaged checkpoint, or no adapters where they were asked for.
     """
-    stored = read_config(run)
+    stored = read_run_config(run)
     if adapters and not stored.lora.rank:
         raise SdpoError(f"{run}: its lora.rank is 0, there are no adapters to export")
     config = replace(

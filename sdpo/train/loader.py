@@ -11,9 +11,9 @@ any layout.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
@@ -38,6 +38,7 @@ from ..errors import DataError
 from ..hindsight import (
     KEEP_THOUGHTS,
     ONLY_A_THOUGHT,
+    Encoded,
     HindsightConfig,
     encode,
     has_answer,
@@ -46,7 +47,7 @@ from ..hindsight import (
 from ..interactions import Interaction, iter_interactions
 from ..io.files import sha256
 from ..objective import SampledToken
-from .config import TrainConfig
+from .config import RunConfig, TrainConfig
 from .selection import Selection, choose, selection_sha256
 
 
@@ -60,29 +61,28 @@ class Step:
     """Tokens of both passes by data-parallel rank, padding not included."""
     idle: float
     """Share of the step that the average rank waits for the busiest, estimated."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What else there is to log of it."""
 
 
-class Loader:
-    """This rank's micro-batches, step by step, from the cursor's place to the end of the run.
+class Packer:
+    """Interactions of a step -> this rank's micro-batches.
 
-    ``cursor`` is what a checkpoint keeps; it begins at the start.
+    Args:
+        sampled_thought: as `encode` takes it.
     """
 
     def __init__(
         self,
-        interactions: Sequence[Interaction],
         tokenizer: PreTrainedTokenizerBase,
         hindsight: HindsightConfig,
         batch: BatchConfig,
+        sampled_thought: bool | None = None,
     ):
-        self.interactions, self.tokenizer = interactions, tokenizer
-        self.hindsight, self.batch = hindsight, batch
-        self.stream = Stream((unit_of(i, batch) for i in interactions), batch)
-        self.steps = self.stream.steps
-        self.cursor = Cursor(self.stream.n, batch.seed)
+        self.sampled_thought = sampled_thought
+        self.tokenizer, self.hindsight, self.batch = tokenizer, hindsight, batch
         self.dp_rank, self.dp_degree, self.row_multiple = 0, 1, ROW_MULTIPLE
         self.sharing: Sharing = "none"
-        self._pool = ThreadPoolExecutor(1)
 
     def assign_to(self, engine: Engine, *, fixed_width: bool = False) -> None:
         """Hand out the share of an engine's rank, in rows of a width that its layout can split.
@@ -96,6 +96,45 @@ class Loader:
         if fixed_width:
             self.row_multiple *= -(-self.batch.row_tokens // engine.row_multiple)
 
+    def pack(self, interactions: Sequence[Interaction]) -> Step:
+        """All of them as one step; weights are normalised over it."""
+        total = sum(i.weight for i in interactions) or 1.0
+        examples: list[Example] = [(self._encoded(i), i.weight / total) for i in interactions]
+        layout = self.row_multiple, self.sharing
+        assigned = assign(examples, self.dp_degree, self.batch, *layout)
+        return Step(
+            micro_batches=[
+                collate(mine, self.batch.row_tokens, *layout) for mine in assigned.of(self.dp_rank)
+            ],
+            tokens=assigned.tokens,
+            idle=assigned.idle,
+        )
+
+    def _encoded(self, interaction: Interaction) -> Encoded:
+        thought = self.sampled_thought
+        return encode(interaction, self.tokenizer, self.hindsight, sampled_thought=thought)
+
+
+class Loader(Packer):
+    """This rank's micro-batches, step by step, from the cursor's place to the end of the run.
+
+    ``cursor`` is what a checkpoint keeps; it begins at the start.
+    """
+
+    def __init__(
+        self,
+        interactions: Sequence[Interaction],
+        tokenizer: PreTrainedTokenizerBase,
+        hindsight: HindsightConfig,
+        batch: BatchConfig,
+    ):
+        super().__init__(tokenizer, hindsight, batch)
+        self.interactions = interactions
+        self.stream = Stream((unit_of(i, batch) for i in interactions), batch)
+        self.steps = self.stream.steps
+        self.cursor = Cursor(self.stream.n, batch.seed)
+        self._pool = ThreadPoolExecutor(1)
+
     def __iter__(self) -> Iterator[Step]:
         """The cursor moves on as a step is handed out."""
         places = self.stream.step(self.cursor.consumed)
@@ -108,22 +147,8 @@ class Loader:
             yield step
 
     def step(self, places: Sequence[int]) -> Step:
-        """The interactions at these places in the data as one step; weights are normalised over
-        it."""
-        interactions = [self.interactions[i] for i in places]
-        total = sum(i.weight for i in interactions) or 1.0
-        examples: list[Example] = [
-            (encode(i, self.tokenizer, self.hindsight), i.weight / total) for i in interactions
-        ]
-        layout = self.row_multiple, self.sharing
-        assigned = assign(examples, self.dp_degree, self.batch, *layout)
-        return Step(
-            micro_batches=[
-                collate(mine, self.batch.row_tokens, *layout) for mine in assigned.of(self.dp_rank)
-            ],
-            tokens=assigned.tokens,
-            idle=assigned.idle,
-        )
+        """The interactions at these places in the data as one step."""
+        return self.pack([self.interactions[i] for i in places])
 
 
 def load_interactions(
@@ -170,7 +195,7 @@ def fingerprint(config: TrainConfig) -> str:
     return f"{data}+{selection_sha256(config.select)}" if config.select.selects else data
 
 
-def run_inputs(config: TrainConfig) -> dict[str, str]:
+def run_inputs(config: RunConfig) -> dict[str, str]:
     """What decides how a run computes, beside its settings and data -> a digest of it: the model's
     files, those of another teacher, the text of the hindsight template.
 

@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..errors import SdpoError
 from ..io.files import write_text
-from .config import LogConfig, TrainConfig, completed, read_settings, to_json
+from .config import LogConfig, RunConfig, completed, read_settings, to_json
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
@@ -39,7 +39,7 @@ class RunFolder:
             with another config (the message names the fields), or another job is training in it.
     """
 
-    def __init__(self, folder: str, config: TrainConfig, *, resume: bool):
+    def __init__(self, folder: str, config: RunConfig, *, resume: bool):
         self.path, self.config = Path(folder), config
         self.inputs: dict[str, str] = {}
         stored = self.path / "config.json"

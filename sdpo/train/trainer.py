@@ -2,6 +2,8 @@
 
     file -> loader -> micro-batches -> two passes -> optimizer -> metrics, checkpoint
 
+`sdpo online` has the same loop: its steps come from a model that is talked to meanwhile.
+
 All sums are over ranks, so a run gives the same losses on any layout. Method: step.py and
 objective.py.
 """
@@ -11,11 +13,12 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -27,7 +30,7 @@ from ..batching import Cursor
 from ..chat import today
 from ..errors import SdpoError
 from ..step import SUMS, metrics, two_pass_loss
-from .config import TrainConfig, local_models, to_json
+from .config import RunConfig, TrainConfig, local_models, to_json
 from .drift import DriftMonitor, drift_places
 from .loader import Loader, Step, fingerprint, load_interactions, run_inputs
 from .run_folder import Logger, RunFolder
@@ -78,7 +81,7 @@ def _refuse_other_data(then: str, now: str) -> None:
     )
 
 
-def engine_config(config: TrainConfig, total_steps: int) -> EngineConfig:
+def engine_config(config: RunConfig, total_steps: int) -> EngineConfig:
     """The part of a run's config that its engine is built from."""
     return EngineConfig(
         model=config.model,
@@ -94,16 +97,50 @@ def engine_config(config: TrainConfig, total_steps: int) -> EngineConfig:
     )
 
 
+class Steps(Protocol):
+    """Where a run's steps come from: each is asked for when the one before it has been taken."""
+
+    steps: int
+    """Length of the whole run."""
+
+    def __iter__(self) -> Iterator[Step]: ...
+
+
+class Looked(NamedTuple):
+    """What was seen between two steps."""
+
+    metrics: Mapping[str, float]
+    keep: bool = False
+    """A checkpoint is to be written."""
+    why_end: SdpoError | None = None
+    """Why the run must end here."""
+
+
+class Look(Protocol):
+    """What a run does between its steps, such as trying the model on held-out prompts. Ranks call
+    it together, and it sees the same on all."""
+
+    def __call__(self, step: int, row: Mapping[str, float]) -> Looked:
+        """After step ``step``, whose metrics are ``row``."""
+        ...
+
+
+def no_look(step: int, row: Mapping[str, float]) -> Looked:
+    """Nothing between the steps."""
+    return Looked({})
+
+
 @dataclass
 class Trainer:
     """A run, ready to take its next step."""
 
-    config: TrainConfig
+    config: RunConfig
     engine: Engine
-    loader: Loader
+    loader: Steps
     state: RunState
     drift: DriftMonitor | None
     run: RunFolder
+    look: Look = no_look
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Path | None:
@@ -115,21 +152,21 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path | None:
             Later: too many non-finite steps, a collapse, a full disk.
     """
     with RunFolder(config.out, config, resume=resume) as run:
-        trainer = _prepare(run)
+        trainer = _prepare(run, config)
         engine, export = trainer.engine, Path(config.out) / "export"
-        finished = _loop(trainer)
+        finished = take_steps(trainer)
         if finished:
             engine.export(str(export))
         engine.close()
     return export if finished else None
 
 
-def _prepare(run: RunFolder) -> Trainer:
+def _prepare(run: RunFolder, config: TrainConfig) -> Trainer:
     """Load data and weights, and go to where the newest checkpoint is."""
-    local = local_models(run.config)  # the run's files keep the names as given
+    local = local_models(config)  # the run's files keep the names as given
     inputs = run_inputs(local)
     run.use(local.hindsight.date or today(), inputs)
-    config = run.config
+    config = replace(config, hindsight=run.config.hindsight)
     local = replace(local, hindsight=config.hindsight)
     tokenizer = load_tokenizer(local.model)
     selection = load_interactions(local, tokenizer)
@@ -143,8 +180,7 @@ def _prepare(run: RunFolder) -> Trainer:
         engine.check_agreement(name, digest)
     # where it is already tomorrow for a rank, all go by the main one's day
     run.use(engine.checkpoints.gather(config.hindsight.date)[0], inputs)
-    config = run.config
-    loader.hindsight = config.hindsight
+    loader.hindsight = run.config.hindsight
     engine.load()
     drift = None
     places = drift_places(len(selection.interactions), config.safeguard.probe_interactions)
@@ -155,10 +191,10 @@ def _prepare(run: RunFolder) -> Trainer:
         if config.select.selects:
             print(f"sdpo: {config.data}: {selection}", file=sys.stderr)
         run.open(state.step)
-    return Trainer(config, engine, loader, state, drift, run)
+    return Trainer(run.config, engine, loader, state, drift, run)
 
 
-def _loop(t: Trainer) -> bool:
+def take_steps(t: Trainer) -> bool:
     """Steps until the end of the data: True; or until a signal asks to stop: False."""
     guard, engine, state = t.config.safeguard, t.engine, t.state
     with ExitStack() as stack:
@@ -178,13 +214,16 @@ def _loop(t: Trainer) -> bool:
                 engine.checkpoints.finish()
             if t.drift is not None and state.step % guard.probe_every == 0:
                 row |= t.drift.measure()
+            seen = t.look(state.step, row)
+            row |= seen.metrics
             if logger:
                 logger.write(state.step, row)
             watchdog.beat(state.step, "checkpoint")
             end = state.step == t.loader.steps or asked
             why = alarm(guard, row, step=state.step, skipped_in_a_row=state.skipped_in_a_row)
-            if end or why or engine.checkpoints.due(state.step):
-                engine.save(state.step, _manifest(t, row), wait=end or why is not None)
+            why = why or seen.why_end
+            if end or why or seen.keep or engine.checkpoints.due(state.step):
+                engine.save(state.step, checkpoint_manifest(t, row), wait=end or why is not None)
             if why:
                 raise why
             if asked:
@@ -236,6 +275,7 @@ def _step(
         "response_tokens_per_second": row["response/tokens"] / seconds,
         "tokens_per_second": tokens / seconds,
         "peak_memory_gib": peak_memory_gib(engine.device),
+        **step.metrics,
     }
     return row, bool(sums[-2]), bool(sums[-1])
 
@@ -254,7 +294,7 @@ def _update(engine: Engine, state: RunState, finite: bool) -> float:
     return lr
 
 
-def _manifest(t: Trainer, row: Mapping[str, float]) -> dict[str, object]:
+def checkpoint_manifest(t: Trainer, row: Mapping[str, float]) -> dict[str, object]:
     """What a checkpoint says about itself."""
     data, _, selection = t.state.fingerprint.partition("+")
     return {

@@ -27,7 +27,8 @@ SETTINGS = {
         "max_response_tokens": 60,
     },
     "batch": {"interactions_per_step": 6, "row_tokens": 256, "micro_batch_tokens": 768},
-    "optimizer": {"lr": 3e-4, "max_grad_norm": 1.0},
+    # eps: above the rounding of a gradient, which Adam's first step would else scale up to lr
+    "optimizer": {"lr": 3e-4, "max_grad_norm": 1.0, "eps": 1e-6},
     "parallel": {"compute_dtype": "float32"},
     "safeguard": {"probe_every": 2, "probe_interactions": 5},
 }

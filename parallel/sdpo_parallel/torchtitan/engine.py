@@ -6,7 +6,7 @@ What each rank holds and sends: parallel/README.md.
 
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
+from ..checkpoints import PATIENCE
 from ..config import EMA, LoraConfig, OptimizerConfig
 from ..engine import Engine, EngineConfig
 from ..huggingface import check_teacher, copy_assets, export_dtype, replace_folder
@@ -30,7 +31,7 @@ from torchtitan.distributed import utils as dist_utils  # noqa: E402
 from .inference import TorchtitanInference  # noqa: E402
 from .mesh import Mesh, check_layout  # noqa: E402
 from .model import TorchtitanModel  # noqa: E402
-from .weights import merged_weights, peft_weights, write_hf, write_peft  # noqa: E402
+from .weights import merged_weights, peft_weights, whole, write_hf, write_peft  # noqa: E402
 
 
 class TorchtitanEngine(Engine):
@@ -49,6 +50,9 @@ class TorchtitanEngine(Engine):
         self.row_multiple, self.context = mesh.row_multiple, mesh.context
         optimizers = _optimizers(config.optimizer, policy.module)
         (optimizer,) = optimizers
+        # not the checkpoints', which a background save may be using; patient, as a rank may wait
+        # for another that waits for somebody else
+        self._objects: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
         super().__init__(config, policy, _teacher(config, policy), optimizer, optimizers, state)
         if self.ranks.is_main:
             choice = mesh.attention
@@ -97,6 +101,13 @@ class TorchtitanEngine(Engine):
             replace_folder(str(partial), folder)
         dist.barrier()
 
+    @torch.no_grad()
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        self.release()
+        merged = merged_weights(self.policy.module, self.policy.lora)
+        for name, weight in self.policy.adapter().to_hf(merged).items():
+            yield name, whole(weight)
+
     @classmethod
     def export_checkpoint(
         cls, config: EngineConfig, step: int | None, folder: str, *, adapters: bool = False
@@ -123,6 +134,11 @@ class TorchtitanEngine(Engine):
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         limit = self.config.optimizer.max_grad_norm
         return float(dist_utils.clip_grad_norm_(parameters, limit, foreach=True))
+
+    def gather(self, value: Any) -> list[Any]:
+        values = [None] * self.ranks.world_size
+        dist.all_gather_object(values, value, group=self._objects)
+        return values
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         dist.all_reduce(x)

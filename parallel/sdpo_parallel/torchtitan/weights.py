@@ -44,9 +44,9 @@ def start_adapters(module: torch.nn.Module) -> None:
     for name, p in module.state_dict().items():
         if name.endswith(".lora_a.weight"):
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            whole = torch.empty(p.shape, dtype=p.dtype)
-            torch.nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
-            p.copy_(_like(whole, p))
+            start = torch.empty(p.shape, dtype=p.dtype)
+            torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+            p.copy_(_like(start, p))
         elif name.endswith(".lora_b.weight"):
             p.zero_()
 
@@ -59,7 +59,7 @@ def merged_weights(module: torch.nn.Module, lora: LoraConfig) -> dict[str, Any]:
         if not name.endswith(".lora_a.weight"):
             continue
         stem = name.removesuffix(".lora_a.weight")
-        a, b = _whole(state[name]), _whole(state[f"{stem}.lora_b.weight"])
+        a, b = whole(state[name]), whole(state[f"{stem}.lora_b.weight"])
         weight = out[f"{stem}.weight"]
         delta = (lora.alpha / lora.rank) * (b.float() @ a.float())
         out[f"{stem}.weight"] = weight + _like(delta, weight).to(weight.dtype)
@@ -79,26 +79,27 @@ def peft_weights(module: torch.nn.Module, adapter: Any) -> dict[str, Tensor]:
         layer = re.search(r"\d+", stem)
         assert layer is not None
         hf = names[re.sub(r"\d+", "{}", stem, count=1) + ".weight"].format(layer.group())
-        whole = _whole(value).cpu()
+        full = whole(value).cpu()
         projection = stem.rpartition(".")[2]
         if which == "b" and projection in heads and hasattr(adapter, "_permute"):
-            whole = adapter._permute(whole, heads[projection], *whole.shape)
+            full = adapter._permute(full, heads[projection], *full.shape)
         key = hf.removesuffix(".weight") + f".lora_{which.upper()}.weight"
-        out[f"base_model.model.{key}"] = whole.contiguous()
+        out[f"base_model.model.{key}"] = full.contiguous()
     return out
 
 
-def _whole(w: Tensor) -> Tensor:
+def whole(w: Tensor) -> Tensor:
+    """All of a weight, on every rank that holds a part of it."""
     return w.full_tensor() if isinstance(w, DTensor) else w
 
 
-def _like(whole: Tensor, pattern: Tensor) -> Tensor:
-    """This rank's part of ``whole``, laid out as ``pattern`` is."""
+def _like(full: Tensor, pattern: Tensor) -> Tensor:
+    """This rank's part of ``full``, laid out as ``pattern`` is."""
     if not isinstance(pattern, DTensor):
-        return whole.to(pattern.device)
+        return full.to(pattern.device)
     mesh, placements = pattern.device_mesh, pattern.placements
     shape, offset = compute_local_shape_and_global_offset(pattern.shape, mesh, placements)
-    part = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+    part = full[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
     part, stride = part.to(pattern.device), pattern.stride()
     return DTensor.from_local(
         part, mesh, placements, run_check=False, shape=pattern.shape, stride=stride

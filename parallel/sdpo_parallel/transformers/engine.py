@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -306,6 +307,9 @@ class TransformersEngine(Engine):
         passes, liger = config.layout.compute_dtype, config.parallel.liger
         model = load_model(config.model, dtype=config.dtype, compute_dtype=passes, liger=liger)
         return Inference(model, model.module.device)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, w.detach()) for name, w in self.module.state_dict().items())
 
     @staticmethod
     def export_policy(

@@ -1,0 +1,71 @@
+"""`sdpo online RECIPE …`, and `torchrun … -m sdpo.online RECIPE …` on one node or many."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from ..train.command import first_lines, starting_points
+from ..train.config import to_json
+from .config import OnlineConfig
+from .prompts import read_prompts
+from .recipes import RECIPES
+from .run import online, split
+from .users.personas import load_persona
+
+
+@dataclass(frozen=True)
+class OnlineCommand:
+    """Train a model on what its users say to its own answers."""
+
+    config: Annotated[OnlineConfig, tyro.conf.arg(name="")]
+    file: Annotated[str | None, tyro.conf.arg(name="config", metavar="FILE")] = None
+    """TOML file of settings, or the config.json of a run's folder; flags override what it says. It
+    may name the recipe, too: ``recipe = "online"``."""
+    dry_run: bool = False
+    """Print the resolved config and how many answers, replies and tokens the run will take."""
+    resume: bool = False
+    """Continue from the newest checkpoint in --out."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Parse and run."""
+    args = sys.argv[1:] if args is None else args
+    configs, args = starting_points(args, RECIPES, OnlineConfig, "online")
+    texts = first_lines(RECIPES)
+    choices = {name: (texts.get(name, ""), OnlineCommand(c)) for name, c in configs.items()}
+    command = tyro.extras.overridable_config_cli(choices, prog="sdpo online", args=args)
+    if command.dry_run:
+        dry_run(command.config)
+        return
+    online(command.config, resume=command.resume)
+
+
+def dry_run(config: OnlineConfig) -> None:
+    """Print the config and what the run will ask for; nothing is loaded but prompts and personas.
+
+    Raises:
+        SdpoError: the prompts or a persona cannot be read.
+    """
+    console = Console()
+    console.print_json(json.dumps(to_json(config)))
+    training, held_out = split(read_prompts(config.prompts, config.system), config)
+    per_update = config.batch.interactions_per_step
+    table = Table("phase", "persona", "rule", "updates", "answers and replies")
+    for number, phase in enumerate(config.schedule, start=1):
+        persona = load_persona(phase.persona)
+        rule = "yes" if persona.rule is not None else "no: a judge is needed"
+        answers = phase.updates * per_update
+        table.add_row(str(number), persona.name, rule, str(phase.updates), f"{answers:,}")
+    console.print(table)
+    looks = 1 + sum(-(-p.updates // config.evaluate.every) for p in config.schedule)
+    sampled = config.updates * per_update + looks * len(held_out)
+    console.print(
+        f"{len(training):,} prompts to train on, {len(held_out):,} held out; {sampled:,} answers "
+        f"in all, at most {sampled * config.sampling.max_new_tokens:,} tokens"
+    )

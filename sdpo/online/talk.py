@@ -1,0 +1,364 @@
+"""The steps of a run that learns while it talks.
+
+    prompts -> answers of the policy as it is -> the user's replies -> guardrails -> interactions
+
+A step is asked for when the update before it has been made, so each one's answers come from the
+newest weights. What was said is written down before it is trained on; a run that goes on after a
+kill takes what it finds written instead of asking again.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sdpo_parallel.engine import Engine
+from sdpo_parallel.huggingface import read_config
+
+from ..chat import ChatFormat
+from ..data.filters.injections import injection
+from ..errors import SdpoError
+from ..hindsight import policy_ids
+from ..train.loader import Packer, Step
+from ..train.run_folder import read_metrics
+from ..train.trainer import Looked, RunState
+from .config import OnlineConfig, Phase
+from .evaluate import Answer, Evaluation, Evaluations, evaluation, tripped
+from .measures import leaks
+from .prompts import Order, Prompt
+from .record import Record, read_update, write_update
+from .sampler import Rollout, Sampler
+from .snapshots import GOOD, Snapshot, attempts, read_snapshots, write_snapshots
+from .users.base import Exchange, Reply, User
+from .users.personas import Persona
+
+
+class Brake(SdpoError):
+    """An evaluation that a run must not go on from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """An update's phase (from 1), and its number in it (from 0)."""
+
+    phase: int
+    number: int
+    is_last: bool
+
+
+def place_of(schedule: Sequence[Phase], update: int) -> Place:
+    """Where an update (from 1) is."""
+    before = 0
+    for index, phase in enumerate(schedule, start=1):
+        if update <= before + phase.updates:
+            number = update - before - 1
+            return Place(phase=index, number=number, is_last=number == phase.updates - 1)
+        before += phase.updates
+    raise ValueError(f"update {update} is beyond the schedule's {before}")
+
+
+@dataclass
+class Talk:
+    """The steps of an online run: see the module's text.
+
+    Args:
+        folder: the run's.
+        state: where the run is; the trainer moves it on.
+        users: one for each phase.
+        sampler, held_out: None and empty where a recording is replayed.
+    """
+
+    config: OnlineConfig
+    folder: Path
+    engine: Engine
+    state: RunState
+    packer: Packer
+    tokenizer: PreTrainedTokenizerBase
+    chat: ChatFormat
+    sampler: Sampler | None
+    users: Sequence[User]
+    prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+
+    def __post_init__(self):
+        self.schedule, self.steps = self.config.schedule, self.config.updates
+        self.order = Order(len(self.prompts), self.config.batch.seed)
+        self.evaluations = Evaluations(self.folder)
+        self.seen: list[Evaluation] = []
+        self.first_entropy, self.attempt = 0.0, 0
+
+    def __iter__(self) -> Iterator[Step]:
+        while self.state.step < self.steps:
+            yield self._step(self.state.step + 1)
+
+    # One update
+
+    def _step(self, update: int) -> Step:
+        place = place_of(self.schedule, update)
+        if place.number == 0 and update > 1 and self.config.phase_optimizer == "restart":
+            self.engine.restart_optimizer()
+        records, seconds = self._records(update, place)
+        self.state.cursor.consumed = update * self.config.batch.interactions_per_step
+        self._check_agreement(records)
+        step = self.packer.pack([r.interaction() for r in records if r.dropped is None])
+        metrics = told(records) | seconds | {"phase": place.phase}
+        return replace(step, metrics=metrics)
+
+    def _records(self, update: int, place: Place) -> tuple[list[Record], dict[str, float]]:
+        """Those that are written down, or new ones."""
+        source = Path(self.config.replay or self.folder)
+        found = self._on_main(lambda: read_update(source, update))
+        if found is not None:
+            return found, {}
+        if self.sampler is None:
+            raise SdpoError(f"{source}: no recorded update {update}; is the run whole?")
+        began = time.perf_counter()
+        if self.sampler.version != update - 1:
+            self.sampler.update(self.engine, update - 1)
+        prompts = [self.prompts[i] for i in self._places(update, place)]
+        seeds = [self._seed(update, slot) for slot in range(len(prompts))]
+        rollouts = self.sampler.sample(self._ids(prompts), seeds)
+        sampled = time.perf_counter()
+        records = self._on_main(lambda: self._answered(update, place, prompts, rollouts))
+        seconds = {
+            "seconds/rollouts": sampled - began,
+            "seconds/user": time.perf_counter() - sampled,
+        }
+        return records, seconds
+
+    def _answered(
+        self, update: int, place: Place, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
+    ) -> list[Record]:
+        """What the user says to each answer, written down. On the main rank."""
+        user = self.users[place.phase - 1]
+        exchanges = [
+            Exchange(
+                id=f"{update:06d}.{slot:04d}",
+                prompt=prompt.messages,
+                answer=self._text(rollout),
+                finished=rollout.finished,
+            )
+            for slot, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True))
+        ]
+        replies = user.reply(exchanges, seed=self._seed(update, -1) % 2**31)
+        records = [
+            self._record(update, place, *row)
+            for row in zip(prompts, exchanges, rollouts, replies, strict=True)
+        ]
+        write_update(self.folder, update, records)
+        return records
+
+    def _record(
+        self,
+        update: int,
+        place: Place,
+        prompt: Prompt,
+        exchange: Exchange,
+        rollout: Rollout,
+        reply: Reply,
+    ) -> Record:
+        persona = self.users[place.phase - 1].persona
+        return Record(
+            id=exchange.id,
+            update=update,
+            phase=place.phase,
+            persona=persona.name,
+            prompt_id=prompt.id,
+            prompt=prompt.messages,
+            answer=exchange.answer,
+            followup=reply.text,
+            token_ids=rollout.token_ids,
+            logprobs=rollout.logprobs,
+            finished=rollout.finished,
+            version=rollout.version,
+            reply_source=reply.source,
+            dropped=why_dropped(self.config, exchange, reply),
+            satisfied=_satisfied(persona, exchange),
+        )
+
+    def _places(self, update: int, place: Place) -> list[int]:
+        count = self.config.batch.interactions_per_step
+        number = place.number if self.config.phase_prompts == "repeat" else update - 1
+        return self.order.take(number * count, count)
+
+    def _seed(self, update: int, slot: int) -> int:
+        """Of everything random in an update; other ones after the run has gone back."""
+        key = [self.config.batch.seed, self.attempt, update, slot + 1]
+        return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+    def _ids(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        """As the policy will read them in training."""
+        config, thought = self.packer.hindsight, bool(self.packer.sampled_thought)
+        return [policy_ids(self.chat, p.messages, config, thought=thought).ids for p in prompts]
+
+    def _text(self, rollout: Rollout) -> str:
+        return str(self.tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True)).strip()
+
+    def _on_main(self, make: Any) -> Any:
+        """What the main rank makes, on all ranks; so is its error."""
+        made: Any = None
+        if self.engine.ranks.is_main:
+            try:
+                made = make()
+            except SdpoError as error:
+                made = error
+        made = self.engine.gather(made)[0]
+        if isinstance(made, SdpoError):
+            raise made
+        return made
+
+    def _check_agreement(self, records: Sequence[Record]) -> None:
+        """A recording's answers are of a model with this vocabulary."""
+        vocabulary = read_config(self.config.model)["vocab_size"]
+        for record in records:
+            if (largest := max(record.token_ids)) >= vocabulary:
+                raise SdpoError(
+                    f"{record.id}: token {largest} is beyond the model's vocabulary of "
+                    f"{vocabulary}: the recording is of another model"
+                )
+
+    # Between updates
+
+    def first_answers(self) -> list[Answer]:
+        """What the policy answers to the held-out prompts before its first update. To be called
+        before the run goes on from a checkpoint."""
+        if not self._on_main(lambda: self.evaluations.read(0)):
+            self._evaluate(0)
+        return self._on_main(lambda: self.evaluations.answers_at(0))
+
+    def resumed(self) -> None:
+        """The run is where its newest checkpoint is."""
+        step = self.state.step
+        self.seen = self._on_main(lambda: self.evaluations.read(step))
+        self.attempt = self._on_main(lambda: attempts(self.folder))
+        rows = self._on_main(lambda: first_metrics(self.folder)) if step else {}
+        self.first_entropy = rows.get("entropy/policy", 0.0)
+        self.engine.checkpoints.pinned = {s.step for s in read_snapshots(self.folder)}
+
+    def look(self, step: int, row: Mapping[str, float]) -> Looked:
+        """After an update: evaluate where it is time to, keep snapshots, and see to the brakes."""
+        self.first_entropy = self.first_entropy or row["entropy/policy"]
+        if why := self._apart(row):
+            return Looked({}, why_end=why)
+        place = place_of(self.schedule, step)
+        due = step % self.config.evaluate.every == 0 or place.is_last
+        metrics: dict[str, float] = {}
+        if due and self.held_out and self.sampler is not None:
+            self.sampler.update(self.engine, step)
+            now = self._evaluate(step)
+            metrics = now.metrics()
+            if why := tripped(self.config.brakes, self.seen, row, self.first_entropy):
+                return Looked(metrics, keep=True, why_end=Brake(f"update {step}: {why}"))
+        elif not place.is_last:
+            return Looked({})
+        self._keep(step, place)
+        return Looked(metrics, keep=True)
+
+    def _evaluate(self, step: int) -> Evaluation:
+        assert self.sampler is not None
+        place = place_of(self.schedule, max(step, 1))
+        greedy = self.config.evaluate.decoding == "greedy"
+        seeds = [self._seed(0, slot) for slot in range(len(self.held_out))]
+        rollouts = self.sampler.sample(self._ids(self.held_out), seeds, greedy=greedy)
+        answers = [
+            Answer(
+                prompt_id=p.id,
+                prompt=p.messages[-1].content,
+                answer=self._text(r),
+                finished=r.finished,
+            )
+            for p, r in zip(self.held_out, rollouts, strict=True)
+        ]
+        personas = {user.persona.name: user.persona for user in self.users}
+        now = evaluation(
+            answers,
+            list(personas.values()),
+            step=step,
+            phase=place.phase,
+            persona=self.users[place.phase - 1].persona.name,
+            decoding=self.config.evaluate.decoding,
+        )
+        self.seen.append(now)
+        if self.engine.ranks.is_main:
+            self.evaluations.write(self.seen, answers)
+        return now
+
+    def _keep(self, step: int, place: Place) -> None:
+        """Name the checkpoint that is about to be written."""
+        phase, persona = place.phase, self.schedule[place.phase - 1].persona
+        named = [Snapshot(name=GOOD, step=step, phase=phase, persona=persona)]
+        if step == self.steps:
+            named.append(Snapshot(name="end", step=step, phase=phase, persona=persona))
+        elif place.is_last:
+            nxt = self.schedule[phase].persona
+            name = f"phase-{phase + 1}"
+            named.append(Snapshot(name=name, step=step, phase=phase + 1, persona=nxt))
+        self.remember(named)
+
+    def remember(self, named: list[Snapshot]) -> None:
+        """Add snapshots, in place of others of the same names."""
+        names = {s.name for s in named}
+        kept = [s for s in read_snapshots(self.folder) if s.name not in names] + named
+        self.engine.checkpoints.pinned = {s.step for s in kept}
+        if self.engine.ranks.is_main:
+            write_snapshots(self.folder, kept)
+
+    def _apart(self, row: Mapping[str, float]) -> SdpoError | None:
+        """The sampler's log-probabilities are not the trainer's."""
+        sampling = self.config.sampling
+        gap, limit = row.get("sampler/gap"), sampling.max_gap
+        if gap is None or limit is None or not sampling.from_policy or gap <= limit:
+            return None
+        return SdpoError(
+            f"the sampler's log-probabilities are {gap:.3f} nats from the trainer's in the mean, "
+            f"beyond sampling.max_gap {limit}: do both have the same weights, prompt and dtype?"
+        )
+
+
+def why_dropped(config: OnlineConfig, exchange: Exchange, reply: Reply) -> str | None:
+    """Why an exchange is not trained on; None: it is."""
+    guard, text = config.guard, reply.text
+    if text is None or not text.strip():
+        return "silence"
+    if not exchange.answer:
+        return "blank answer"
+    if guard.cut_answers == "mask" and not exchange.finished:
+        return "cut answer"
+    if guard.max_followup_chars and len(text) > guard.max_followup_chars:
+        return "long follow-up"
+    if guard.injections == "drop" and (found := injection(text)):
+        return f"injection: {found}"
+    return None
+
+
+def told(records: Sequence[Record]) -> dict[str, float]:
+    """Metrics of what was said in an update."""
+    reasons = Counter((r.dropped or "").partition(":")[0] for r in records)
+    judged = [r.satisfied for r in records if r.satisfied is not None]
+    metrics = {
+        "rollouts/finished": fmean(r.finished for r in records),
+        "rollouts/words": fmean(len(r.answer.split()) for r in records),
+        "rollouts/leaks": fmean(leaks(r.answer) for r in records),
+        "rollouts/staleness": fmean(r.update - 1 - r.version for r in records),
+        "user/silent": reasons.pop("silence", 0) / len(records),
+        "user/injections": reasons.pop("injection", 0) / len(records),
+        "user/dropped": (sum(reasons.values()) - reasons[""]) / len(records),
+    }
+    return metrics | ({"user/satisfied": fmean(judged)} if judged else {})
+
+
+def first_metrics(folder: Path) -> dict[str, float]:
+    """The first row of a run's metrics."""
+    return next(iter(read_metrics(folder)), {})
+
+
+def _satisfied(persona: Persona, exchange: Exchange) -> bool | None:
+    if persona.rule is None:
+        return None
+    return persona.satisfied(exchange.answer, exchange.finished)
