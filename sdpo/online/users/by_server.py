@@ -118,7 +118,10 @@ class ServedUser:
         """
         asks = [self._ask(exchange) for exchange in exchanges]
         known = {ask.key: self.calls.found(ask.key) for ask in asks}
-        new = {ask.key: ask for ask in reversed(asks) if known[ask.key] is None}
+        new = dict[str, _Ask]()
+        for ask in asks:
+            if known[ask.key] is None:
+                new.setdefault(ask.key, ask)
         said = asyncio.run(self._all(list(new.values()))) if new else {}
         replies = []
         for ask in asks:

@@ -1,10 +1,17 @@
 """The personas that come with the package, and files of one's own."""
 
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
 import pytest
 
 from sdpo.errors import DataError, SdpoError
 from sdpo.online.users.personas import Persona, load_persona, parse_persona, personas
-from sdpo.online.users.rules import All, AtMostWords, NoEmojis
+from sdpo.online.users.rules import RULES, All, AtMostWords, NoEmojis
+
+ROOT = Path(__file__).parents[3]
+FOLDER, PAGE = ROOT / "sdpo" / "online" / "users" / "personas", ROOT / "docs" / "personas.md"
 
 PUBLISHED = """
 concise_casual_beginner concise_casual_expert concise_professional_beginner
@@ -173,3 +180,47 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path):
     (tmp_path / "latin.toml").write_bytes(b'wants = "\xe9"')
     with pytest.raises(DataError, match="not valid UTF-8 at byte 10"):
         load_persona(tmp_path / "latin.toml")
+
+
+def row(name):
+    """A persona's line in docs/personas.md."""
+    persona = load_persona(name)
+    told_by = "a judge"
+    if persona.rule is not None:
+        rules = persona.rule.rules if isinstance(persona.rule, All) else (persona.rule,)
+        kinds = {rule: kind for kind, rule in RULES.items()}
+        told_by = ", ".join(f"`{kind}`" for kind in dict.fromkeys(kinds[type(r)] for r in rules))
+        text = (FOLDER / f"{name}.toml").read_text(encoding="utf-8")
+        told_by += ", in part" if text.startswith("# The rule sees") else ""
+    opposite = f"`{persona.opposite}`" if persona.opposite else ""
+    return f"| `{name}` | {told_by} | {opposite} |"
+
+
+def rule_row(kind):
+    """A rule's line in docs/personas.md."""
+    settings = []
+    for setting in fields(RULES[kind]):
+        default = setting.default
+        text = list(default) if isinstance(default, tuple) else str(default).lower()
+        text = "" if default is MISSING else f" = {text}".replace("'", '"')
+        settings.append(f"`{setting.name}{text}`")
+    doc = RULES[kind].__doc__ or ""
+    return f"| `{kind}` | {', '.join(settings)} | {doc.strip()} |"
+
+
+def test_the_documentation_lists_all_personas_and_rules():
+    page = PAGE.read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for expected in ([row(name) for name in personas()], [rule_row(kind) for kind in RULES]):
+        found = [line for line in rows if line.split("`")[1] in {e.split("`")[1] for e in expected}]
+        assert [line for line in found if line in expected] == expected
+
+
+def test_the_documentations_example_is_a_persona():
+    (example,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    persona = parse_persona("bullets", example, "bullets.toml")
+    assert persona.satisfied("- Paris\n- Rome\n- Oslo", True)
+    assert not persona.satisfied("- Paris\n- Rome\n- Oslo 🎉", True)
+    assert not persona.satisfied("Paris, Rome and Oslo", True)
+    known = {*Persona.__dataclass_fields__} - {"name", "rule"}
+    assert all(re.search(rf"^{name} = ", example, re.M) for name in known)
