@@ -45,8 +45,9 @@ _NUMERAL_BEFORE = (
 )
 _FIRST_PERSON = regex.compile(
     rf"{_NUMERAL_BEFORE}\bI(?=\s+[a-z])|\bI['’](?:m|ve|d|ll)\b|\b(?:and|or) I(?=\s+[a-z])"
-    r"|\b(?:[Mm]e|[Mm]y|[Mm]ine|[Mm]yself|[Ww]e|us|[Oo]urs?|[Oo]urselves|[Ll]et['’]s)\b"
-    r"|\b[Ww]e['’](?:re|ve|d|ll)\b"
+    r"|\b(?:me|my|mine|myself|we|us|ours?|ourselves|let['’]s)\b"
+    # in the middle of a sentence it is a name's: Google My Business
+    r"|(?<![\p{L},] )\b(?:My|Mine|Myself|We|Ours?|Let['’]s|Me)\b"
 )
 _EXCLAMATION = regex.compile(r"[!！¡‼⁉](?![=\[])")
 _QUESTION = regex.compile(r"[?？؟]")
@@ -54,8 +55,8 @@ _SENTENCE_ENDS = regex.compile(r"(?<=[.!?…。！？])[\"”’)*_]*\s+")
 _OFFER = regex.compile(
     r"\b(?:let me know|feel free|happy to (?:help|assist|explain|provide)|glad to (?:help|assist)"
     r"|here to (?:help|assist)|hope (?:this|that|it|these) helps?|would you like|want me to"
-    r"|do(?:n['’]t| not) hesitate|just (?:ask|let me know)|anything else"
-    r"|(?:more|further|other|additional|any) (?:questions|help|assistance)|reach out"
+    r"|do(?:n['’]t| not) hesitate to (?:ask|contact me|reach out)|just (?:ask|let me know)"
+    r"|anything else"
     r"|if you(?:['’]d| would) like|if you (?:want|need|have|wish)\b.{0,60}\b(?:me|I)\b)",
     regex.I,
 )
@@ -69,8 +70,10 @@ _PRAISE = regex.compile(
     r"|fantastic|awesome|perfect|amazing|no problem|gladly|you(?:['’]re| are) (?:absolutely |so )?"
     r"right)[!.,]"
     r"|(?:thank you|thanks) for (?:asking|your|the|reaching|sharing)"
-    r"|I(?:['’]d| would) (?:be (?:happy|glad|delighted)|love) to|I(?:['’]m| am) (?:happy|glad) to"
-    r"|(?:happy|glad) to help)",
+    r"|I(?:['’]d| would) (?:be (?:happy|glad|delighted)|love) to"
+    r"|I(?:['’]m| am) (?:(?:so|very|really|always|more than) )*(?:happy|glad|delighted|pleased)\b"
+    r"|(?:happy|glad) to help|you(?:['’]re| are) (?:very |most )?welcome\b"
+    r"|(?:that|this)(?:['’]s| is) (?:really |so )?(?:great|good|wonderful) to hear)",
     regex.I,
 )
 
@@ -125,11 +128,13 @@ def count_marks(text: str) -> Counter[Mark]:
 
 
 def closing(text: str) -> list[str]:
-    """The last two sentences of the last line, if it is neither code nor a list's item."""
+    """The last two sentences of the last line, if it is neither code nor a list's item, without
+    what it quotes."""
     text = text.rstrip()
     if text.endswith(("```", "~~~")):
         return []
-    lines = [line for line in prose(text).splitlines() if line.strip()]
+    own = _SAID_BY_OTHERS.sub(" ", prose(text))
+    lines = [line for line in own.splitlines() if line.strip()]
     if not lines or _ITEM.match(lines[-1]):
         return []
     return [s for s in _SENTENCE_ENDS.split(lines[-1].strip()) if _WORD.search(s)][-2:]
