@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .batching import collate
     from .hindsight import HindsightConfig, encode
     from .interactions import Interaction, read_interactions
-    from .objective import JSD, ForwardKL, ReverseKL, SampledToken
+    from .objective import JSD, ForwardKL, ReverseKL, SampledToken, TopKReverseKL
     from .step import two_pass_loss
 
 __version__ = "0.2.0"
@@ -28,6 +28,7 @@ __all__ = [
     "Interaction",
     "ReverseKL",
     "SampledToken",
+    "TopKReverseKL",
     "collate",
     "encode",
     "read_interactions",

@@ -5,6 +5,7 @@ Shapes: N response tokens, S interactions, V vocabulary, D hidden size.
 
   sampled token  -A_t log p(y_t)      the paper's (arXiv:2603.12273), PPO or importance clip
   reverse KL     KL(p || q)           forward KL     KL(q || p)           JSD
+  top-K          KL(p || q) where each of p's k likeliest tokens is by itself, the others are one
 
 Every loss is the mean over an interaction's tokens, then the weighted mean over the step's
 interactions; weights are normalised over all ranks, so that local losses add up to the step's.
@@ -25,6 +26,7 @@ from sdpo_kernels import (
     linear_jsd,
     linear_reverse_kl,
     linear_sampled_token,
+    linear_topk_divergence,
 )
 
 from .errors import SdpoError
@@ -168,7 +170,31 @@ class JSD(Objective):
         return linear_jsd(*streams[:4], beta=self.beta, **common)
 
 
-AnyObjective = SampledToken | ReverseKL | ForwardKL | JSD
+@dataclass(frozen=True, kw_only=True)
+class TopKReverseKL(Objective):
+    """KL(policy || hindsight) over the policy's k likeliest tokens and one bucket for all others.
+
+    sum over S of p (log p - log q) + p_rest (log p_rest - log q_rest), where S are the tokens that
+    the policy finds likeliest, a constant of the gradient, and p_rest and q_rest what both leave to
+    all other tokens. It is at most the reverse KL, and equal to it where k is the vocabulary's size
+    or more. With k = 20 it is the ``full_distillation`` loss of the paper's later online code.
+    """
+
+    k: int = 20
+    """Tokens that are told apart at each position; at least 1."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.k < 1:
+            raise SdpoError(f"k must be at least 1, got {self.k}")
+
+    def per_token(self, streams: Streams, layout: Layout, common: Common) -> Divergence:
+        shard = streams.shard
+        vocabulary = shard.total if shard else streams.lm_head_weight.shape[0]
+        return linear_topk_divergence(*streams[:4], k=min(self.k, vocabulary), **common)
+
+
+AnyObjective = SampledToken | ReverseKL | ForwardKL | JSD | TopKReverseKL
 """The objectives that a training configuration may name."""
 
 

@@ -10,6 +10,7 @@ from sdpo.objective import (
     ReverseKL,
     SampledToken,
     Streams,
+    TopKReverseKL,
     token_weights,
     total_loss,
 )
@@ -72,6 +73,15 @@ def mixture_jsd(logp, logq, beta):
     return beta * to_q + (1 - beta) * to_p
 
 
+def topk(logp, logq, k):
+    """Over the k likeliest tokens under p, and one bucket for what they leave."""
+    index = logp.topk(k).indices
+    logp, logq = logp.gather(-1, index), logq.gather(-1, index)
+    p_rest, q_rest = (1 - t.exp().sum(-1) for t in (logp, logq))
+    apart = (logp.exp() * (logp - logq)).sum(-1)
+    return apart + p_rest * (p_rest.log() - q_rest.log())
+
+
 CASES = {
     "sampled": (SampledToken(), paper),
     "ignore first": (SampledToken(ignore_first=2), lambda s: paper(s, ignore_first=2)),
@@ -83,6 +93,9 @@ CASES = {
     "reverse": (ReverseKL(), lambda s: kl_mean(s, lambda p, q: (p.exp() * (p - q)).sum(-1))),
     "forward": (ForwardKL(), lambda s: kl_mean(s, lambda p, q: (q.exp() * (q - p)).sum(-1))),
     "jsd": (JSD(beta=0.3), lambda s: kl_mean(s, lambda p, q: mixture_jsd(p, q, 0.3))),
+    "top k": (TopKReverseKL(k=5), lambda s: kl_mean(s, lambda p, q: topk(p, q, 5))),
+    "top 20": (TopKReverseKL(), lambda s: kl_mean(s, lambda p, q: topk(p, q, 20))),
+    "top 1": (TopKReverseKL(k=1), lambda s: kl_mean(s, lambda p, q: topk(p, q, 1))),
 }
 
 
@@ -99,7 +112,7 @@ def test_value_and_gradient_equal_plain_autograd(name):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["reverse", "forward", "jsd"])
+@pytest.mark.parametrize("name", ["reverse", "forward", "jsd", "top k"])
 def test_gradcheck(name):
     objective, _ = CASES[name]
     streams, layout = setup()
@@ -112,6 +125,28 @@ def test_gradcheck(name):
         )[0],
         (streams.hidden, streams.lm_head_weight),
     )
+
+
+@pytest.mark.parametrize("k", [V, V + 1, 10**6])
+def test_the_top_k_of_the_whole_vocabulary_is_the_reverse_kl(k):
+    streams, layout = setup()
+    losses = [total_loss(o, streams, layout)[0] for o in (TopKReverseKL(k=k), ReverseKL())]
+    ours, theirs = ([t, *torch.autograd.grad(t, streams[:2])] for t in losses)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    fewer = [total_loss(TopKReverseKL(k=k), streams, layout)[0] for k in (1, 5, V - 2)]
+    assert fewer == sorted(fewer) and fewer[-1] < theirs[0]
+
+
+def test_the_top_k_objective_reads_the_statistics_of_the_whole_vocabulary():
+    streams, layout = setup()
+    of_k, of_all = (total_loss(o, streams, layout)[1] for o in (TopKReverseKL(k=2), ReverseKL()))
+    torch.testing.assert_close(of_k, of_all)
+
+
+def test_a_top_k_of_no_token_is_refused():
+    for k in (0, -1):
+        with pytest.raises(ValueError, match=f"k must be at least 1, got {k}"):
+            TopKReverseKL(k=k)
 
 
 def test_gradcheck_of_the_sampled_token_loss_at_fixed_advantages():

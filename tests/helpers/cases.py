@@ -56,7 +56,7 @@ def _pair(function: Callable, old_logp: bool = False, **own) -> Callable:
     def call(p: Problem, w: Tensor | None, **options):
         streams = (p.hidden, p.weight, p.teacher)
         given = dict(old_logp=p.old_logp) if old_logp else {}
-        return function(*streams, targets=p.targets, token_weights=w, **given, **own, **options)
+        return function(*streams, targets=p.targets, token_weights=w, **given, **own | options)
 
     return call
 

@@ -40,6 +40,7 @@ OPTIONS: dict[str, dict] = {
     "bfloat16": {"parallel": {"compute_dtype": "bfloat16"}},
     "frozen": {"teacher": "frozen"},
     "trust region": {"teacher": "trust-region:0.3"},
+    "top K": {"objective": {"kind": "TopKReverseKL", "k": 5}},
     "LoRA": LORA,
     "LoRA, frozen": {**LORA, "teacher": "frozen"},
     "LoRA, trust region": {**LORA, "teacher": "trust-region:0.3"},

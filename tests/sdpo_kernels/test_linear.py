@@ -19,7 +19,7 @@ from helpers.cases import (
     problem,
     statistics,
 )
-from helpers.oracle import rel_err
+from helpers.oracle import assert_as_good_as, rel_err
 from sdpo_kernels import linear_jsd, linear_logprob, linear_reverse_kl, linear_sampled_token
 from sdpo_kernels import reference as full
 from sdpo_kernels._impl import tuning
@@ -67,9 +67,29 @@ ON_IMPLS = [(n, impl) for n in FUNCTIONS for impl in IMPLS if impl != "fused" or
 """Where nothing is fused, that impl is the triton impl."""
 
 
+def wrong_topk(p: Problem, k: int = 5) -> dict[str, list[Tensor]]:
+    """The reverse KL over the teacher's k likeliest tokens; over the top k without a bucket for the
+    others, whose gradient is also that with the bucket as a constant; over a renormalised top k."""
+    wrong = {what: [t] for what, t in oracle("topk", p, k=k, support="teacher").items()}
+    for renormalised in (False, True):
+        h, w = (t.double().requires_grad_() for t in (p.hidden, p.weight))
+        logp, logq = full.log_softmax(h, w), full.log_softmax(p.teacher.double(), w.detach())
+        index = logp.topk(k).indices
+        logp, logq = (t.gather(1, index) for t in (logp, logq))
+        if renormalised:
+            logp, logq = (t.log_softmax(-1) for t in (logp, logq))
+        value = full.reverse_kl(logp, logq)
+        grads = torch.autograd.grad((p.upstream.double() * value).sum(), (h, w))
+        for what, t in zip(wrong, (value.detach(), *grads), strict=True):
+            wrong[what].append(t)
+    return wrong
+
+
 def mutants(name: str, p: Problem) -> dict[str, list[Tensor]]:
     """Plausible wrong results: streams swapped, the softmax's term dropped."""
     wrong: dict[str, list[Tensor]] = {"value": [], "hidden": [], "weight": []}
+    if name == "topk":
+        wrong = wrong_topk(p)
     if name in ("reverse_kl", "forward_kl", "jsd_0.9", "topk", "topk, forward_kl"):
         swapped = oracle(name, p._replace(hidden=p.teacher, teacher=p.hidden))
         for k, t in wrong.items():
@@ -173,12 +193,14 @@ def test_gradcheck(name):
 
 
 def drawn(
-    name: str, n: int, v: int, d: int, dtype: torch.dtype, masked: bool, seed: int
+    name: str, n: int, v: int, d: int, k: int, dtype: torch.dtype, masked: bool, seed: int
 ) -> tuple[Problem, dict]:
-    """A problem, and the mask among the options."""
+    """A problem, and k and the mask among the options."""
     torch.manual_seed(seed)
-    p = problem(n, max(v, 5) if "topk" in name else v, d, 1.0, dtype)
-    return p, dict(mask=torch.rand(n) < 0.5) if masked else {}
+    options: dict = dict(k=min(k, v)) if "topk" in name else {}
+    if masked:
+        options["mask"] = torch.rand(n) < 0.5
+    return problem(n, v, d, 1.0, dtype), options
 
 
 @settings(max_examples=60)
@@ -186,6 +208,7 @@ def drawn(
     n=st.integers(0, 9),
     v=st.integers(1, 40),
     d=st.integers(1, 9),
+    k=st.integers(1, 40),
     chunk=st.integers(1, 9),
     temperature=st.floats(0.3, 3),
     softcap=st.none() | st.floats(1, 30),
@@ -196,9 +219,9 @@ def drawn(
     seed=st.integers(0, 2**31),
 )
 def test_any_shape_chunk_mask_and_temperature(
-    n, v, d, chunk, temperature, softcap, with_bias, masked, room, name, seed
+    n, v, d, k, chunk, temperature, softcap, with_bias, masked, room, name, seed
 ):
-    p, options = drawn(name, n, v, d, torch.float64, masked, seed)
+    p, options = drawn(name, n, v, d, k, torch.float64, masked, seed)
     options |= dict(temperature=temperature, softcap=softcap, grad_bytes=room)
     if with_bias:
         options["bias"] = torch.randn(len(p.weight), dtype=torch.float64)
@@ -214,14 +237,15 @@ def test_any_shape_chunk_mask_and_temperature(
     n=st.integers(0, 5),
     v=st.integers(1, 300),
     d=st.integers(1, 40),
+    k=st.integers(1, 300),
     name=st.sampled_from(sorted(FUNCTIONS)),
     impl=st.sampled_from(["triton", "fused"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     masked=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_any_shape_in_the_kernels(n, v, d, name, impl, dtype, masked, seed):
-    p, options = drawn(name, n, v, d, dtype, masked, seed)
+def test_any_shape_in_the_kernels(n, v, d, k, name, impl, dtype, masked, seed):
+    p, options = drawn(name, n, v, d, k, dtype, masked, seed)
     options |= TRANSFORM
     truth, baseline = oracle(name, p, **options), oracle(name, p, torch.float32, **options)
     got = evaluate(name, p, known=True, impl=impl, chunk_bytes=2 * 2 * v * 4, **options)
@@ -281,6 +305,35 @@ def test_topk_of_the_whole_vocabulary_is_the_divergence(impl):
     whole, topk = (evaluate(name, p, known=True, impl=impl) for name in ("reverse_kl", "topk"))
     for k in whole:
         torch.testing.assert_close(topk[k], whole[k], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("k", [1, 20, V - 1])
+def test_topk_of_any_k_matches_the_oracle(k, impl):
+    p = problem(12, V, 48, 1.0)
+    found = [evaluate("topk", p, known=known, impl=impl, k=k) for known in (False, True)]
+    truth, baseline = oracle("topk", p, k=k), oracle("topk", p, torch.float32, k=k)
+    wrong = wrong_topk(p, k) if k < V - 1 else {what: [] for what in truth}
+    for got in found:
+        for what, ours in got.items():
+            assert_as_good_as(ours, truth[what], baseline[what], mutants=wrong[what])
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_what_a_nearly_certain_student_leaves_to_other_tokens_keeps_its_digits(impl):
+    """1 - sum p over the top k, in float32, has few of them, or is 0."""
+    gap = torch.linspace(12, 24, 9)[:, None]
+    z, u = (torch.cat([torch.zeros(9, 1), torch.randn(9, 30) - by], 1) for by in (gap, gap - 1))
+    p = Problem(z, torch.eye(31), u, torch.zeros(9, dtype=torch.long), torch.ones(9), z[:, 0])
+    logp, logq = (t.double().log_softmax(-1) for t in (z, u))
+    others_p, others_q = (t[:, 1:].exp().sum(-1) for t in (logp, logq))
+    truth = logp[:, 0].exp() * (torch.log1p(-others_p) - torch.log1p(-others_q))
+    truth += others_p * (others_p.log() - others_q.log())
+    for known in (False, True):
+        value = evaluate("topk", p, known=known, impl=impl, k=1)["value"]
+        assert rel_err(value / truth, torch.ones(9)) < 1e-4
+    rest = 1 - z.softmax(-1)[:, 0]
+    assert rel_err(rest / others_p, torch.ones(9)) > 0.1, "the plain formula would do"
 
 
 @pytest.mark.usefixtures("room")

@@ -14,7 +14,16 @@ from helpers import runs, tiny
 from sdpo.batching import Cursor, Example, collate
 from sdpo.errors import SdpoError
 from sdpo.hindsight import Encoded, Truncated
-from sdpo.objective import JSD, ForwardKL, Layout, ReverseKL, SampledToken, Streams, total_loss
+from sdpo.objective import (
+    JSD,
+    ForwardKL,
+    Layout,
+    ReverseKL,
+    SampledToken,
+    Streams,
+    TopKReverseKL,
+    total_loss,
+)
 from sdpo.step import two_pass_loss
 from sdpo.train.trainer import RunState
 from sdpo_parallel.build import build_engine
@@ -24,7 +33,13 @@ from sdpo_parallel.rows import Kept, Sharing
 from sdpo_parallel.transformers.engine import TransformersModel
 
 KINDS = ("qwen3", "qwen3-tied", "llama")
-OBJECTIVES = (SampledToken(centre=True), ReverseKL(ignore_first=1), ForwardKL(), JSD(beta=0.3))
+OBJECTIVES = (
+    SampledToken(centre=True),
+    ReverseKL(ignore_first=1),
+    ForwardKL(),
+    JSD(beta=0.3),
+    TopKReverseKL(k=3),
+)
 SHARING = ("none", "tries", "keys")
 TOLERANCE = 1e-5
 

@@ -7,7 +7,7 @@ import pytest
 from helpers import runs
 from sdpo.cli import main
 from sdpo.errors import SdpoError
-from sdpo.objective import JSD, ReverseKL, SampledToken
+from sdpo.objective import JSD, ReverseKL, SampledToken, TopKReverseKL
 from sdpo.train import command
 from sdpo.train.config import TrainConfig, read_config, read_settings, to_json, with_settings
 from sdpo.train.recipes import RECIPES
@@ -93,6 +93,8 @@ def test_settings_replace_a_kind_or_change_it():
     assert changed.objective == SampledToken(ignore_first=2, ppo_clip=0.2)
     changed = with_settings(base, {"objective": {"kind": "JSD", "beta": 0.3}}, "")
     assert changed.objective == JSD(beta=0.3)
+    changed = with_settings(base, {"objective": {"kind": "TopKReverseKL"}}, "")
+    assert changed.objective == TopKReverseKL(k=20)
     assert with_settings(base, {"teacher": "ema:0.9"}, "").teacher == EMA(decay=0.9)
 
 

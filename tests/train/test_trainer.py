@@ -46,6 +46,26 @@ def test_both_engines_follow_the_same_trajectory(kind, recipe, ranks, data, mode
     runs.assert_same_trajectory(titan, transformers, tolerance=1e-4)
 
 
+def test_the_top_k_objective_trains_on_both_engines_and_on_tensor_parallel_ranks(
+    data, models, tmp_path
+):
+    model, file = models("qwen3-tied"), tmp_path / "top-k.toml"
+    file.write_text('[objective]\nkind = "TopKReverseKL"\n')
+    few = ["--config", str(file), "--objective.k", "5"]
+    titan = runs.train("reverse-kl", model, data, tmp_path / "a", *few)
+    options = [*few, "--parallel.tensor", "2"]
+    tensor = runs.train("reverse-kl", model, data, tmp_path / "b", *options, ranks=2)
+    options = [*few, "--engine", "transformers"]
+    transformers = runs.train("reverse-kl", model, data, tmp_path / "c", *options)
+    for rows in (tensor, transformers):
+        runs.assert_same_trajectory(titan, rows, tolerance=1e-4)
+    options = ["--config", str(file), "--objective.k", "1000000", "--engine", "transformers"]
+    every = runs.train("reverse-kl", model, data, tmp_path / "d", *options)
+    whole = runs.train("reverse-kl", model, data, tmp_path / "e", "--engine", "transformers")
+    runs.assert_same_trajectory(every, whole, tolerance=1e-4)
+    assert 0 < titan[0]["loss"] < 0.99 * whole[0]["loss"], "the top 5 tell no less than all"
+
+
 @pytest.mark.parametrize(
     ("teacher", "ranks"), [("frozen:another", 2), ("trust-region:0.3", 0), ("ema:0.5", 0)]
 )
