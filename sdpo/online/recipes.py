@@ -15,7 +15,7 @@ from sdpo_parallel.config import (
 
 from ..batching import BatchConfig
 from ..hindsight import HindsightConfig
-from ..objective import ReverseKL, SampledToken
+from ..objective import ReverseKL, SampledToken, TopKReverseKL
 from ..train.safeguards import SafeguardConfig
 from .config import BrakeConfig, EvaluateConfig, GuardConfig, OnlineConfig
 from .sampler import SamplingConfig
@@ -126,7 +126,7 @@ def paper_online_lora(
         prompts=prompts,
         phases=phases,
         out=out,
-        objective=ReverseKL(),
+        objective=TopKReverseKL(k=20),
         hindsight=HindsightConfig(template="paper-online", max_prompt_tokens=2048),
         batch=BatchConfig(interactions_per_step=1, seed=1234),
         lora=LoraConfig(rank=256, alpha=512),
