@@ -83,9 +83,9 @@ def test_named_flags_and_commands_exist(page):
 
 @cache
 def flags(command: tuple[str, ...]) -> frozenset[str]:
-    """What `sdpo COMMAND --help` knows; recipes of train share theirs."""
-    if command == ("train",):
-        command = ("train", "paper-offline")
+    """What `sdpo COMMAND --help` knows; recipes share theirs."""
+    recipes = {("train",): "paper-offline", ("online",): "online"}
+    command += (recipes[command],) if command in recipes else ()
     said = io.StringIO()
     with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
