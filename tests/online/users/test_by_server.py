@@ -415,6 +415,7 @@ def test_a_broken_book_is_named(tmp_path):
         ({"extra": "[]"}, "extra must be a JSON object"),
         ({"extra": '{"n": 2}'}, "extra must not hold n"),
         ({"extra": '{"max_tokens": null}'}, "extra must leave a limit"),
+        ({"extra": '{"max_completion_tokens": "5"}'}, "extra must leave a limit"),
     ],
 )
 def test_settings_are_checked(settings, problem):
