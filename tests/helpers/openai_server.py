@@ -20,6 +20,7 @@ class Answer:
         finish: why it ended.
         raw: a body in place of the completion.
         delay: seconds before it is sent.
+        drip: seconds between the bytes of the body.
         drop: close the connection without a word.
         usage: tokens (read, written) that it tells of; None: nothing.
     """
@@ -31,6 +32,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     raw: bytes | None = None
     delay: float = 0.0
+    drip: float = 0.0
     drop: bool = False
     usage: tuple[int, int] | None = (100, 10)
 
@@ -117,7 +119,10 @@ class _Handler(BaseHTTPRequestHandler):
             for name, value in (headers | answer.headers).items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(said)
+            for byte in said if answer.drip else ():
+                self.wfile.write(bytes([byte]))
+                time.sleep(answer.drip)
+            self.wfile.write(b"" if answer.drip else said)
         except OSError:  # the client did not wait
             pass
 

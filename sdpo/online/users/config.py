@@ -123,8 +123,8 @@ class ServerUser:
         if not self.model:
             raise SdpoError("model must name a model of the server")
         limits = ("max_tokens", "max_completion_tokens")
-        request = self.request([])
-        if not any(type(request.get(name)) is int and request[name] > 0 for name in limits):
+        given = [value for name, value in self.request([]).items() if name in limits]
+        if not given or not all(type(value) is int and value > 0 for value in given):
             raise SdpoError(f"extra must leave a limit on a reply's tokens: {' or '.join(limits)}")
 
     def request(self, messages: list[dict[str, Any]]) -> dict[str, Any]:

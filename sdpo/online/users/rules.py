@@ -54,7 +54,8 @@ _QUESTION = regex.compile(r"[?？؟]")
 _SENTENCE_ENDS = regex.compile(r"(?<=[.!?…。！？])[\"”’)*_]*\s+")
 _OFFER = regex.compile(
     r"\b(?:let me know|feel free|happy to (?:help|assist|explain|provide)|glad to (?:help|assist)"
-    r"|here to (?:help|assist)|hope (?:this|that|it|these) helps?|would you like|want me to"
+    r"|here to (?:help|assist)|hope (?:this|that|it|these)(?: \w+){0,4} helps?|would you like"
+    r"|want me to"
     r"|do(?:n['’]t| not) hesitate to (?:ask|contact me|reach out)|just (?:ask|let me know)"
     r"|anything else"
     r"|if you(?:['’]d| would) like|if you (?:want|need|have|wish)\b.{0,60}\b(?:me|I)\b)",

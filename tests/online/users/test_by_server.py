@@ -238,6 +238,16 @@ def test_a_slow_server_is_not_waited_for_longer_than_configured(tmp_path):
         user(server, tmp_path, retry=impatient).reply([exchange(2)], seed=0)
 
 
+def test_a_server_that_drips_is_slow(tmp_path):
+    """It is the whole answer that must come in time, not its next byte."""
+    impatient = RetryConfig(tries=2, timeout=0.3, first_wait=0.01, longest_wait=1.0)
+    with serving(Answer(drip=0.05), Answer(text="At once.")) as server:
+        mine = user(server, tmp_path, retry=impatient)
+        (reply,) = mine.reply([exchange(1)], seed=0)
+        assert reply.text == "At once."
+        assert mine.calls.counts() == {"timeout": 1, "said": 1}
+
+
 def test_a_rate_limit_is_waited_out_by_all(tmp_path):
     """None is sent before the time that the server named, though one alone heard of it."""
     limit = Answer(status=429, headers={"Retry-After": "0.6"})
@@ -415,6 +425,7 @@ def test_a_broken_book_is_named(tmp_path):
         ({"extra": "[]"}, "extra must be a JSON object"),
         ({"extra": '{"n": 2}'}, "extra must not hold n"),
         ({"extra": '{"max_tokens": null}'}, "extra must leave a limit"),
+        ({"extra": '{"max_completion_tokens": "5"}'}, "extra must leave a limit"),
     ],
 )
 def test_settings_are_checked(settings, problem):

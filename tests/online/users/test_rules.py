@@ -174,6 +174,7 @@ PLEASES = [
     (NoClosingOffer(), "如果下雨。", "还有别的吗？"),
     (NoClosingOffer(), 'They met.\n\n"Are you well?" she asked.', 'Would "why" be better?'),
     (NoClosingOffer(), 'Xid: "Could you come?"', "If you have any more questions, I'm here."),
+    (NoClosingOffer(), "They hope it rains.", "I hope these few questions help you!"),
     (NoClosingOffer(), "Ask your bank if you have any questions.", "If you need more, just ask!"),
     (ClosingQuestion(), "It is Paris. Have you been there?", "Have you been there? It is Paris."),
     (ClosingQuestion(), "Paris.\n\n**Shall we go on?** 😊", "Paris. Feel free to ask."),
