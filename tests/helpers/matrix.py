@@ -40,11 +40,11 @@ OPTIONS: dict[str, dict] = {
     "bfloat16": {"parallel": {"compute_dtype": "bfloat16"}},
     "frozen": {"teacher": "frozen"},
     "trust region": {"teacher": "trust-region:0.3"},
-    "top K": {"objective": {"kind": "TopKReverseKL", "k": 5}},
     "LoRA": LORA,
     "LoRA, frozen": {**LORA, "teacher": "frozen"},
     "LoRA, trust region": {**LORA, "teacher": "trust-region:0.3"},
     "LoRA, ema": {**LORA, "teacher": "ema:0.5"},
+    "top K": {"objective": {"kind": "TopKReverseKL", "k": 5}},
 }
 """Tried on some layouts, with one model and objective."""
 

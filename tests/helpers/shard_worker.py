@@ -49,25 +49,28 @@ def splits(ranks: int) -> dict[str, list[int]]:
     return {"even": even, "uneven": uneven, "empty": [0, *[WORDS] * ranks]}
 
 
-def check(name: str, borders: list[int], impl: str, known: bool, dtype=torch.float32) -> None:
+def check(
+    name: str, borders: list[int], impl: str, known: bool, dtype=torch.float32, **own
+) -> None:
     """Values, statistics and gradients of the shards equal the whole's to 1e-5, in float32."""
     torch.manual_seed(0)
     p, bias = problem(TOKENS, WORDS, 16, 1.0, dtype), torch.randn(WORDS, dtype=dtype)
     p.targets[4] = -100
     chunk = ROWS_PER_CHUNK * WORDS * 4 * 2
-    whole = evaluate(name, p, known=known, impl="torch", bias=bias, **OPTIONS)
+    options = OPTIONS | own
+    whole = evaluate(name, p, known=known, impl="torch", bias=bias, **options)
     rows = slice(*borders[dist.get_rank() :][:2])
     shard = VocabShard(dist.group.WORLD, rows.start, WORDS)
     mine = dict(shard=shard, impl=impl, chunk_bytes=chunk // dist.get_world_size())
     local = p._replace(weight=p.weight[rows])
-    part = evaluate(name, local, known=known, bias=bias[rows], **mine, **OPTIONS)
+    part = evaluate(name, local, known=known, bias=bias[rows], **mine, **options)
     dist.all_reduce(part["hidden"])  # partial
     expected = {**whole, "weight": whole["weight"][rows], "bias": whole["bias"][rows]}
     for k, t in part.items():
         close = 1e-5 if dtype == torch.float32 or k == "value" else 5e-2
         torch.testing.assert_close(t, expected[k], rtol=close, atol=close, msg=f"{name} {k}")
-    found = statistics(name, local, bias=bias[rows], **mine, **OPTIONS)
-    truth = statistics(name, p, bias=bias, **OPTIONS)
+    found = statistics(name, local, bias=bias[rows], **mine, **options)
+    truth = statistics(name, p, bias=bias, **options)
     for k, t in found.items():
         torch.testing.assert_close(t, truth[k], rtol=1e-5, atol=1e-5, msg=f"{name} {k}")
 
@@ -94,6 +97,8 @@ def main() -> None:
         for name in FUNCTIONS:
             for known in (False, True):
                 check(name, borders, "torch", known)
+        for k in (1, WORDS):
+            check("topk", borders, "torch", known=True, k=k)
         for name in ("logprob", "jsd", "topk") if split == "uneven" else ():
             check(name, borders, "triton", known=True)
         for impl in ("triton", "fused") if split == "empty" else ():
