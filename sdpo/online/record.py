@@ -35,11 +35,12 @@ ROLLOUTS = pa.schema(
         ("reply_source", pa.string()),
         ("dropped", pa.string()),
         ("satisfied", pa.bool_()),
+        ("score", pa.float64()),
     ]
 )
 """Columns of a file of rollouts. ``messages``: prompt, answer and, unless the user was silent, the
 follow-up. ``version``: updates behind the weights that answered. ``dropped``: why it is not trained
-on; null: it is."""
+on; null: it is. ``satisfied``, ``score``: by the persona's rule, where it has one."""
 _TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
 _INTERACTIONS = pa.schema(
     [
@@ -72,6 +73,7 @@ class Record:
     reply_source: str
     dropped: str | None
     satisfied: bool | None
+    score: float | None = None
 
     def interaction(self) -> Interaction:
         """What is trained on, where nothing is in the way."""
@@ -136,6 +138,7 @@ def _row(r: Record) -> dict:
         "reply_source": r.reply_source,
         "dropped": r.dropped,
         "satisfied": r.satisfied,
+        "score": r.score,
     }
 
 
@@ -145,7 +148,7 @@ def _record(row: dict) -> Record:
     at = len(said) - (1 if silent else 2)
     kept = "id", "update", "phase", "persona", "prompt_id", "finished", "version"
     return Record(
-        **{name: row[name] for name in (*kept, "reply_source", "dropped", "satisfied")},
+        **{name: row[name] for name in (*kept, "reply_source", "dropped", "satisfied", "score")},
         prompt=said[:at],
         answer=said[at].content,
         followup=None if silent else said[-1].content,

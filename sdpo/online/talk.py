@@ -36,7 +36,6 @@ from .record import Record, read_update, write_update
 from .sampler import Rollout, Sampler
 from .snapshots import GOOD, Snapshot, attempts, read_snapshots, write_snapshots
 from .users.base import Exchange, Reply, User
-from .users.personas import Persona
 
 
 class Brake(SdpoError):
@@ -164,6 +163,8 @@ class Talk:
         reply: Reply,
     ) -> Record:
         persona = self.users[place.phase - 1].persona
+        judged = exchange.answer, exchange.finished
+        known = persona.rule is not None
         return Record(
             id=exchange.id,
             update=update,
@@ -179,7 +180,8 @@ class Talk:
             version=rollout.version,
             reply_source=reply.source,
             dropped=why_dropped(self.config, exchange, reply),
-            satisfied=_satisfied(persona, exchange),
+            satisfied=persona.satisfied(*judged) if known else None,
+            score=persona.score(*judged) if known else None,
         )
 
     def _places(self, update: int, place: Place) -> list[int]:
@@ -356,9 +358,3 @@ def told(records: Sequence[Record]) -> dict[str, float]:
 def first_metrics(folder: Path) -> dict[str, float]:
     """The first row of a run's metrics."""
     return next(iter(read_metrics(folder)), {})
-
-
-def _satisfied(persona: Persona, exchange: Exchange) -> bool | None:
-    if persona.rule is None:
-        return None
-    return persona.satisfied(exchange.answer, exchange.finished)
