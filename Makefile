@@ -13,7 +13,7 @@ test: .venv/dev
 
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m exhaustive
-	$(BIN)/python tests/helpers/kill.py --points 20
+	$(BIN)/python tests/helpers/kill.py --points 8
 
 # what tests/real/assets.py builds from PyPI and npm, and keeps in .real
 test-real: .venv/dev

@@ -33,7 +33,7 @@ from sdpo.errors import DataError
 
 SECONDS = float(os.environ.get("SDPO_FUZZ_SECONDS", "20"))
 LONG_OR_SHORT = pytest.mark.parametrize(
-    "seconds", [SECONDS, pytest.param(120.0, marks=pytest.mark.exhaustive)]
+    "seconds", [SECONDS, pytest.param(60.0, marks=pytest.mark.exhaustive)]
 )
 NAMES = [f"r{i}" for i in range(6)]
 SHAPES = st.sampled_from(list(logs.ROWS))
