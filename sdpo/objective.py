@@ -78,8 +78,15 @@ class Objective:
     """Response tokens left out of the loss at the start of each response."""
     chunk_bytes: int | None = None
     """Logits of both passes that may be alive at once, in bytes; None: by device."""
+    hindsight_temperature: float = 1.0
+    """Hindsight's logits are divided by it: below 1 hindsight is surer of what it says. A small
+    model's hindsight is less sure than its policy, which then learns to be less sure, too."""
 
     def __post_init__(self):
+        if not self.hindsight_temperature > 0:
+            raise SdpoError(
+                f"hindsight_temperature must be positive, got {self.hindsight_temperature}"
+            )
         if self.ignore_first < 0:
             raise SdpoError(f"ignore_first must not be negative, got {self.ignore_first}")
         if self.chunk_bytes is not None and self.chunk_bytes < 1:
@@ -216,8 +223,13 @@ def total_loss(objective: Objective, streams: Streams, layout: Layout) -> tuple[
     however many tokens there are.
 
     Raises:
-        SdpoError: a clip needs the sampling policy's log-probabilities, which are missing.
+        SdpoError: a clip needs the sampling policy's log-probabilities, which are missing; or
+            hindsight's temperature is to be changed under a softcap.
     """
+    if (temperature := objective.hindsight_temperature) != 1:
+        if streams.softcap is not None:
+            raise SdpoError("hindsight_temperature: this model's logits are capped; leave it at 1")
+        streams = streams._replace(hindsight_hidden=streams.hindsight_hidden / temperature)
     common = Common(
         targets=streams.targets,
         token_weights=token_weights(layout, objective.ignore_first),

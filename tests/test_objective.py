@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sdpo.errors import SdpoError
 from sdpo.objective import (
     JSD,
     ForwardKL,
@@ -37,10 +38,10 @@ def setup(dtype=torch.float64):
     return streams, layout
 
 
-def logps(streams):
+def logps(streams, temperature=1.0):
     logp = torch.log_softmax(streams.hidden @ streams.lm_head_weight.T, -1)
-    logq = torch.log_softmax(streams.hindsight_hidden @ streams.lm_head_weight.detach().T, -1)
-    return logp, logq
+    logits = streams.hindsight_hidden @ streams.lm_head_weight.detach().T
+    return logp, torch.log_softmax(logits / temperature, -1)
 
 
 def paper(streams, ignore_first=0, centre=False):
@@ -60,8 +61,8 @@ def paper(streams, ignore_first=0, centre=False):
     return total
 
 
-def kl_mean(streams, per_token):
-    logp, logq = logps(streams)
+def kl_mean(streams, per_token, temperature=1.0):
+    logp, logq = logps(streams, temperature)
     values = per_token(logp, logq).split(LENGTHS)
     return sum(w * v.mean() for w, v in zip(WEIGHTS, values, strict=True))
 
@@ -91,6 +92,10 @@ CASES = {
         lambda s: paper(s, ignore_first=1, centre=True),
     ),
     "reverse": (ReverseKL(), lambda s: kl_mean(s, lambda p, q: (p.exp() * (p - q)).sum(-1))),
+    "reverse, sharper hindsight": (
+        ReverseKL(hindsight_temperature=0.7),
+        lambda s: kl_mean(s, lambda p, q: (p.exp() * (p - q)).sum(-1), 0.7),
+    ),
     "forward": (ForwardKL(), lambda s: kl_mean(s, lambda p, q: (q.exp() * (q - p)).sum(-1))),
     "jsd": (JSD(beta=0.3), lambda s: kl_mean(s, lambda p, q: mixture_jsd(p, q, 0.3))),
     "top k": (TopKReverseKL(k=5), lambda s: kl_mean(s, lambda p, q: topk(p, q, 5))),
@@ -208,3 +213,11 @@ def test_an_empty_share_has_no_loss_and_zero_gradients():
         loss, _ = total_loss(objective, empty, nothing)
         (gradient,) = torch.autograd.grad(loss, streams.lm_head_weight)
         assert loss == 0 and not gradient.any()
+
+
+def test_hindsight_s_temperature_is_refused_under_a_softcap_and_at_zero():
+    streams, layout = setup()
+    with pytest.raises(SdpoError, match="capped"):
+        total_loss(ReverseKL(hindsight_temperature=0.8), streams._replace(softcap=30.0), layout)
+    with pytest.raises(SdpoError, match="positive"):
+        ReverseKL(hindsight_temperature=0.0)

@@ -119,6 +119,7 @@ def to_json(config: Any) -> Any:
 ADDED_LATER = {
     "select": to_json(SelectConfig()),
     "hindsight": {"truncation": "paper", "thinking": "strip", "date": None},
+    "objective": {"hindsight_temperature": 1.0},
     "batch": {"unit": "interaction", "share_prefix": "auto"},  # equal but for rounding
 }
 """Settings that runs of earlier versions lack, as those runs behaved."""
