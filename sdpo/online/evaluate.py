@@ -85,7 +85,8 @@ def tripped(
     now = seen[-1]
     rates = [e.preference.get(now.persona, 0.0) for e in seen if e.phase == now.phase]
     drop = max(rates) - rates[-1]
-    change = abs(row["entropy/policy"] / first_entropy - 1) if first_entropy else 0.0
+    entropy = row["entropy/policy"]  # 0 where nothing was trained on
+    change = abs(entropy / first_entropy - 1) if first_entropy and entropy else 0.0
     measured = {
         "preference_drop": (drop, f"the preference rate of {now.persona} fell by {drop:.2f}"),
         "max_words": (now.words, f"answers have {now.words:.0f} words"),

@@ -8,7 +8,7 @@ import torch
 
 from ..conversations import Message
 from ..errors import DataError
-from ..interactions import prompt_of
+from ..interactions import NAME_OF, prompt_of
 from ..io.fields import as_id, as_object, bad
 from ..io.rows import read_rows
 
@@ -66,6 +66,9 @@ def _rows(path: str | Path) -> Iterator[Prompt]:
             prompt = row.get("prompt")
             texts = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             messages = prompt_of(texts)
+            if unknown := [m.role for m in messages if m.role not in NAME_OF]:
+                hint = f"Use {', '.join(NAME_OF)}"
+                raise bad("prompt", f"unknown role {unknown[0]!r}", hint)
             if messages[-1].role not in ("user", "tool"):
                 problem = f"the prompt ends with a message of role {messages[-1].role!r}"
                 raise bad("prompt", problem, "End it with the user message to be answered")

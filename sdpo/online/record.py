@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 
 from ..conversations import Message
 from ..errors import DataError
-from ..interactions import Interaction, prompt_of, to_row
+from ..interactions import Interaction, prompt_of, to_row, to_turn
 
-_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+_OF_TOOLS = [(name, pa.string()) for name in ("tool_calls", "tool_call_id", "name")]
+_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), *_OF_TOOLS])
 ROLLOUTS = pa.schema(
     [
         ("id", pa.string()),
@@ -42,10 +43,11 @@ ROLLOUTS = pa.schema(
 follow-up. ``version``: updates behind the weights that answered. ``dropped``: why it is not trained
 on; null: it is. ``satisfied``, ``score``: by the persona's rule, where it has one."""
 _TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
+_PROMPT_TURN = pa.struct([("from", pa.string()), ("value", pa.string()), *_OF_TOOLS])
 _INTERACTIONS = pa.schema(
     [
         ("id", pa.string()),
-        ("prompt", pa.list_(_TURN)),
+        ("prompt", pa.list_(_PROMPT_TURN)),
         ("completion", _TURN),
         ("user_response", _TURN),
         ("completion_token_ids", pa.list_(pa.int64())),
@@ -90,6 +92,7 @@ class Record:
 
 def write_update(folder: Path, update: int, records: Sequence[Record]) -> None:
     """Write both files of an update."""
+    _interactions_file(folder, update).unlink(missing_ok=True)
     _write(rollouts_file(folder, update), ROLLOUTS, [_row(r) for r in records])
     trained_on = [to_row(r.interaction()) for r in records if r.dropped is None]
     _write(_interactions_file(folder, update), _INTERACTIONS, trained_on)
@@ -102,7 +105,7 @@ def read_update(folder: Path, update: int) -> list[Record] | None:
         DataError: the file is not what `write_update` writes.
     """
     path = rollouts_file(folder, update)
-    if not _interactions_file(folder, update).is_file():
+    if not (path.is_file() and _interactions_file(folder, update).is_file()):
         return None
     try:
         rows = pq.read_table(path, schema=ROLLOUTS).to_pylist()
@@ -130,7 +133,7 @@ def _row(r: Record) -> dict:
         "phase": r.phase,
         "persona": r.persona,
         "prompt_id": r.prompt_id,
-        "messages": [{"role": m.role, "content": m.content} for m in said],
+        "messages": [_message(m) for m in said],
         "completion_token_ids": r.token_ids,
         "completion_logprobs": r.logprobs,
         "finished": r.finished,
@@ -140,6 +143,11 @@ def _row(r: Record) -> dict:
         "satisfied": r.satisfied,
         "score": r.score,
     }
+
+
+def _message(message: Message) -> dict[str, str]:
+    turn = to_turn(message)
+    return {"role": message.role, "content": turn.pop("value")} | turn
 
 
 def _record(row: dict) -> Record:

@@ -28,8 +28,9 @@ from .config import OnlineConfig
 from .evaluate import Answer
 from .prompts import Prompt, read_prompts
 from .sampler import InProcessSampler, Sampler
-from .snapshots import GOOD, Snapshot, find_snapshot, go_back, read_snapshots
+from .snapshots import GOOD, Snapshot, find_snapshot, go_back
 from .talk import Brake, Talk
+from .users.base import User
 from .users.config import build_user
 from .users.personas import load_persona
 
@@ -71,8 +72,8 @@ def _gone_back(engine: Engine, talk: Talk, export: Path, brake: Brake) -> SdpoEr
     engine.close()
     return SdpoError(
         f"{brake}: back at update {snapshot.step}, the last good snapshot, which {export} holds. "
-        "Lower the learning rate, use another teacher or template, and go on with --resume, or "
-        "stay there"
+        "Go on from there with --resume, which draws other answers; or start another run from the "
+        "export, with a lower learning rate, or another teacher or template"
     )
 
 
@@ -99,12 +100,12 @@ def _prepare(run: RunFolder, config: OnlineConfig) -> tuple[Trainer, Talk]:
     folder = Path(local.out)
     if engine.ranks.is_main:
         run.path.mkdir(parents=True, exist_ok=True)
-    users = [
-        build_user(local.user, load_persona(phase.persona), folder=folder)
-        for phase in local.schedule
-    ]
+    personas = [load_persona(phase.persona) for phase in local.schedule]
     sampler: Sampler | None = None
+    users: list[User] = []
     if local.replay is None:
+        if engine.ranks.is_main:
+            users = [build_user(local.user, persona, folder=folder) for persona in personas]
         sampler = InProcessSampler(local.sampling, engine, local.model, chat, local.parallel)
     talk = Talk(
         replace(local, hindsight=run.config.hindsight),
@@ -115,6 +116,7 @@ def _prepare(run: RunFolder, config: OnlineConfig) -> tuple[Trainer, Talk]:
         tokenizer,
         chat,
         sampler,
+        personas,
         users,
         prompts,
         held_out if sampler is not None else [],
@@ -125,7 +127,7 @@ def _prepare(run: RunFolder, config: OnlineConfig) -> tuple[Trainer, Talk]:
         run.open(state.step)
     talk.resumed()
     trainer = Trainer(run.config, engine, talk, state, drift, run, talk.look)
-    if not any(s.step == 0 for s in read_snapshots(folder)) and state.step == 0:
+    if state.step == 0 and 0 not in engine.gather(engine.checkpoints.steps())[0]:
         first = Snapshot(name="phase-1", step=0, phase=1, persona=local.schedule[0].persona)
         good = replace(first, name=GOOD)
         talk.remember([first, good])

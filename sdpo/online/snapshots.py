@@ -129,6 +129,8 @@ def command(
             raise SdpoError("snapshots export: say where with --out")
         export(run, out=out, step=snapshot.step)
         return
+    if not (Path(run) / "checkpoints" / f"step-{snapshot.step}").is_dir():
+        raise SdpoError(f"{run}: the checkpoint of snapshot {name!r} is gone; restore another one")
     undone = go_back(run, snapshot)
     Console().print(
         f"{run} is back at {snapshot.name}, update {snapshot.step}; what came after is in "

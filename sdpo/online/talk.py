@@ -7,6 +7,7 @@ newest weights. What was said is written down before it is trained on; a run tha
 kill takes what it finds written instead of asking again.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from .record import Record, read_update, write_update
 from .sampler import Rollout, Sampler
 from .snapshots import GOOD, Snapshot, attempts, read_snapshots, write_snapshots
 from .users.base import Exchange, Reply, User
+from .users.personas import Persona
 
 
 class Brake(SdpoError):
@@ -69,7 +71,8 @@ class Talk:
     Args:
         folder: the run's.
         state: where the run is; the trainer moves it on.
-        users: one for each phase.
+        personas: one for each phase.
+        users: one for each phase on the main rank, where nothing is replayed.
         sampler, held_out: None and empty where a recording is replayed.
     """
 
@@ -81,6 +84,7 @@ class Talk:
     tokenizer: PreTrainedTokenizerBase
     chat: ChatFormat
     sampler: Sampler | None
+    personas: Sequence[Persona]
     users: Sequence[User]
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt]
@@ -146,6 +150,7 @@ class Talk:
             for slot, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True))
         ]
         replies = user.reply(exchanges, seed=self._seed(update, -1) % 2**31)
+        replies = [replace(r, text=None if r.text is None else as_utf8(r.text)) for r in replies]
         records = [
             self._record(update, place, *row)
             for row in zip(prompts, exchanges, rollouts, replies, strict=True)
@@ -162,7 +167,7 @@ class Talk:
         rollout: Rollout,
         reply: Reply,
     ) -> Record:
-        persona = self.users[place.phase - 1].persona
+        persona = self.personas[place.phase - 1]
         judged = exchange.answer, exchange.finished
         known = persona.rule is not None
         return Record(
@@ -239,13 +244,12 @@ class Talk:
         step = self.state.step
         self.seen = self._on_main(lambda: self.evaluations.read(step))
         self.attempt = self._on_main(lambda: attempts(self.folder))
-        rows = self._on_main(lambda: first_metrics(self.folder)) if step else {}
-        self.first_entropy = rows.get("entropy/policy", 0.0)
+        self.first_entropy = self._on_main(lambda: first_entropy(self.folder)) if step else 0.0
         self.engine.checkpoints.pinned = {s.step for s in read_snapshots(self.folder)}
 
     def look(self, step: int, row: Mapping[str, float]) -> Looked:
         """After an update: evaluate where it is time to, keep snapshots, and see to the brakes."""
-        self.first_entropy = self.first_entropy or row["entropy/policy"]
+        self.first_entropy = self.first_entropy or _entropy(row)
         if why := self._apart(row):
             return Looked({}, why_end=why)
         place = place_of(self.schedule, step)
@@ -277,13 +281,13 @@ class Talk:
             )
             for p, r in zip(self.held_out, rollouts, strict=True)
         ]
-        personas = {user.persona.name: user.persona for user in self.users}
+        personas = {persona.name: persona for persona in self.personas}
         now = evaluation(
             answers,
             list(personas.values()),
             step=step,
             phase=place.phase,
-            persona=self.users[place.phase - 1].persona.name,
+            persona=self.personas[place.phase - 1].name,
             decoding=self.config.evaluate.decoding,
         )
         self.seen.append(now)
@@ -316,6 +320,8 @@ class Talk:
         sampling = self.config.sampling
         gap, limit = row.get("sampler/gap"), sampling.max_gap
         if gap is None or limit is None or not sampling.from_policy or gap <= limit:
+            return None
+        if self.sampler is None:  # another policy's answers, after the first update
             return None
         return SdpoError(
             f"the sampler's log-probabilities are {gap:.3f} nats from the trainer's in the mean, "
@@ -355,6 +361,18 @@ def told(records: Sequence[Record]) -> dict[str, float]:
     return metrics | ({"user/satisfied": fmean(judged)} if judged else {})
 
 
-def first_metrics(folder: Path) -> dict[str, float]:
-    """The first row of a run's metrics."""
-    return next(iter(read_metrics(folder)), {})
+def first_entropy(folder: Path) -> float:
+    """The policy's entropy in the first update of a run that anything was said in; 0: in none."""
+    return next(filter(None, map(_entropy, read_metrics(folder))), 0.0)
+
+
+def _entropy(row: Mapping[str, float]) -> float:
+    """Of the policy in an update; 0: nothing was trained on in it, or it was not finite."""
+    entropy = row["entropy/policy"]  # null in a file where it was not finite
+    return entropy if entropy and math.isfinite(entropy) else 0.0
+
+
+def as_utf8(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which JSON can bring in and neither
+    files nor tokenizers take."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

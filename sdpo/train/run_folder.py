@@ -165,7 +165,11 @@ RESUMABLE = (
     "log",
     "out",
     "data",  # its content is compared instead
+    "prompts",  # so is theirs
     "safeguard",
+    "brakes",
+    "sampling.batch",
+    "sampling.max_gap",
     "parallel.replicate",
     "parallel.tensor",
     "parallel.sequence_parallel",

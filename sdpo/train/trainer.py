@@ -258,9 +258,9 @@ def _step(
     norm = engine.clip_gradients()
     sums = engine.sum_over_ranks(sums)
     finite = math.isfinite(norm) and math.isfinite(float(sums[0]))
-    lr = _update(engine, state, finite)
-    seconds = time.perf_counter() - began
     row, per_rank = metrics(sums[:-5]), step.tokens
+    lr = _update(engine, state, finite) if row["response/tokens"] else _no_update(engine, state)
+    seconds = time.perf_counter() - began
     slots, tokens, unshared = (sums[-5:-2] / engine.ranks.cp_degree).tolist()
     row |= {
         "grad_norm": norm,
@@ -292,6 +292,13 @@ def _update(engine: Engine, state: RunState, finite: bool) -> float:
         state.skipped_in_a_row += 1
     state.step += 1
     return lr
+
+
+def _no_update(engine: Engine, state: RunState) -> float:
+    """Nothing was said: momentum and weight decay alone must not move the weights."""
+    engine.discard()
+    state.step += 1
+    return 0.0
 
 
 def checkpoint_manifest(t: Trainer, row: Mapping[str, float]) -> dict[str, object]:

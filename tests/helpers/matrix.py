@@ -77,7 +77,7 @@ def tolerance(c: dict) -> float:
 
 
 def everything(ranks: int) -> list[dict]:
-    """On every layout each model with each objective and teacher, in pairs; every option on most."""
+    """On every layout each model with each objective and teacher, in pairs; all options on most."""
     out = []
     for layout in LAYOUTS[ranks]:
         for i, kind in enumerate(KINDS):
