@@ -47,9 +47,10 @@ def after(path: Path, seconds: float) -> None:
 if __name__ == "__main__":
     update, moment, *arguments = sys.argv[1:]
     if os.environ["RANK"] == "0":
-        if moment == "between":
+        out = Path(arguments[arguments.index("--out") + 1])
+        path = record.rollouts_file(out, int(update))
+        if moment == "between" and not path.is_file():
             between(int(update))
-        else:
-            out = Path(arguments[arguments.index("--out") + 1])
-            after(record.rollouts_file(out, int(update)), float(moment))
+        else:  # which a run that was killed before may have left
+            after(path, 0.0 if moment == "between" else float(moment))
     main(["online", *arguments])

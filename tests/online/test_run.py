@@ -265,6 +265,7 @@ def test_cut_answers_are_trained_on_as_they_are_or_masked(how, grumpy, models, p
     model = models("qwen3")
     options = ["--guard.cut-answers", how, "--evaluate.prompts", "0", "--engine", "transformers"]
     options += ["--sampling.temperature", "3", "--sampling.max-new-tokens", "60"]
+    options += ["--batch.interactions-per-step", "12"]
     rows = online.online(model, prompts, tmp_path / "r", *options, phases=(f"{grumpy}:2",))
     records, ends = online.records(tmp_path / "r"), chat_format(load_tokenizer(model)).end_ids
     cut = [r for r in records if not r.finished]
