@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
@@ -131,7 +132,13 @@ def command(
         return
     if not (Path(run) / "checkpoints" / f"step-{snapshot.step}").is_dir():
         raise SdpoError(f"{run}: the checkpoint of snapshot {name!r} is gone; restore another one")
-    undone = go_back(run, snapshot)
+    lock = FileLock(Path(run) / "lock", blocking=False)  # a run's own, while it trains
+    try:
+        with lock:
+            undone = go_back(run, snapshot)
+            Path(lock.lock_file).unlink()
+    except Timeout:
+        raise SdpoError(f"{run}: a job is training there; stop it before going back") from None
     Console().print(
         f"{run} is back at {snapshot.name}, update {snapshot.step}; what came after is in "
         f"{undone}. Go on with --resume",

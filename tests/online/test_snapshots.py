@@ -1,11 +1,13 @@
 """The list of snapshots, and what is put aside where a run goes back."""
 
 import pytest
+from filelock import FileLock
 
 from sdpo.errors import SdpoError
 from sdpo.online.snapshots import (
     Snapshot,
     attempts,
+    command,
     find_snapshot,
     go_back,
     read_snapshots,
@@ -47,6 +49,15 @@ def test_snapshots_are_read_in_the_order_of_their_steps_and_found_by_name(run, t
         find_snapshot(run, "x")
     with pytest.raises(SdpoError, match="there are: none"):
         find_snapshot(tmp_path / "none", "x")
+
+
+def test_a_run_that_is_under_way_is_not_put_back(run, capsys):
+    with FileLock(run / "lock"):
+        with pytest.raises(SdpoError, match="a job is training there"):
+            command("restore", str(run), "phase-2")
+        assert attempts(run) == 0
+    command("restore", str(run), "phase-2")
+    assert attempts(run) == 1 and not (run / "lock").exists()
 
 
 def test_going_back_puts_aside_what_came_later_and_nothing_else(run):
