@@ -1,4 +1,4 @@
-"""`sdpo demo`: the whole method on a tiny chat world, through the commands that a cluster runs.
+"""`sdpo demo --world toy`: the method on a tiny chat world, through the commands of a cluster.
 
 A tiny chat model is pre-trained, and users with a preference talk to it. Their log is prepared,
 validated, inspected, scored and trained on with torchrun and FSDP2, and the export is evaluated.
@@ -9,7 +9,6 @@ the checkpoints that have read it. Writes report.json and report.html.
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -23,12 +22,12 @@ import torch
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from ..cli import main as sdpo
-from ..conversations import Message
-from ..errors import SdpoError
-from ..hindsight import hindsight_prompt
-from ..interactions import iter_interactions, read_interactions, write_interactions
-from ..train.run_folder import read_metrics
+from ...cli import main as sdpo
+from ...conversations import Message
+from ...hindsight import hindsight_prompt
+from ...interactions import iter_interactions, read_interactions, write_interactions
+from ...train.run_folder import read_metrics
+from ..folder import make_room
 from . import report as reports
 from . import world
 from .evaluate import Chat, Scores, evaluate, sample_answers
@@ -40,8 +39,6 @@ CONVERSATIONS = 1024
 """Conversations in each round of users."""
 PROMPTS = 400
 """Held-out prompts sampled for each rate."""
-MARKER = ".sdpo-demo"
-"""File that marks a demo's folder, which the next demo may replace."""
 SHOWN = 4
 """Interactions and answers shown in the report."""
 
@@ -196,7 +193,7 @@ class Demo:
 
 def command(
     *,
-    out: str = "runs/demo",
+    out: str = "runs/demo-toy",
     seed: int = 0,
     preference: Literal["terse", "friendly"] = "terse",
     objective: Literal["reverse-kl", "sampled-token"] = "reverse-kl",
@@ -214,20 +211,6 @@ def command(
     disable_progress_bar()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same demo everywhere: two gloo ranks, float32
     torch.set_num_threads(1)  # tensors this small gain little from more, and nothing when busy
-    _make_room(Path(out))
+    make_room(Path(out))
     report = Demo(Path(out), seed, preference, objective).run()
     raise SystemExit(0 if reports.all_met(report) else 1)
-
-
-def _make_room(folder: Path) -> None:
-    """Make an empty folder, in place of an earlier demo's.
-
-    Raises:
-        SdpoError: the folder holds something else, which is not deleted.
-    """
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / MARKER).is_file():
-            raise SdpoError(f"{folder} holds something that is no demo: choose another --out")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()

@@ -3,77 +3,46 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
-from ..analysis.signal import Signal
-from ..io.files import write_text
-from ..io.html import render, svg
+from ...analysis.signal import Signal
+from ...io.files import write_text
+from ...io.html import render, svg
+from .. import targets
+from ..targets import Target
 
-GREEN, RED = "30,150,60", "200,40,40"
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
-class Target(NamedTuple):
-    """A claim in miniature, met if ``low <= value <= high``."""
-
-    claim: str
-    low: float
-    high: float
-
-
 TARGETS = {
-    "preference_rate.before": Target("preference before training", 0.3, 0.7),
-    "preference_rate.after": Target("preference after training on logs", 0.9, 1.0),
+    "preference_rate.before": Target("preference before training", low=0.3, high=0.7),
+    "preference_rate.after": Target("preference after training on logs", low=0.9),
     "preference_rate.after_change_of_mind": Target(
-        "old preference after a change of mind", 0.0, 0.2
+        "old preference after a change of mind", high=0.2
     ),
     "signal.irrelevant_over_relevant": Target(
-        "signal, irrelevant over relevant follow-ups", 0.0, 0.05
+        "signal, irrelevant over relevant follow-ups", high=0.05
     ),
-    "retention.hindsight_following_drop": Target("hindsight still followed: drop", -1.0, 0.05),
-    "retention.other_tasks_drop": Target("other tasks kept: drop", -1.0, 0.05),
+    "retention.hindsight_following_drop": Target("hindsight still followed: drop", high=0.05),
+    "retention.other_tasks_drop": Target("other tasks kept: drop", high=0.05),
 }
 
 COLLAPSE = 0.25
 """Drop of hindsight following beyond which the method has nothing left to learn from."""
 
 
-def value_of(report: Mapping, name: str) -> float:
-    """The value named ``section.key``."""
-    section, key = name.split(".")
-    return report[section][key]
-
-
-def is_met(report: Mapping, name: str) -> bool:
-    """Whether the report's value lies within its target."""
-    return TARGETS[name].low <= value_of(report, name) <= TARGETS[name].high
-
-
 def all_met(report: Mapping) -> bool:
     """Whether every target is met."""
-    return all(is_met(report, name) for name in TARGETS)
-
-
-def _bounds(target: Target) -> str:
-    if target.low <= 0:
-        return f"≤ {target.high:g}"
-    return f"≥ {target.low:g}" if target.high >= 1 else f"{target.low:g} … {target.high:g}"
+    return targets.all_met(report, TARGETS)
 
 
 def print_table(report: Mapping, console: Console) -> None:
     """Print the targets, and where the time went."""
-    table = Table(title=f"sdpo demo, seed {report['seed']}, {report['objective']}")
-    for column in ("claim", "measured", "target", ""):
-        table.add_column(column, justify="left" if column == "claim" else "right")
-    for name, target in TARGETS.items():
-        met = "[green]met[/]" if is_met(report, name) else "[bold red]missed[/]"
-        table.add_row(target.claim, f"{value_of(report, name):.3f}", _bounds(target), met)
-    console.print(table)
+    title = f"sdpo demo --world toy, seed {report['seed']}, {report['objective']}"
+    console.print(targets.table(title, targets.check(report, TARGETS)))
     if report["collapsed"]:
         console.print("[bold red]collapsed: the model no longer follows what hindsight says[/]")
     spent = ", ".join(f"{name} {s:.0f}" for name, s in report["seconds"].items())
@@ -93,11 +62,8 @@ def write(
         signals: kind of follow-up -> (follow-up, its signal) to show.
     """
     write_text(folder / "report.json", json.dumps(report, indent=2))
-    rows = [
-        (t.claim, f"{value_of(report, n):.3f}", _bounds(t), is_met(report, n))
-        for n, t in TARGETS.items()
-    ]
-    coloured = {k: [(o, _coloured(row)) for o, row in shown] for k, shown in signals.items()}
+    rows = targets.check(report, TARGETS)
+    coloured = {k: [(o, targets.coloured(row)) for o, row in s] for k, s in signals.items()}
     curves = _curves(trajectories)
     page = render(TEMPLATE, report=report, rows=rows, curves=curves, signals=coloured)
     write_text(folder / "report.html", page)
@@ -121,11 +87,3 @@ def _curves(trajectories: Mapping[str, Sequence[Mapping]]) -> Markup:
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
     return svg(figure)
-
-
-def _coloured(row: Signal) -> list[tuple[str, float, str]]:
-    """(token, advantage, CSS): green where hindsight makes it likelier, red where less likely."""
-    return [
-        (token, a, f"background:rgba({GREEN if a > 0 else RED},{min(abs(a) / 2, 1.0):.2f})")
-        for token, a in zip(row["tokens"], row["advantage"], strict=True)
-    ]

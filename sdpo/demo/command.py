@@ -1,0 +1,16 @@
+"""`sdpo demo`: which world it runs in."""
+
+import argparse
+from collections.abc import Sequence
+
+import tyro
+
+from .toy.main import command
+
+
+def main(args: Sequence[str]) -> None:
+    """Run the demo of the world that ``--world`` names with the other arguments, its own."""
+    asked = argparse.ArgumentParser("sdpo demo", add_help=False, allow_abbrev=False)
+    asked.add_argument("--world", choices=("toy",), default="toy")
+    _, rest = asked.parse_known_args(args)
+    tyro.cli(command, prog="sdpo demo", args=rest)
