@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(0 if asked_for_help else 2)
     name, *rest = args
     command = pkgutil.resolve_name(f"{__package__}.{commands[name][0]}")
-    if name in ("train", "online", "demo"):  # their arguments depend on one of them
+    if name in ("train", "online", "demo"):  # their arguments depend on the recipe or world
         run(lambda: command(rest))
     else:
         run(lambda: tyro.cli(command, prog=f"{prog} {name}", args=rest))

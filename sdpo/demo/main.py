@@ -1,0 +1,274 @@
+"""`sdpo demo`: the whole method on a real model, through the commands that a cluster runs.
+
+SmolLM2-135M-Instruct talks to users who want one thing and say so only in their next message. Their
+log is prepared, validated and inspected, and the signal of their follow-ups is read. Then the model
+learns while it talks, online, on two gloo ranks under torchrun; after some updates the users change
+their mind, and it goes on learning. What became of it is measured on questions of no training.
+Writes report.json and report.html.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import tyro
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from sdpo_parallel.huggingface import resolve_model
+
+from ..analysis.signal import Signal
+from ..conversations import Message
+from ..errors import SdpoError
+from ..interactions import read_interactions, write_interactions
+from ..io.files import write_text
+from ..online import recipes
+from ..online.users.base import Exchange
+from ..online.users.by_rule import REMARKS
+from ..online.users.config import build_user
+from ..online.users.personas import load_persona
+from . import report as reports
+from .folder import make_room
+from .measure import Measured, measure
+from .prompts import HELD_OUT, held_out_prompts, training_prompts
+from .run import curve
+from .smollm2 import NAME, smollm2
+from .talk import Answer, Talker
+
+SIGNALS = 8
+"""Interactions whose signal is read."""
+SHOWN, SHOWN_SIGNALS = 8, 3
+"""Questions, and follow-ups of each kind, in the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Settings of a demo."""
+
+    out: str = "runs/demo"
+    """Folder of the demo; an earlier demo there is replaced."""
+    seed: int = 0
+    """Random seed of the users and of all that is sampled."""
+    model: str | None = None
+    """Hugging Face folder, or name on the hub; None: SmolLM2-135M-Instruct."""
+    updates: int | None = None
+    """Updates with users of either kind; None: as many as the recipe says."""
+    questions: int = HELD_OUT
+    """Held-out questions to measure with, at most 64."""
+    conversations: int = 24
+    """Conversations in the users' log, before any training."""
+
+    def __post_init__(self):
+        if not 1 <= self.questions <= HELD_OUT or self.conversations < 1:
+            raise SdpoError(f"questions must be 1 to {HELD_OUT}, and conversations at least 1")
+        if self.updates is not None and self.updates < 1:
+            raise SdpoError(f"updates must be at least 1, got {self.updates}")
+
+
+class Demo:
+    """One run of the demo in its folder."""
+
+    def __init__(self, config: DemoConfig):
+        self.config, self.folder = config, Path(config.out)
+        self.questions = held_out_prompts()[: config.questions]
+        self.recipe = recipes.demo(model="", prompts="")
+        first, second = self.recipe.schedule
+        self.personas = first.persona, second.persona
+        self.updates = tuple(config.updates or phase.updates for phase in (first, second))
+        self.max_tokens = self.recipe.sampling.max_new_tokens
+        self.console = Console()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Announce and time a part of the demo."""
+        self.console.rule(name)
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def run(self) -> dict[str, Any]:
+        """Run all parts; returns the report."""
+        with self.phase("model"):
+            base = resolve_model(self.config.model) if self.config.model else smollm2()
+        with self.phase("users' log"):
+            interactions = self._log(base)
+        with self.phase("signal"):
+            means, signals = self._signal(base, interactions)
+        with self.phase("training"):
+            models = {"before": base, **self._train(base)}
+        with self.phase("measuring"):
+            measured = measure(
+                models,
+                self.questions,
+                self.personas,
+                seed=self.config.seed,
+                max_tokens=self.max_tokens,
+            )
+        report = self._report(base, measured, means)
+        reports.write(self.folder, report, curve(self.folder / "run", self.personas), signals)
+        reports.print_report(report, self.console)
+        self.console.print(f"{self.folder}/report.html", soft_wrap=True)
+        return report
+
+    def _log(self, model: str) -> Path:
+        """Users of the first kind talk to the model; returns the interactions of their log."""
+        questions = training_prompts()[: self.config.conversations]
+        answers = Talker(model).answer(questions, seed=self.config.seed, max_tokens=self.max_tokens)
+        rows = []
+        for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+            said = [("user", question), ("assistant", answer.text)]
+            if reply := self._reply(self.personas[0], f"talk-{i}", question, answer):
+                said.append(("user", reply))
+            messages = [{"role": role, "content": content} for role, content in said]
+            rows.append({"id": f"talk-{i}", "messages": messages})
+        log, out = self.folder / "log.parquet", self.folder / "interactions.jsonl"
+        pq.write_table(pa.Table.from_pylist(rows), log)
+        sdpo("data", "prepare", log, "--out", out)
+        sdpo("data", "validate", out, "--model", model)
+        page = self.folder / "interactions.html"
+        sdpo("data", "inspect", out, "--tokenizer", model, "--html", page)
+        return out
+
+    def _reply(self, persona: str, id: str, question: str, answer: Answer) -> str | None:
+        """What a user says to an answer, if anything."""
+        user = build_user(self.recipe.user, load_persona(persona), folder=self.folder)
+        prompt = (Message("user", question),)
+        seen = Exchange(id=id, prompt=prompt, answer=answer.text, finished=answer.finished)
+        (reply,) = user.reply([seen], seed=self.config.seed)
+        return reply.text
+
+    def _signal(
+        self, model: str, data: Path
+    ) -> tuple[dict[str, float], dict[str, list[tuple[str, Signal]]]]:
+        """Mean |advantage| under what users said and under remarks about something else in its
+        place; and some follow-ups of each kind with their signals."""
+        said = read_interactions(data)[:SIGNALS]
+        rng = random.Random(self.config.seed)
+        others = [replace(i, id=f"{i.id}-other", followup=rng.choice(REMARKS)) for i in said]
+        file, out = self.folder / "followups.jsonl", self.folder / "signal.jsonl"
+        write_interactions(file, [*said, *others])
+        limits = ["--template", self.recipe.hindsight.template, "--show", 2]
+        sdpo("signal", "--model", model, "--interactions", file, "--out", out, *limits)
+        rows: list[Signal] = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+        kinds = {"what users said": rows[: len(said)], "other remarks": rows[len(said) :]}
+        means = {k: fmean(abs(a) for row in r for a in row["advantage"]) for k, r in kinds.items()}
+        followups = {i.id: i.followup for i in (*said, *others)}
+        shown = {
+            kind: [(followups[row["id"]], row) for row in rows[:SHOWN_SIGNALS]]
+            for kind, rows in kinds.items()
+        }
+        return means, shown
+
+    def _train(self, model: str) -> dict[str, str]:
+        """Learn online on two gloo ranks; returns the folders of the trained models."""
+        prompts, run = self.folder / "prompts.txt", self.folder / "run"
+        write_text(prompts, "".join(f"{prompt}\n" for prompt in training_prompts()))
+        launch = ["--standalone", "--nproc_per_node=2", "-m", "sdpo.online", "demo"]
+        names = ["--model", model, "--prompts", prompts, "--out", run]
+        phases = [f"{p}:{n}" for p, n in zip(self.personas, self.updates, strict=True)]
+        seed = ["--batch.seed", self.config.seed]
+        # what is measured afterwards is measured on more questions
+        quickly = ["--evaluate.prompts", 0, "--checkpoint.interval", sum(self.updates)]
+        python("torch.distributed.run", *launch, *names, "--phases", *phases, *seed, *quickly)
+        steps = {"after": self.updates[0], "changed": sum(self.updates)}
+        for when, step in steps.items():
+            out = self.folder / when
+            sdpo("export", run, "--out", out, "--step", step, "--dtype", "float32")
+        return {when: str(self.folder / when) for when in steps}
+
+    def _report(
+        self, model: str, measured: dict[str, Measured], signal: dict[str, float]
+    ) -> dict[str, Any]:
+        values = {when: asdict(m) for when, m in measured.items()}
+        return {
+            "seed": self.config.seed,
+            "model": {
+                "name": self.config.model or NAME,
+                "folder": model,
+                "parameters": parameters(model),
+            },
+            "personas": list(self.personas),
+            "updates": dict(zip(self.personas, self.updates, strict=True)),
+            "questions": len(self.questions),
+            "max_tokens": self.max_tokens,
+            **reports.summary(values, self.personas[0]),
+            "measured": values,
+            "table": reports.table(values, self.personas),
+            "signal": signal,
+            "samples": self._samples(measured),
+            "seconds": {**self.seconds, "total": sum(self.seconds.values())},
+        }
+
+    def _samples(self, measured: dict[str, Measured]) -> list[dict[str, Any]]:
+        """Questions with each model's sampled answer, and what the user of that time says to it."""
+        first, second = self.personas
+        there = {"before": first, "after": first, "changed": second}
+        return [
+            {
+                "question": question,
+                "said": {
+                    when: self._sample(there[when], f"{when}-{i}", question, m.sampled.answers[i])
+                    for when, m in measured.items()
+                },
+            }
+            for i, question in enumerate(self.questions[:SHOWN])
+        ]
+
+    def _sample(self, persona: str, id: str, question: str, answer: Answer) -> dict[str, Any]:
+        return {
+            "answer": answer.text,
+            "finished": answer.finished,
+            "pleased": load_persona(persona).satisfied(answer.text, answer.finished),
+            "reply": self._reply(persona, id, question, answer),
+        }
+
+
+def command(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
+    """Let a real model learn from its users while it talks to them, on any machine, in minutes.
+
+    With ``--world toy`` it is a tiny chat world instead, whose flags are its own: ``sdpo demo
+    --world toy --help``. The exit status is 1 if a target of the table is missed.
+    """
+    disable_progress_bar()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same demo everywhere: two gloo ranks, float32
+    torch.set_num_threads(1)
+    make_room(Path(config.out))
+    raise SystemExit(0 if reports.all_met(Demo(config).run()) else 1)
+
+
+def sdpo(*args: object) -> None:
+    """Run a command of ours in a process of its own."""
+    python("sdpo", *args)
+
+
+def python(module: str, *args: object) -> None:
+    """Run a module in a process of its own, with one thread.
+
+    Raises:
+        SystemExit: it fails, with its status.
+    """
+    argv = [sys.executable, "-m", module, *map(str, args)]
+    result = subprocess.run(argv, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if result.returncode:
+        raise SystemExit(result.returncode)
+
+
+def parameters(folder: str) -> int:
+    """Number of a model's weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return sum(weight.numel() for weight in model.parameters())
