@@ -10,6 +10,7 @@ Writes report.json and report.html.
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -88,7 +89,6 @@ class Demo:
         first, second = self.recipe.schedule
         self.personas = first.persona, second.persona
         self.updates = tuple(config.updates or phase.updates for phase in (first, second))
-        self.max_tokens = self.recipe.sampling.max_new_tokens
         self.console = Console()
         self.seconds: dict[str, float] = {}
 
@@ -116,7 +116,8 @@ class Demo:
                 self.questions,
                 self.personas,
                 seed=self.config.seed,
-                max_tokens=self.max_tokens,
+                max_tokens=self.recipe.sampling.max_new_tokens,
+                temperature=self.recipe.sampling.temperature,
             )
         report = self._report(base, measured, means)
         reports.write(self.folder, report, curve(self.folder / "run", self.personas), signals)
@@ -127,7 +128,9 @@ class Demo:
     def _log(self, model: str) -> Path:
         """Users of the first kind talk to the model; returns the interactions of their log."""
         questions = training_prompts()[: self.config.conversations]
-        answers = Talker(model).answer(questions, seed=self.config.seed, max_tokens=self.max_tokens)
+        sampling = self.recipe.sampling
+        how = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+        answers = Talker(model).answer(questions, seed=self.config.seed, **how)
         rows = []
         for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
             said = [("user", question), ("assistant", answer.text)]
@@ -188,6 +191,7 @@ class Demo:
         for when, step in steps.items():
             out = self.folder / when
             sdpo("export", run, "--out", out, "--step", step, "--dtype", "float32")
+        shutil.rmtree(run / "checkpoints")  # gigabytes, which the exports stand for
         return {when: str(self.folder / when) for when in steps}
 
     def _report(
@@ -204,7 +208,8 @@ class Demo:
             "personas": list(self.personas),
             "updates": dict(zip(self.personas, self.updates, strict=True)),
             "questions": len(self.questions),
-            "max_tokens": self.max_tokens,
+            "temperature": self.recipe.sampling.temperature,
+            "max_tokens": self.recipe.sampling.max_new_tokens,
             **reports.summary(values, self.personas[0]),
             "measured": values,
             "table": reports.table(values, self.personas),

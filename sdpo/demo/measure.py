@@ -38,7 +38,7 @@ class Answers:
     similarity: float | None
     """Mean similarity of question and answer; None: there is no embedding model here."""
     entropy: float
-    """Mean of the distributions that the tokens were taken from, nats."""
+    """Mean over tokens of the entropy of the model's own distribution, nats."""
     answers: tuple[Answer, ...]
 
 
@@ -59,6 +59,7 @@ def measure(
     *,
     seed: int,
     max_tokens: int,
+    temperature: float,
 ) -> dict[str, Measured]:
     """Measure each model, two at a time in processes of one thread each.
 
@@ -66,6 +67,7 @@ def measure(
         models: name -> Hugging Face folder.
         questions: asked one at a time, without a system message but the chat template's own.
         personas: names or files of those whose rules judge.
+        temperature: of sampled answers.
     """
     context = get_context("spawn")
     with ProcessPoolExecutor(
@@ -73,8 +75,8 @@ def measure(
     ) as pool:
         said: dict[str, list[Future[list[Answer]]]] = {
             name: [
-                pool.submit(_answer, folder, questions, seed, greedy, max_tokens)
-                for greedy in (True, False)
+                pool.submit(_answer, folder, questions, seed, max_tokens, heat)
+                for heat in (0.0, temperature)
             ]
             for name, folder in models.items()
         }
@@ -91,10 +93,11 @@ def measure(
 
 
 def _answer(
-    folder: str, questions: Sequence[str], seed: int, greedy: bool, max_tokens: int
+    folder: str, questions: Sequence[str], seed: int, max_tokens: int, temperature: float
 ) -> list[Answer]:
-    talker = Talker(folder)
-    return talker.answer(questions, seed=seed, greedy=greedy, max_tokens=max_tokens)
+    return Talker(folder).answer(
+        questions, seed=seed, max_tokens=max_tokens, temperature=temperature
+    )
 
 
 def judge(

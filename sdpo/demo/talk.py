@@ -23,7 +23,7 @@ class Answer:
     Args:
         text: without control tokens.
         finished: it ended by itself and was not cut at the limit.
-        entropies: of the distribution that each token was taken from, nats.
+        entropies: of the model's own distribution of each token, in nats.
     """
 
     text: str
@@ -51,12 +51,13 @@ class Talker:
 
     @torch.inference_mode()
     def answer(
-        self, questions: Sequence[str], *, seed: int, greedy: bool = False, max_tokens: int
+        self, questions: Sequence[str], *, seed: int, max_tokens: int, temperature: float = 1.0
     ) -> list[Answer]:
-        """An answer to each question, sampled at temperature 1 unless ``greedy``.
+        """An answer to each question, all at a time; what has ended costs nothing any more.
 
-        The distribution is the model's own, whatever its generation config says. All questions are
-        answered at a time, and an answer that has ended costs nothing any more.
+        Args:
+            temperature: 0: the likeliest token each time. Otherwise any token may be drawn,
+                whatever the model's generation config says.
         """
         prompts = [self._format.prompt_ids([Message("user", q)]) for q in questions]
         # what all begin with is read once
@@ -81,9 +82,8 @@ class Talker:
         positions_BT = (seen_BT.cumsum(1) - 1)[:, common:].clamp(min=0)
         for _ in range(max_tokens):
             logp_BV = self._next(tokens_BT, seen_BT, positions_BT, cache)
-            p_BV = logp_BV.exp()
-            entropy_B = -(p_BV * logp_BV).sum(-1)
-            drawn_B1 = logp_BV.argmax(-1, keepdim=True) if greedy else _draw(p_BV, random)
+            entropy_B = -(logp_BV.exp() * logp_BV).sum(-1)
+            drawn_B1 = _draw(logp_BV, temperature, random)
             goes_on = []
             for row, (i, token) in enumerate(zip(live, drawn_B1[:, 0].tolist(), strict=True)):
                 ids[i].append(token)
@@ -119,9 +119,11 @@ class Talker:
         return Answer(text=text, finished=finished, entropies=tuple(entropies))
 
 
-def _draw(p_BV: Tensor, random: torch.Generator) -> Tensor:
-    """An index of each row, by the inverse of its cumulative distribution."""
-    mass_BV = p_BV.double().cumsum(-1)
-    uniform_B1 = torch.rand(len(p_BV), 1, generator=random, dtype=torch.float64)
+def _draw(logp_BV: Tensor, temperature: float, random: torch.Generator) -> Tensor:
+    """(B, 1): a token of each row, by the inverse of its cumulative distribution."""
+    if not temperature:
+        return logp_BV.argmax(-1, keepdim=True)
+    mass_BV = (logp_BV / temperature).softmax(-1).double().cumsum(-1)
+    uniform_B1 = torch.rand(len(mass_BV), 1, generator=random, dtype=torch.float64)
     drawn_B1 = torch.searchsorted(mass_BV, uniform_B1 * mass_BV[:, -1:], right=True)
-    return drawn_B1.clamp(max=p_BV.shape[1] - 1)
+    return drawn_B1.clamp(max=mass_BV.shape[1] - 1)

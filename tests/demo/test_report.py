@@ -35,6 +35,7 @@ def a_report(**models: dict) -> dict:
         "personas": ["concise", "detailed"],
         "updates": {"concise": 2, "detailed": 2},
         "questions": 64,
+        "temperature": 1.0,
         "max_tokens": 80,
         **reports.summary(values, "concise"),
         "measured": values,

@@ -44,7 +44,7 @@ def test_greedy_answers_are_those_of_generate(talker, generated):
     expected = {q: generated(q, 16) for q in QUESTIONS}
     # ids that end the first answer after a few tokens, and not all of the others
     talker.ends = frozenset(expected[QUESTIONS[0]][3:4])
-    answers = talker.answer(QUESTIONS, seed=0, greedy=True, max_tokens=16)
+    answers = talker.answer(QUESTIONS, seed=0, temperature=0, max_tokens=16)
     lengths = []
     for question, answer in zip(QUESTIONS, answers, strict=True):
         ids = expected[question]
