@@ -127,7 +127,7 @@ def judge(
 def perplexity(folder: str) -> float:
     """Of `REAL_TOKENS` tokens of Python's reference pages, in windows of `WINDOW`."""
     talker = Talker(folder)
-    text = "\n\n".join(topics[name] for name in sorted(topics))
+    text = "\n\n".join(topics[name] for name in sorted(topics))[: 16 * REAL_TOKENS]
     ids = talker.tokenizer(text, add_special_tokens=False)["input_ids"][:REAL_TOKENS]
     rows_BT = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).reshape(-1, WINDOW)
     losses = []

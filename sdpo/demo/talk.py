@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 from sdpo_parallel.huggingface import load_tokenizer
 
@@ -42,6 +43,7 @@ class Talker:
     """
 
     def __init__(self, folder: str):
+        disable_progress_bar()
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer: Any = load_tokenizer(folder)
         self._format = chat_format(self.tokenizer)
