@@ -23,7 +23,7 @@ COMMANDS = {
         "analysis.signal:command",
         "what each follow-up says about each token of a response",
     ),
-    "demo": ("demo.main:command", "the whole method on a tiny chat world, on any machine"),
+    "demo": ("demo.command:main", "the whole method on a real model, on any machine"),
 }
 DATA_COMMANDS = {
     "prepare": ("data.prepare.command:prepare_command", "turn logs into interactions"),
@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(0 if asked_for_help else 2)
     name, *rest = args
     command = pkgutil.resolve_name(f"{__package__}.{commands[name][0]}")
-    if name in ("train", "online"):  # their arguments depend on the recipe
+    if name in ("train", "online", "demo"):  # their arguments depend on the recipe or world
         run(lambda: command(rest))
     else:
         run(lambda: tyro.cli(command, prog=f"{prog} {name}", args=rest))

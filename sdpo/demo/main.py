@@ -1,9 +1,10 @@
-"""`sdpo demo`: the whole method on a tiny chat world, through the commands that a cluster runs.
+"""`sdpo demo`: the whole method on a real model, through the commands that a cluster runs.
 
-A tiny chat model is pre-trained, and users with a preference talk to it. Their log is prepared,
-validated, inspected, scored and trained on with torchrun and FSDP2, and the export is evaluated.
-Then the users change their mind, and the same happens again. Finally a conversation is traced to
-the checkpoints that have read it. Writes report.json and report.html.
+SmolLM2-135M-Instruct talks to users who want one thing and say so only in their next message. Their
+log is prepared, validated and inspected, and the signal of their follow-ups is read. Then the model
+learns while it talks, online, on two gloo ranks under torchrun; after some updates the users change
+their mind, and it goes on learning. What became of it is measured on questions of no training.
+Writes report.json and report.html.
 """
 
 import json
@@ -15,50 +16,79 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from statistics import fmean
+from typing import Annotated, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+import tyro
 from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from ..cli import main as sdpo
+from sdpo_parallel.huggingface import resolve_model
+
+from ..analysis.signal import Signal
 from ..conversations import Message
 from ..errors import SdpoError
-from ..hindsight import hindsight_prompt
-from ..interactions import iter_interactions, read_interactions, write_interactions
-from ..train.run_folder import read_metrics
+from ..interactions import read_interactions, write_interactions
+from ..io.files import write_text
+from ..online import recipes
+from ..online.users.base import Exchange
+from ..online.users.by_rule import REMARKS
+from ..online.users.config import build_user
+from ..online.users.personas import load_persona
 from . import report as reports
-from . import world
-from .evaluate import Chat, Scores, evaluate, sample_answers
-from .pretrain import pretrain
-from .users import simulate_logs
+from .folder import make_room
+from .measure import Measured, measure
+from .prompts import HELD_OUT, held_out_prompts, training_prompts
+from .run import curve
+from .smollm2 import NAME, smollm2
+from .talk import Answer, Talker
 
-TEMPLATE = "paper-offline"
-CONVERSATIONS = 1024
-"""Conversations in each round of users."""
-PROMPTS = 400
-"""Held-out prompts sampled for each rate."""
-MARKER = ".sdpo-demo"
-"""File that marks a demo's folder, which the next demo may replace."""
-SHOWN = 4
-"""Interactions and answers shown in the report."""
+SIGNALS = 8
+"""Interactions whose signal is read."""
+SHOWN, SHOWN_SIGNALS = 8, 3
+"""Questions, and follow-ups of each kind, in the report."""
 
 
-def hindsight(messages: list[world.Message], followup: str) -> list[world.Message]:
-    """Put a follow-up into a prompt as production does, on the world's own messages."""
-    prompt = [Message(**m) for m in messages]
-    return [asdict(m) for m in hindsight_prompt(prompt, followup, TEMPLATE)]
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Settings of a demo."""
+
+    out: str = "runs/demo"
+    """Folder of the demo; an earlier demo there is replaced."""
+    seed: int = 0
+    """Random seed of the users and of all that is sampled."""
+    model: str | None = None
+    """Hugging Face folder, or name on the hub; None: SmolLM2-135M-Instruct."""
+    updates: int | None = None
+    """Updates with users of either kind; None: as many as the recipe says."""
+    questions: int = HELD_OUT
+    """Held-out questions to measure with, at most 64."""
+    conversations: int = 24
+    """Conversations in the users' log, before any training."""
+
+    def __post_init__(self):
+        if not 1 <= self.questions <= HELD_OUT or self.conversations < 1:
+            raise SdpoError(f"questions must be 1 to {HELD_OUT}, and conversations at least 1")
+        if self.updates is not None and self.updates < 1:
+            raise SdpoError(f"updates must be at least 1, got {self.updates}")
 
 
 class Demo:
     """One run of the demo in its folder."""
 
-    def __init__(self, folder: Path, seed: int, preference: str, objective: str):
-        self.folder, self.seed, self.objective = folder, seed, objective
-        self.likes = {"first": preference}
-        self.likes["second"] = next(s for s in world.STYLES if s != preference)
+    def __init__(self, config: DemoConfig):
+        self.config, self.folder = config, Path(config.out)
+        self.questions = held_out_prompts()[: config.questions]
+        self.recipe = recipes.demo(model="", prompts="")
+        first, second = self.recipe.schedule
+        self.personas = first.persona, second.persona
+        self.updates = tuple(config.updates or phase.updates for phase in (first, second))
         self.console = Console()
         self.seconds: dict[str, float] = {}
 
@@ -70,164 +100,180 @@ class Demo:
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
-    def run(self) -> dict:
-        """Run all phases; returns the report."""
-        base = self.folder / "base"
-        with self.phase("pre-training"):
-            pretrain(base, seed=self.seed, hindsight=hindsight)
-        scores = {"before": self._evaluate(base)}
-        with self.phase("logs"):
-            data = self._logs(base, "first")
+    def run(self) -> dict[str, Any]:
+        """Run all parts; returns the report."""
+        with self.phase("model"):
+            base = resolve_model(self.config.model) if self.config.model else smollm2()
+        with self.phase("users' log"):
+            interactions = self._log(base)
         with self.phase("signal"):
-            signal, shown = self._signal(base, data)
+            means, signals = self._signal(base, interactions)
         with self.phase("training"):
-            first = self._train(base, data, "first")
-        scores["after"] = self._evaluate(first)
-        with self.phase("logs"):
-            data = self._logs(first, "second")
-        with self.phase("training"):
-            second = self._train(first, data, "second")
-        scores["after_change_of_mind"] = self._evaluate(second)
-        with self.phase("trace"):
-            self._trace("first")
-
-        folders = {"before": base, "after": first, "after_change_of_mind": second}
-        report = self._report(scores, signal, folders)
-        trajectories = {
-            f"likes {style}": read_metrics(self.folder / f"train-{which}")
-            for which, style in self.likes.items()
-        }
-        reports.write(self.folder, report, trajectories, shown)
-        reports.print_table(report, self.console)
+            models = {"before": base, **self._train(base)}
+        with self.phase("measuring"):
+            measured = measure(
+                models,
+                self.questions,
+                self.personas,
+                seed=self.config.seed,
+                max_tokens=self.recipe.sampling.max_new_tokens,
+                temperature=self.recipe.sampling.temperature,
+            )
+        report = self._report(base, measured, means)
+        reports.write(self.folder, report, curve(self.folder / "run", self.personas), signals)
+        reports.print_report(report, self.console)
         self.console.print(f"{self.folder}/report.html", soft_wrap=True)
         return report
 
-    def _logs(self, model: Path, which: str) -> Path:
-        """Users talk to ``model``; returns the interactions prepared from their log."""
-        log = self.folder / f"log-{which}.parquet"
-        likes = self.likes[which]
-        simulate_logs(model, log, preference=likes, n_conversations=CONVERSATIONS, seed=self.seed)
-        out = self.folder / f"interactions-{which}.jsonl"
-        page = str(out.with_suffix(".html"))
-        sdpo(["data", "prepare", str(log), "--preset", "paper-wildchat", "--out", str(out)])
-        sdpo(["data", "validate", str(out), "--model", str(model)])
-        sdpo(["data", "inspect", str(out), "--tokenizer", str(model), "--html", page])
+    def _log(self, model: str) -> Path:
+        """Users of the first kind talk to the model; returns the interactions of their log."""
+        questions = training_prompts()[: self.config.conversations]
+        sampling = self.recipe.sampling
+        how = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+        answers = Talker(model).answer(questions, seed=self.config.seed, **how)
+        rows = []
+        for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+            said = [("user", question), ("assistant", answer.text)]
+            if reply := self._reply(self.personas[0], f"talk-{i}", question, answer):
+                said.append(("user", reply))
+            messages = [{"role": role, "content": content} for role, content in said]
+            rows.append({"id": f"talk-{i}", "messages": messages})
+        log, out = self.folder / "log.parquet", self.folder / "interactions.jsonl"
+        pq.write_table(pa.Table.from_pylist(rows), log)
+        sdpo("data", "prepare", log, "--out", out)
+        sdpo("data", "validate", out, "--model", model)
+        page = self.folder / "interactions.html"
+        sdpo("data", "inspect", out, "--tokenizer", model, "--html", page)
         return out
 
-    def _train(self, model: Path, data: Path, which: str) -> Path:
-        """Train on two gloo ranks under FSDP2; returns the exported folder."""
-        out = self.folder / f"train-{which}"
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        recipe = {"reverse-kl": "demo", "sampled-token": "demo-sampled-token"}[self.objective]
-        names = ["--model", str(model), "--data", str(data), "--out", str(out)]
-        argv = [sys.executable, *launch, "-m", "sdpo.train", recipe, *names]
-        subprocess.run(argv, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
-        return out / "export"
+    def _reply(self, persona: str, id: str, question: str, answer: Answer) -> str | None:
+        """What a user says to an answer, if anything."""
+        user = build_user(self.recipe.user, load_persona(persona), folder=self.folder)
+        prompt = (Message("user", question),)
+        seen = Exchange(id=id, prompt=prompt, answer=answer.text, finished=answer.finished)
+        (reply,) = user.reply([seen], seed=self.config.seed)
+        return reply.text
 
-    def _signal(self, model: Path, data: Path) -> tuple[dict[str, float], dict]:
-        """Mean |advantage| under users' corrections and under irrelevant follow-ups in their place;
-        and the first follow-ups of both kinds with their signals."""
-        judged = ["--model", str(model), "--interactions", str(data)]
-        try:
-            sdpo(["check-hindsight", *judged])
-        except SystemExit as verdict:
-            self.makes_use_of_hindsight = not verdict.code
-        sdpo(["data", "score", *judged, "--out", str(self.folder / "scores.jsonl")])
-        rng = random.Random(self.seed)
-        relevant = [i for i in read_interactions(data) if world.is_correction(i.followup)]
-        irrelevant = [replace(i, followup=world.draw_irrelevant(rng)) for i in relevant]
-        means, shown = {}, {}
-        for kind, interactions in (("relevant", relevant), ("irrelevant", irrelevant)):
-            file, out = (self.folder / f"{stem}-{kind}.jsonl" for stem in ("followups", "signal"))
-            write_interactions(file, interactions)
-            files = ["--model", str(model), "--interactions", str(file), "--out", str(out)]
-            limits = ["--max-prompt-tokens", "256", "--max-hindsight-prompt-tokens", "256"]
-            sdpo(["signal", *files, *limits, "--template", TEMPLATE, "--show", str(SHOWN)])
-            rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-            values = [abs(a) for row in rows for a in row["advantage"]]
-            means[kind] = sum(values) / len(values)
-            followups = [i.followup for i in interactions]
-            shown[kind] = list(zip(followups, rows, strict=True))[:SHOWN]
-        means["irrelevant_over_relevant"] = means["irrelevant"] / means["relevant"]
+    def _signal(
+        self, model: str, data: Path
+    ) -> tuple[dict[str, float], dict[str, list[tuple[str, Signal]]]]:
+        """Mean |advantage| under what users said and under remarks about something else in its
+        place; and some follow-ups of each kind with their signals."""
+        said = read_interactions(data)[:SIGNALS]
+        rng = random.Random(self.config.seed)
+        others = [replace(i, id=f"{i.id}-other", followup=rng.choice(REMARKS)) for i in said]
+        file, out = self.folder / "followups.jsonl", self.folder / "signal.jsonl"
+        write_interactions(file, [*said, *others])
+        limits = ["--template", self.recipe.hindsight.template, "--show", 2]
+        sdpo("signal", "--model", model, "--interactions", file, "--out", out, *limits)
+        rows: list[Signal] = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+        kinds = {"what users said": rows[: len(said)], "other remarks": rows[len(said) :]}
+        means = {k: fmean(abs(a) for row in r for a in row["advantage"]) for k, r in kinds.items()}
+        followups = {i.id: i.followup for i in (*said, *others)}
+        shown = {
+            kind: [(followups[row["id"]], row) for row in rows[:SHOWN_SIGNALS]]
+            for kind, rows in kinds.items()
+        }
         return means, shown
 
-    def _trace(self, which: str) -> None:
-        """Show which checkpoints have read the first conversation of a log."""
-        data = self.folder / f"interactions-{which}.jsonl"
-        first = next(iter_interactions(data)).id
-        sdpo(["data", "trace", first, "--data", str(data), "--runs", str(self.folder)])
+    def _train(self, model: str) -> dict[str, str]:
+        """Learn online on two gloo ranks; returns the folders of the trained models."""
+        prompts, run = self.folder / "prompts.txt", self.folder / "run"
+        write_text(prompts, "".join(f"{prompt}\n" for prompt in training_prompts()))
+        launch = ["--standalone", "--nproc_per_node=2", "-m", "sdpo.online", "demo"]
+        names = ["--model", model, "--prompts", prompts, "--out", run]
+        phases = [f"{p}:{n}" for p, n in zip(self.personas, self.updates, strict=True)]
+        seed = ["--batch.seed", self.config.seed]
+        # what is measured afterwards is measured on more questions
+        quickly = ["--evaluate.prompts", 0, "--checkpoint.interval", sum(self.updates)]
+        python("torch.distributed.run", *launch, *names, "--phases", *phases, *seed, *quickly)
+        steps = {"after": self.updates[0], "changed": sum(self.updates)}
+        for when, step in steps.items():
+            out = self.folder / when
+            sdpo("export", run, "--out", out, "--step", step, "--dtype", "float32")
+        shutil.rmtree(run / "checkpoints")  # gigabytes, which the exports stand for
+        return {when: str(self.folder / when) for when in steps}
 
-    def _evaluate(self, folder: Path) -> Scores:
-        with self.phase("evaluation"):
-            likes = self.likes["first"]
-            return evaluate(
-                Chat(folder), style=likes, hindsight=hindsight, n=PROMPTS, seed=self.seed
-            )
-
-    def _report(self, scores: dict[str, Scores], signal: dict, folders: dict[str, Path]) -> dict:
-        before = scores["before"]
-        later = [scores["after"], scores["after_change_of_mind"]]
-        drop = before.hindsight_following - min(s.hindsight_following for s in later)
-        samples = {
-            when: sample_answers(Chat(f), n=SHOWN, seed=self.seed) for when, f in folders.items()
-        }
+    def _report(
+        self, model: str, measured: dict[str, Measured], signal: dict[str, float]
+    ) -> dict[str, Any]:
+        values = {when: asdict(m) for when, m in measured.items()}
         return {
-            "seed": self.seed,
-            "objective": self.objective,
-            "preference": self.likes["first"],
-            "prompts_per_rate": PROMPTS,
-            "makes_use_of_hindsight": self.makes_use_of_hindsight,
-            "preference_rate": {when: s.preference for when, s in scores.items()},
-            "signal": signal,
-            "retention": {
-                "hindsight_following": {w: s.hindsight_following for w, s in scores.items()},
-                "other_tasks": {w: s.other_tasks for w, s in scores.items()},
-                "hindsight_following_drop": drop,
-                "other_tasks_drop": before.other_tasks - min(s.other_tasks for s in later),
+            "seed": self.config.seed,
+            "model": {
+                "name": self.config.model or NAME,
+                "folder": model,
+                "parameters": parameters(model),
             },
-            "collapsed": drop > reports.COLLAPSE,
+            "personas": list(self.personas),
+            "updates": dict(zip(self.personas, self.updates, strict=True)),
+            "questions": len(self.questions),
+            "temperature": self.recipe.sampling.temperature,
+            "max_tokens": self.recipe.sampling.max_new_tokens,
+            **reports.summary(values, self.personas[0]),
+            "measured": values,
+            "table": reports.table(values, self.personas),
+            "signal": signal,
+            "samples": self._samples(measured),
             "seconds": {**self.seconds, "total": sum(self.seconds.values())},
-            "samples": [
-                {"question": question, **{when: samples[when][i][1] for when in samples}}
-                for i, (question, _) in enumerate(samples["before"])
-            ],
+        }
+
+    def _samples(self, measured: dict[str, Measured]) -> list[dict[str, Any]]:
+        """Questions with each model's sampled answer, and what the user of that time says to it."""
+        first, second = self.personas
+        there = {"before": first, "after": first, "changed": second}
+        return [
+            {
+                "question": question,
+                "said": {
+                    when: self._sample(there[when], f"{when}-{i}", question, m.sampled.answers[i])
+                    for when, m in measured.items()
+                },
+            }
+            for i, question in enumerate(self.questions[:SHOWN])
+        ]
+
+    def _sample(self, persona: str, id: str, question: str, answer: Answer) -> dict[str, Any]:
+        return {
+            "answer": answer.text,
+            "finished": answer.finished,
+            "pleased": load_persona(persona).satisfied(answer.text, answer.finished),
+            "reply": self._reply(persona, id, question, answer),
         }
 
 
-def command(
-    *,
-    out: str = "runs/demo",
-    seed: int = 0,
-    preference: Literal["terse", "friendly"] = "terse",
-    objective: Literal["reverse-kl", "sampled-token"] = "reverse-kl",
-) -> None:
-    """Align a tiny chat model from its users' conversations, on any machine, in minutes.
+def command(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
+    """Let a real model learn from its users while it talks to them, on any machine, in minutes.
 
-    The exit status is 1 if a target of the table is missed.
-
-    Args:
-        out: folder of the demo; an earlier demo there is replaced.
-        seed: random seed of the world, its users and the model.
-        preference: style that the users like before they change their mind.
-        objective: sampled-token is the paper's; with a live teacher it may collapse here.
+    With ``--world toy`` it is a tiny chat world instead, whose flags are its own: ``sdpo demo
+    --world toy --help``. The exit status is 1 if a target of the table is missed.
     """
     disable_progress_bar()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same demo everywhere: two gloo ranks, float32
-    torch.set_num_threads(1)  # tensors this small gain little from more, and nothing when busy
-    _make_room(Path(out))
-    report = Demo(Path(out), seed, preference, objective).run()
-    raise SystemExit(0 if reports.all_met(report) else 1)
+    torch.set_num_threads(1)
+    make_room(Path(config.out))
+    raise SystemExit(0 if reports.all_met(Demo(config).run()) else 1)
 
 
-def _make_room(folder: Path) -> None:
-    """Make an empty folder, in place of an earlier demo's.
+def sdpo(*args: object) -> None:
+    """Run a command of ours in a process of its own."""
+    python("sdpo", *args)
+
+
+def python(module: str, *args: object) -> None:
+    """Run a module in a process of its own, with one thread.
 
     Raises:
-        SdpoError: the folder holds something else, which is not deleted.
+        SystemExit: it fails, with its status.
     """
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / MARKER).is_file():
-            raise SdpoError(f"{folder} holds something that is no demo: choose another --out")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARKER).touch()
+    argv = [sys.executable, "-m", module, *map(str, args)]
+    result = subprocess.run(argv, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if result.returncode:
+        raise SystemExit(result.returncode)
+
+
+def parameters(folder: str) -> int:
+    """Number of a model's weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return sum(weight.numel() for weight in model.parameters())

