@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE := 1
 .PHONY: demo test test-all test-real lint clean
 
 demo: .venv/demo
-	$(BIN)/sdpo demo
+	$(BIN)/sdpo demo --world toy
 
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
