@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from sdpo.batching import Cursor
@@ -70,7 +71,7 @@ def compare(name: str, case: dict, folder: Path) -> dict[str, float]:
         "after": error(str(folder / "export"), after),
         "ranks": engine.ranks.world_size,
     }
-    engine.close()
+    engine.checkpoints.finish()
     return told
 
 
@@ -81,7 +82,9 @@ def main() -> None:
         compare("torchtitan", case, out / str(i))
         for i, case in enumerate(json.loads(cases.read_text()))
     ]
-    (out / "found.json").write_text(json.dumps(found))
+    if dist.get_rank() == 0:
+        (out / "found.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def test_a_system_message_is_put_before_prompts_that_have_none(tmp_path):
         ("p.txt", b"\n \n", "no prompts"),
         ("p.txt", b"\xff\xfe", "the prompts cannot be read (not UTF-8)"),
         ("none.txt", None, "the prompts cannot be read (No such file or directory)"),
-        ("p.jsonl", b"", "no prompts"),
+        ("p.jsonl", b"", "the file is empty"),
         ("p.jsonl", b'{"text": "a"}\n', "prompt"),
         ("p.jsonl", b'{"prompt": []}\n', "the prompt has no messages"),
         ("p.jsonl", b'{"prompt": "\\ud800"}\n', "surrogate"),

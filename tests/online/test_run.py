@@ -49,7 +49,9 @@ def said(out):
 
 
 def weights(folder):
-    return load_file(Path(folder) / "model.safetensors")
+    files = sorted(Path(folder).glob("*.safetensors"))
+    assert files
+    return {name: w for file in files for name, w in load_file(file).items()}
 
 
 def exported(out, step, to):
@@ -340,11 +342,11 @@ def test_snapshots_are_listed_exported_and_gone_back_to(
 
 
 def test_snapshots_outlive_the_checkpoints_that_are_pruned(models, prompts, tmp_path):
-    options = ["--checkpoint.keep", "1", "--checkpoint.interval", "1", "--evaluate.prompts", "0"]
-    phases = ("no_lists:2", "no_emojis:3")
+    options = ["--checkpoint.keep", "2", "--checkpoint.interval", "1", "--evaluate.prompts", "0"]
+    phases = ("no_lists:2", "no_emojis:4")
     online.online(models("qwen3"), prompts, tmp_path / "r", *options, phases=phases)
     left = {p.name for p in (tmp_path / "r" / "checkpoints").iterdir()}
-    assert left == {"step-0", "step-2", "step-5"}
+    assert left == {"step-0", "step-2", "step-5", "step-6"}
 
 
 def test_a_sampler_with_other_weights_than_the_trainers_stops_the_run(
