@@ -83,7 +83,7 @@ def prepare(folder: Path) -> tuple[str, str, Path]:
 
 def main() -> None:
     """Random points."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--points", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
