@@ -8,10 +8,11 @@ the reference pages which every Python brings along.
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pydoc_data.topics import topics
 from statistics import fmean
+from typing import Any
 
 import torch
 
@@ -50,6 +51,14 @@ class Measured:
     sampled: Answers
     perplexity: float
     """Of real text."""
+
+
+def as_json(measured: Measured) -> dict[str, Any]:
+    """What was measured as JSON values, of the answers their texts."""
+    values = asdict(measured)
+    for decoding in ("greedy", "sampled"):
+        values[decoding]["answers"] = [a["text"] for a in values[decoding]["answers"]]
+    return values
 
 
 def measure(

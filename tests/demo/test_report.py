@@ -29,6 +29,7 @@ def a_report(**models: dict) -> dict:
     """A report in which every target is met, but for what ``models`` says."""
     values = {"before": measured(0.1), "after": measured(0.9), "changed": measured(0.2), **models}
     said = {"answer": "<b>Yes", "finished": True, "pleased": False, "reply": "<i>Shorter"}
+    samples = dict.fromkeys(reports.WHEN, said)
     return {
         "seed": 0,
         "model": {"name": "a model", "folder": "x", "parameters": 1000},
@@ -41,7 +42,7 @@ def a_report(**models: dict) -> dict:
         "measured": values,
         "table": reports.table(values, ("concise", "detailed")),
         "signal": {"what users said": 0.3, "other remarks": 0.1},
-        "samples": [{"question": "Why?", "said": dict.fromkeys(reports.WHEN, said)}],
+        "samples": [{"question": "Why?"} | dict.fromkeys(reports.DECODINGS, samples)],
         "seconds": {"training": 1.0, "total": 1.0},
     }
 
