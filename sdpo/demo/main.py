@@ -204,12 +204,13 @@ class Demo:
         return {
             "seed": self.config.seed,
             "model": {
-                "name": self.config.model or NAME,
+                "name": Path(self.config.model or NAME).name,
                 "folder": model,
                 "parameters": parameters(model),
             },
             "personas": list(self.personas),
             "updates": dict(zip(self.personas, self.updates, strict=True)),
+            "answers": self.config.answers or self.recipe.batch.interactions_per_step,
             "questions": len(self.questions),
             "temperature": self.recipe.sampling.temperature,
             "max_tokens": self.recipe.sampling.max_new_tokens,

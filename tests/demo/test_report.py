@@ -35,6 +35,7 @@ def a_report(**models: dict) -> dict:
         "model": {"name": "a model", "folder": "x", "parameters": 1000},
         "personas": ["concise", "detailed"],
         "updates": {"concise": 2, "detailed": 2},
+        "answers": 16,
         "questions": 64,
         "temperature": 1.0,
         "max_tokens": 80,
