@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -191,9 +192,13 @@ class Demo:
         quickly = ["--evaluate.prompts", 0, "--checkpoint.interval", sum(self.updates)]
         python("torch.distributed.run", *launch, *names, "--phases", *phases, *batch, *quickly)
         steps = {"after": self.updates[0], "changed": sum(self.updates)}
-        for when, step in steps.items():
-            out = self.folder / when
-            sdpo("export", run, "--out", out, "--step", step, "--dtype", "float32")
+
+        def export(when: str) -> None:
+            where = ["--out", self.folder / when, "--step", steps[when]]
+            sdpo("export", run, *where, "--dtype", "float32")
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(export, steps))
         shutil.rmtree(run / "checkpoints")  # gigabytes, which the exports stand for
         return {when: str(self.folder / when) for when in steps}
 
