@@ -70,6 +70,8 @@ class DemoConfig:
     """Updates with users of either kind; None: as many as the recipe says."""
     answers: int | None = None
     """Answers to learn from in an update; None: as many as the recipe says."""
+    max_tokens: int | None = None
+    """Longest answer in tokens; None: as the recipe says."""
     questions: int = HELD_OUT
     """Held-out questions to measure with, at most 64."""
     conversations: int = 24
@@ -78,8 +80,8 @@ class DemoConfig:
     def __post_init__(self):
         if not 1 <= self.questions <= HELD_OUT or self.conversations < 1:
             raise SdpoError(f"questions must be 1 to {HELD_OUT}, and conversations at least 1")
-        if any(n is not None and n < 1 for n in (self.updates, self.answers)):
-            raise SdpoError("updates and answers must be at least 1")
+        if any(n is not None and n < 1 for n in (self.updates, self.answers, self.max_tokens)):
+            raise SdpoError("updates, answers and max_tokens must be at least 1")
 
 
 class Demo:
@@ -89,6 +91,7 @@ class Demo:
         self.config, self.folder = config, Path(config.out)
         self.questions = held_out_prompts()[: config.questions]
         self.recipe = recipes.demo(model="", prompts="")
+        self.max_tokens = config.max_tokens or self.recipe.sampling.max_new_tokens
         first, second = self.recipe.schedule
         self.personas = first.persona, second.persona
         self.updates = tuple(config.updates or phase.updates for phase in (first, second))
@@ -119,7 +122,7 @@ class Demo:
                 self.questions,
                 self.personas,
                 seed=self.config.seed,
-                max_tokens=self.recipe.sampling.max_new_tokens,
+                max_tokens=self.max_tokens,
                 temperature=self.recipe.sampling.temperature,
             )
         report = self._report(base, measured, means)
@@ -131,8 +134,7 @@ class Demo:
     def _log(self, model: str) -> Path:
         """Users of the first kind talk to the model; returns the interactions of their log."""
         questions = training_prompts()[: self.config.conversations]
-        sampling = self.recipe.sampling
-        how = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+        how = {"max_tokens": self.max_tokens, "temperature": self.recipe.sampling.temperature}
         answers = Talker(model).answer(questions, seed=self.config.seed, **how)
         rows = []
         for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
@@ -189,6 +191,7 @@ class Demo:
         per_step = self.config.answers or self.recipe.batch.interactions_per_step
         batch = ["--batch.seed", self.config.seed, "--batch.interactions-per-step", per_step]
         # what is measured afterwards is measured on more questions
+        batch += ["--sampling.max-new-tokens", self.max_tokens]
         quickly = ["--evaluate.prompts", 0, "--checkpoint.interval", sum(self.updates)]
         python("torch.distributed.run", *launch, *names, "--phases", *phases, *batch, *quickly)
         steps = {"after": self.updates[0], "changed": sum(self.updates)}
@@ -218,7 +221,7 @@ class Demo:
             "answers": self.config.answers or self.recipe.batch.interactions_per_step,
             "questions": len(self.questions),
             "temperature": self.recipe.sampling.temperature,
-            "max_tokens": self.recipe.sampling.max_new_tokens,
+            "max_tokens": self.max_tokens,
             **reports.summary(values, self.personas[0]),
             "measured": values,
             "table": reports.table(values, self.personas),

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pydoc_data.topics import topics
 from statistics import fmean
@@ -82,14 +83,14 @@ def measure(
     with ProcessPoolExecutor(
         2, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        said: dict[str, list[Future[list[Answer]]]] = {
-            name: [
+        said: dict[str, list[Future[list[Answer]]]] = {}
+        read: dict[str, Future[float]] = {}
+        for name, folder in models.items():  # one after the other, so that workers keep theirs
+            said[name] = [
                 pool.submit(_answer, folder, questions, seed, max_tokens, heat)
                 for heat in (0.0, temperature)
             ]
-            for name, folder in models.items()
-        }
-        read = {name: pool.submit(perplexity, folder) for name, folder in models.items()}
+            read[name] = pool.submit(perplexity, folder)
         similarity = Similarity.load()
         judged = {
             name: [judge(questions, answers.result(), personas, similarity) for answers in both]
@@ -101,10 +102,15 @@ def measure(
         }
 
 
+@lru_cache(maxsize=1)
+def _talker(folder: str) -> Talker:
+    return Talker(folder)
+
+
 def _answer(
     folder: str, questions: Sequence[str], seed: int, max_tokens: int, temperature: float
 ) -> list[Answer]:
-    return Talker(folder).answer(
+    return _talker(folder).answer(
         questions, seed=seed, max_tokens=max_tokens, temperature=temperature
     )
 
@@ -135,7 +141,7 @@ def judge(
 @torch.inference_mode()
 def perplexity(folder: str) -> float:
     """Of `REAL_TOKENS` tokens of Python's reference pages, in windows of `WINDOW`."""
-    talker = Talker(folder)
+    talker = _talker(folder)
     text = "\n\n".join(topics[name] for name in sorted(topics))[: 16 * REAL_TOKENS]
     ids = talker.tokenizer(text, add_special_tokens=False)["input_ids"][:REAL_TOKENS]
     rows_BT = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).reshape(-1, WINDOW)

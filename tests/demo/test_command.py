@@ -30,7 +30,14 @@ def test_an_unknown_world(capsys):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"questions": 0}, {"questions": 65}, {"conversations": 0}, {"updates": 0}, {"answers": 0}],
+    [
+        {"questions": 0},
+        {"questions": 65},
+        {"conversations": 0},
+        {"updates": 0},
+        {"max_tokens": 0},
+        {"answers": 0},
+    ],
 )
 def test_settings_that_measure_nothing_are_refused(changes):
     with pytest.raises(SdpoError, match=next(iter(changes))):
