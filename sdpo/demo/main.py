@@ -15,8 +15,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -43,7 +44,7 @@ from ..online.users.config import build_user
 from ..online.users.personas import load_persona
 from . import report as reports
 from .folder import make_room
-from .measure import Measured, measure
+from .measure import Measured, as_json, measure
 from .prompts import HELD_OUT, held_out_prompts, training_prompts
 from .run import curve
 from .smollm2 import NAME, smollm2
@@ -67,6 +68,10 @@ class DemoConfig:
     """Hugging Face folder, or name on the hub; None: SmolLM2-135M-Instruct."""
     updates: int | None = None
     """Updates with users of either kind; None: as many as the recipe says."""
+    answers: int | None = None
+    """Answers to learn from in an update; None: as many as the recipe says."""
+    max_tokens: int | None = None
+    """Longest answer in tokens; None: as the recipe says."""
     questions: int = HELD_OUT
     """Held-out questions to measure with, at most 64."""
     conversations: int = 24
@@ -75,8 +80,8 @@ class DemoConfig:
     def __post_init__(self):
         if not 1 <= self.questions <= HELD_OUT or self.conversations < 1:
             raise SdpoError(f"questions must be 1 to {HELD_OUT}, and conversations at least 1")
-        if self.updates is not None and self.updates < 1:
-            raise SdpoError(f"updates must be at least 1, got {self.updates}")
+        if any(n is not None and n < 1 for n in (self.updates, self.answers, self.max_tokens)):
+            raise SdpoError("updates, answers and max_tokens must be at least 1")
 
 
 class Demo:
@@ -86,6 +91,7 @@ class Demo:
         self.config, self.folder = config, Path(config.out)
         self.questions = held_out_prompts()[: config.questions]
         self.recipe = recipes.demo(model="", prompts="")
+        self.max_tokens = config.max_tokens or self.recipe.sampling.max_new_tokens
         first, second = self.recipe.schedule
         self.personas = first.persona, second.persona
         self.updates = tuple(config.updates or phase.updates for phase in (first, second))
@@ -116,7 +122,7 @@ class Demo:
                 self.questions,
                 self.personas,
                 seed=self.config.seed,
-                max_tokens=self.recipe.sampling.max_new_tokens,
+                max_tokens=self.max_tokens,
                 temperature=self.recipe.sampling.temperature,
             )
         report = self._report(base, measured, means)
@@ -128,8 +134,7 @@ class Demo:
     def _log(self, model: str) -> Path:
         """Users of the first kind talk to the model; returns the interactions of their log."""
         questions = training_prompts()[: self.config.conversations]
-        sampling = self.recipe.sampling
-        how = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+        how = {"max_tokens": self.max_tokens, "temperature": self.recipe.sampling.temperature}
         answers = Talker(model).answer(questions, seed=self.config.seed, **how)
         rows = []
         for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
@@ -183,33 +188,40 @@ class Demo:
         launch = ["--standalone", "--nproc_per_node=2", "-m", "sdpo.online", "demo"]
         names = ["--model", model, "--prompts", prompts, "--out", run]
         phases = [f"{p}:{n}" for p, n in zip(self.personas, self.updates, strict=True)]
-        seed = ["--batch.seed", self.config.seed]
+        per_step = self.config.answers or self.recipe.batch.interactions_per_step
+        batch = ["--batch.seed", self.config.seed, "--batch.interactions-per-step", per_step]
         # what is measured afterwards is measured on more questions
+        batch += ["--sampling.max-new-tokens", self.max_tokens]
         quickly = ["--evaluate.prompts", 0, "--checkpoint.interval", sum(self.updates)]
-        python("torch.distributed.run", *launch, *names, "--phases", *phases, *seed, *quickly)
+        python("torch.distributed.run", *launch, *names, "--phases", *phases, *batch, *quickly)
         steps = {"after": self.updates[0], "changed": sum(self.updates)}
-        for when, step in steps.items():
-            out = self.folder / when
-            sdpo("export", run, "--out", out, "--step", step, "--dtype", "float32")
+
+        def export(when: str) -> None:
+            where = ["--out", self.folder / when, "--step", steps[when]]
+            sdpo("export", run, *where, "--dtype", "float32")
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(export, steps))
         shutil.rmtree(run / "checkpoints")  # gigabytes, which the exports stand for
         return {when: str(self.folder / when) for when in steps}
 
     def _report(
         self, model: str, measured: dict[str, Measured], signal: dict[str, float]
     ) -> dict[str, Any]:
-        values = {when: asdict(m) for when, m in measured.items()}
+        values = {when: as_json(m) for when, m in measured.items()}
         return {
             "seed": self.config.seed,
             "model": {
-                "name": self.config.model or NAME,
+                "name": Path(self.config.model or NAME).name,
                 "folder": model,
                 "parameters": parameters(model),
             },
             "personas": list(self.personas),
             "updates": dict(zip(self.personas, self.updates, strict=True)),
+            "answers": self.config.answers or self.recipe.batch.interactions_per_step,
             "questions": len(self.questions),
             "temperature": self.recipe.sampling.temperature,
-            "max_tokens": self.recipe.sampling.max_new_tokens,
+            "max_tokens": self.max_tokens,
             **reports.summary(values, self.personas[0]),
             "measured": values,
             "table": reports.table(values, self.personas),
@@ -219,27 +231,25 @@ class Demo:
         }
 
     def _samples(self, measured: dict[str, Measured]) -> list[dict[str, Any]]:
-        """Questions with each model's sampled answer, and what the user of that time says to it."""
+        """Questions with each model's answers, and what the user of that time says to them."""
         first, second = self.personas
         there = {"before": first, "after": first, "changed": second}
-        return [
-            {
-                "question": question,
-                "said": {
-                    when: self._sample(there[when], f"{when}-{i}", question, m.sampled.answers[i])
-                    for when, m in measured.items()
-                },
+
+        def said(when: str, decoding: str, i: int) -> dict[str, Any]:
+            answer: Answer = getattr(measured[when], decoding).answers[i]
+            id, question = f"{when}-{decoding}-{i}", self.questions[i]
+            return {
+                "answer": answer.text,
+                "finished": answer.finished,
+                "pleased": load_persona(there[when]).satisfied(answer.text, answer.finished),
+                "reply": self._reply(there[when], id, question, answer),
             }
+
+        return [
+            {"question": question}
+            | {d: {when: said(when, d, i) for when in measured} for d in reports.DECODINGS}
             for i, question in enumerate(self.questions[:SHOWN])
         ]
-
-    def _sample(self, persona: str, id: str, question: str, answer: Answer) -> dict[str, Any]:
-        return {
-            "answer": answer.text,
-            "finished": answer.finished,
-            "pleased": load_persona(persona).satisfied(answer.text, answer.finished),
-            "reply": self._reply(persona, id, question, answer),
-        }
 
 
 def command(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:

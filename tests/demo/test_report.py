@@ -29,11 +29,13 @@ def a_report(**models: dict) -> dict:
     """A report in which every target is met, but for what ``models`` says."""
     values = {"before": measured(0.1), "after": measured(0.9), "changed": measured(0.2), **models}
     said = {"answer": "<b>Yes", "finished": True, "pleased": False, "reply": "<i>Shorter"}
+    samples = dict.fromkeys(reports.WHEN, said)
     return {
         "seed": 0,
         "model": {"name": "a model", "folder": "x", "parameters": 1000},
         "personas": ["concise", "detailed"],
         "updates": {"concise": 2, "detailed": 2},
+        "answers": 16,
         "questions": 64,
         "temperature": 1.0,
         "max_tokens": 80,
@@ -41,7 +43,7 @@ def a_report(**models: dict) -> dict:
         "measured": values,
         "table": reports.table(values, ("concise", "detailed")),
         "signal": {"what users said": 0.3, "other remarks": 0.1},
-        "samples": [{"question": "Why?", "said": dict.fromkeys(reports.WHEN, said)}],
+        "samples": [{"question": "Why?"} | dict.fromkeys(reports.DECODINGS, samples)],
         "seconds": {"training": 1.0, "total": 1.0},
     }
 
