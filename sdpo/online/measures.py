@@ -48,9 +48,9 @@ MENTIONS = (
     r"|one )",
     r"\bas (?:you )?(?:['’]ve |have |had )?(?:requested|asked|wished|preferred)\b",
     # how long this answer is to be, in the place of the answer
-    r"\b(?:improv|refin|rephras|reword|rewrit|revis|shorten|condens|expand)\w* (?:it|on|upon|(?:on "
-    r"|upon )?(?:the|your|my|this|that)(?: \w+)? (?:response|answer|message|sentence|text"
-    r"|reply))\b",
+    r"\b(?:improv|refin|rephras|reword|rewrit|revis|shorten|condens|expand)\w* "
+    r"(?:it|on|upon|(?:on |upon )?(?:the|your|my|this|that)(?: \w+)? "
+    r"(?:response|answer|message|sentence|text|reply))\b",
     r"\b(?:one|single|short|brief)(?:,? (?:short|brief|complete|concise))? sentence\b",
     r"\ba sentence or two\b",
     r"\b(?:more|most|less|too|so) (?:concise|succinct|brief|wordy|verbose)\b",
