@@ -36,8 +36,14 @@ TEMPLATES = {
         "Use this to guide your answer to the user prompt.]\n"
         "{followup}"
     ),
+    "wish": "\n\n(How I like answers: {followup})",
 }
-"""The published templates (arXiv:2603.12273): appended to the last user message of x."""
+"""Appended to the last user message of x. The first two are the published ones (arXiv:2603.12273).
+
+``wish`` blames no earlier answer and names no message, so that a small model has nothing to
+apologise for or to speak of. SmolLM2-135M-Instruct, reading what 32 users said of answers that were
+too long, leaked it in 3 % of its answers (34 % ``paper-offline``, 19 % ``paper-online``) and
+answered as they wished in 69 % (50 %, 62 %)."""
 
 ONLY_A_THOUGHT = "no answer behind the thought"
 KEEP_THOUGHTS = "Remove such rows, or train on thoughts with --hindsight.thinking keep"
@@ -48,7 +54,8 @@ class HindsightConfig:
     """How an interaction becomes tokens."""
 
     template: str = "paper-offline"
-    """A preset (``paper-offline``, ``paper-online``) or any text with a ``{followup}`` field."""
+    """A preset (``paper-offline``, ``paper-online``, ``wish``) or any text with a ``{followup}``
+    field."""
     max_prompt_tokens: int = 2048
     """Longer prompts are shortened, counted in ``truncated/policy``."""
     max_hindsight_prompt_tokens: int = 4096

@@ -42,6 +42,7 @@ def interaction(**changes) -> Interaction:
             "\n\n=== HINDSIGHT CONTEXT ===\n[The following is a future user message. Use this to "
             "guide your answer to the user prompt.]\nno",
         ),
+        ("wish", " Shorter, please. ", "\n\n(How I like answers: Shorter, please.)"),
         (" <{followup}> {keep}", "use {x} and {followup}", " <use {x} and {followup}> {keep}"),
     ],
 )

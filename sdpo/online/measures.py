@@ -37,7 +37,7 @@ MENTIONS = (
     r"\bhindsight\b",
     r"\busers?(?:['’]s?)? (?:message|prompt|response|request|query|question)\b",
     r"\b(?:the|this) user(?:['’]s)?(?: \w+){0,2} (?:ask|want|request|provide|need|said|mention)\w*",
-    r"\byour (?:\w+ )?(?:feedback|complaint|criticism|response|request|prompt|preference)s?\b",
+    r"\byour (?:\w+ )?(?:feedback|complaint|criticism|response|request|prompt)s?\b",
     r"\b(?:my|your|the|an?|this|our|its) (?:\w+, )?(?:previous|last|earlier|prior|initial|original"
     r"|insufficient|revised|improved|updated|corrected|shortened|rewritten|future)"
     r" (?:response|answer|attempt|reply|message|explanation|version|iteration|request)s?\b",
@@ -48,9 +48,9 @@ MENTIONS = (
     r"|one )",
     r"\bas (?:you )?(?:['’]ve |have |had )?(?:requested|asked|wished|preferred)\b",
     # how long this answer is to be, in the place of the answer
-    r"\b(?:improv|refin|rephras|reword|rewrit|revis|shorten|condens|expand)\w* (?:it|on|upon|(?:on "
-    r"|upon )?(?:the|your|my|this|that)(?: \w+)? (?:response|answer|message|sentence|text"
-    r"|reply))\b",
+    r"\b(?:improv|refin|rephras|reword|rewrit|revis|shorten|condens|expand)\w* "
+    r"(?:it|on|upon|(?:on |upon )?(?:the|your|my|this|that)(?: \w+)? "
+    r"(?:response|answer|message|sentence|text|reply))\b",
     r"\b(?:one|single|short|brief)(?:,? (?:short|brief|complete|concise))? sentence\b",
     r"\ba sentence or two\b",
     r"\b(?:more|most|less|too|so) (?:concise|succinct|brief|wordy|verbose)\b",
@@ -59,6 +59,7 @@ MENTIONS = (
     r"|more|bit))* (?:short|brief|concise|condensed|simplified|longer|detailed|expanded|better)\w* "
     r"(?:version|answer|response|reply|summary|explanation|sentence|one)\b",
     r"\b(?:short|brief|concise|long|longer|detailed) (?:answer|response|reply|version)\b",
+    r"^\W*your preference\b",
     r"^\W*(?:you['’]re|you are) (?:right|correct|welcome)\b",
     r"\bi (?:see|understand|hear|appreciate|realize|realise)(?: that)? (?:you|your)\b",
 )

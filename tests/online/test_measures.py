@@ -54,6 +54,7 @@ NONE = [
     'A simple, yet effective way to show gratitude is a note, saying something like, "I apologize '
     'for my last message".',
     "I'm glad you're here, but I'm unable to read your message. Please try again later.",
+    "The best season to visit Japan depends on your personal preferences and budget.",
     "It seems you're asking about the differences between a hostel and a hotel.",
     # near what is looked for
     "To say sorry to a friend, choose a quiet moment and be honest about what you did.",
