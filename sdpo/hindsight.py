@@ -41,9 +41,7 @@ TEMPLATES = {
 """Appended to the last user message of x. The first two are the published ones (arXiv:2603.12273).
 
 ``wish`` blames no earlier answer and names no message, so that a small model has nothing to
-apologise for or to speak of. SmolLM2-135M-Instruct, reading what 32 users said of answers that were
-too long, leaked it in 3 % of its answers (34 % ``paper-offline``, 19 % ``paper-online``) and
-answered as they wished in 69 % (50 %, 62 %)."""
+apologise for or to speak of; benchmarks/LOG.md compares them."""
 
 ONLY_A_THOUGHT = "no answer behind the thought"
 KEEP_THOUGHTS = "Remove such rows, or train on thoughts with --hindsight.thinking keep"

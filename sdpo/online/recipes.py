@@ -36,18 +36,18 @@ def recommended(
     phases: tuple[str, ...] = (),
     out: str = "runs/online",
 ) -> OnlineConfig:
-    """Reverse KL to a frozen teacher, float32 masters, brakes on: what we recommend.
+    """Reverse KL to a frozen teacher that is a little surer, a template without blame, brakes on.
 
-    The teacher and the rate are those that docs/online.md measures against others.
+    benchmarks/LOG.md says what was tried. Weights and optimizer are float32.
     """
     return OnlineConfig(
         model=model,
         prompts=prompts,
         phases=phases,
         out=out,
-        objective=ReverseKL(),
+        objective=ReverseKL(ignore_first=4, hindsight_temperature=0.8),
         teacher=Frozen(),
-        hindsight=HindsightConfig(template="paper-online"),
+        hindsight=HindsightConfig(template="wish"),
         batch=BatchConfig(interactions_per_step=16),
         optimizer=OptimizerConfig(
             lr=5e-6, schedule="constant", warmup_fraction=0.0, max_grad_norm=1.0
@@ -151,11 +151,12 @@ def demo(
     return replace(
         config,
         hindsight=HindsightConfig(
-            template="paper-online",
+            template="wish",
             max_prompt_tokens=256,
             max_hindsight_prompt_tokens=384,
             max_response_tokens=80,
         ),
+        optimizer=replace(config.optimizer, lr=3e-5),
         user=RuleUser(),
         sampling=SamplingConfig(max_new_tokens=80, batch=64),
         batch=BatchConfig(interactions_per_step=16, row_tokens=512, micro_batch_tokens=4096),
