@@ -28,6 +28,19 @@ hypothesis.settings.register_profile("sdpo", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("sdpo")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", metavar="K/N", help="every N-th test, from the K-th")
+
+
+@pytest.hookimpl(trylast=True)  # after marks have chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    k, n = map(int, config.getoption("part").split("/"))
+    if not 1 <= k <= n:
+        raise pytest.UsageError(f"--part {k}/{n}: the first number must be from 1 to the second")
+    config.hook.pytest_deselected(items=[i for at, i in enumerate(items) if at % n != k - 1])
+    items[:] = items[k - 1 :: n]
+
+
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:
     """A seed of the test's own, already set."""
