@@ -107,8 +107,8 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         answers.add_column(column, ratio=1 if column == "question" else 2)
     for sample in report["samples"][:3]:
         said = [
-            Text(f"{s['answer']}\n") + Text(s["reply"], style="italic cyan")
-            for s in sample["said"].values()
+            Text.assemble(s["answer"], ("\n" + (s["reply"] or ""), "italic cyan"))
+            for s in sample["greedy"].values()
         ]
         answers.add_row(Text(sample["question"]), *said)
     console.print(answers)

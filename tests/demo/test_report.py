@@ -1,8 +1,10 @@
 """The demo's table and page."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from sdpo.demo import report as reports
 
@@ -29,7 +31,7 @@ def a_report(**models: dict) -> dict:
     """A report in which every target is met, but for what ``models`` says."""
     values = {"before": measured(0.1), "after": measured(0.9), "changed": measured(0.2), **models}
     said = {"answer": "<b>Yes", "finished": True, "pleased": False, "reply": "<i>Shorter"}
-    samples = dict.fromkeys(reports.WHEN, said)
+    samples = dict.fromkeys(reports.WHEN, said) | {"changed": {**said, "reply": None}}
     return {
         "seed": 0,
         "model": {"name": "a model", "folder": "x", "parameters": 1000},
@@ -69,11 +71,23 @@ def test_each_target_can_be_missed(name, models):
     assert {claim.split(",")[0] for claim in missed} == {reports.TARGETS[name].claim.split(",")[0]}
 
 
+def test_the_terminal_shows_answers_replies_and_every_target():
+    out = io.StringIO()
+    reports.print_report(a_report(), Console(file=out, width=200))
+    said = out.getvalue()
+    assert "Why?" in said and "<b>Yes" in said and "<i>Shorter" in said
+    assert all(target.claim in said for target in reports.TARGETS.values())
+    assert "no embedding model" not in said
+
+
 def test_without_an_embedding_model_similarity_is_not_claimed():
     report = a_report(**{when: measured(0.9, similarity=None) for when in reports.WHEN})
     claims = [row.claim for row in reports.checked(report)]
     assert len(claims) == len(reports.TARGETS) - 1
     assert not any("similarity" in claim for claim in claims)
+    out = io.StringIO()
+    reports.print_report(report, Console(file=out, width=200))
+    assert "no embedding model" in out.getvalue()
 
 
 def test_the_page_stands_alone(tmp_path):

@@ -25,6 +25,7 @@ def demo(smollm2, tmp_path_factory):
     env = {**os.environ, **runs.ENV, "COLUMNS": "200"}
     result = subprocess.run(argv, env=env, capture_output=True, text=True)
     # what has not learned misses the targets, and says so
+    assert "Traceback" not in result.stderr, result.stderr[-2000:]
     assert result.returncode == 1, result.stdout[-2000:] + result.stderr[-2000:]
     return out, result.stdout
 
