@@ -80,6 +80,7 @@ def _gone_back(engine: Engine, talk: Talk, export: Path, brake: Brake) -> SdpoEr
 def _prepare(run: RunFolder, config: OnlineConfig) -> tuple[Trainer, Talk]:
     """Load prompts, users and weights, look at the policy for the first time, and go to where the
     newest checkpoint is."""
+    config = replace(config, hindsight=run.config.hindsight)  # with the day of a resumed run
     local = local_models(config)  # the run's files keep the names as given
     prompts, held_out = split(read_prompts(local.prompts, local.system), local)
     data = sha256(local.prompts)

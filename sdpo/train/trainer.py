@@ -163,6 +163,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path | None:
 
 def _prepare(run: RunFolder, config: TrainConfig) -> Trainer:
     """Load data and weights, and go to where the newest checkpoint is."""
+    config = replace(config, hindsight=run.config.hindsight)  # with the day of a resumed run
     local = local_models(config)  # the run's files keep the names as given
     inputs = run_inputs(local)
     run.use(local.hindsight.date or today(), inputs)
