@@ -13,10 +13,7 @@ import random
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import tyro
-from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -45,6 +41,7 @@ from ..online.users.personas import load_persona
 from . import report as reports
 from .folder import make_room
 from .measure import Measured, as_json, measure
+from .phases import Phases
 from .prompts import HELD_OUT, held_out_prompts, training_prompts
 from .run import curve
 from .smollm2 import NAME, smollm2
@@ -84,7 +81,7 @@ class DemoConfig:
             raise SdpoError("updates, answers and max_tokens must be at least 1")
 
 
-class Demo:
+class Demo(Phases):
     """One run of the demo in its folder."""
 
     def __init__(self, config: DemoConfig):
@@ -95,16 +92,7 @@ class Demo:
         first, second = self.recipe.schedule
         self.personas = first.persona, second.persona
         self.updates = tuple(config.updates or phase.updates for phase in (first, second))
-        self.console = Console()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Announce and time a part of the demo."""
-        self.console.rule(name)
-        began = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        super().__init__()
 
     def run(self) -> dict[str, Any]:
         """Run all parts; returns the report."""

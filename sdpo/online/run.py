@@ -45,7 +45,7 @@ def online(config: OnlineConfig, *, resume: bool = False) -> Path | None:
             brake, after which the export is the last good snapshot's.
     """
     with RunFolder(config.out, config, resume=resume) as run:
-        trainer, talk = _prepare(run, config)
+        trainer, talk = _prepare(run)
         engine, export = trainer.engine, Path(config.out) / "export"
         try:
             finished = take_steps(trainer)
@@ -77,11 +77,10 @@ def _gone_back(engine: Engine, talk: Talk, export: Path, brake: Brake) -> SdpoEr
     )
 
 
-def _prepare(run: RunFolder, config: OnlineConfig) -> tuple[Trainer, Talk]:
+def _prepare(run: RunFolder[OnlineConfig]) -> tuple[Trainer, Talk]:
     """Load prompts, users and weights, look at the policy for the first time, and go to where the
     newest checkpoint is."""
-    config = replace(config, hindsight=run.config.hindsight)  # with the day of a resumed run
-    local = local_models(config)  # the run's files keep the names as given
+    local = local_models(run.config)  # the run's files keep the names as given
     prompts, held_out = split(read_prompts(local.prompts, local.system), local)
     data = sha256(local.prompts)
     inputs = run_inputs(local) | {"prompts": data}

@@ -95,6 +95,7 @@ class Talk:
         self.evaluations = Evaluations(self.folder)
         self.seen: list[Evaluation] = []
         self.first_entropy, self.attempt = 0.0, 0
+        self.vocabulary: int = read_config(self.config.model)["vocab_size"]
 
     def __iter__(self) -> Iterator[Step]:
         while self.state.step < self.steps:
@@ -222,12 +223,11 @@ class Talk:
 
     def _check_agreement(self, records: Sequence[Record]) -> None:
         """A recording's answers are of a model with this vocabulary."""
-        vocabulary = read_config(self.config.model)["vocab_size"]
         for record in records:
-            if (largest := max(record.token_ids)) >= vocabulary:
+            if (largest := max(record.token_ids)) >= self.vocabulary:
                 raise SdpoError(
                     f"{record.id}: token {largest} is beyond the model's vocabulary of "
-                    f"{vocabulary}: the recording is of another model"
+                    f"{self.vocabulary}: the recording is of another model"
                 )
 
     # Between updates

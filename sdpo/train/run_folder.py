@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..errors import SdpoError
 from ..io.files import write_text
-from .config import LogConfig, RunConfig, completed, read_settings, to_json
+from .config import AnyRun, LogConfig, completed, read_settings, to_json
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
@@ -31,7 +31,7 @@ def read_metrics(folder: str | Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-class RunFolder:
+class RunFolder(Generic[AnyRun]):
     """A new run's folder, or one to resume; as a context, closed to other jobs until it ends.
 
     Raises:
@@ -39,7 +39,7 @@ class RunFolder:
             with another config (the message names the fields), or another job is training in it.
     """
 
-    def __init__(self, folder: str, config: RunConfig, *, resume: bool):
+    def __init__(self, folder: str, config: AnyRun, *, resume: bool):
         self.path, self.config = Path(folder), config
         self.inputs: dict[str, str] = {}
         stored = self.path / "config.json"
@@ -57,7 +57,7 @@ class RunFolder:
             _refuse_changes(stored, old, to_json(self.config))
         self._lock = FileLock(self.path / "lock", blocking=False)
 
-    def __enter__(self) -> "RunFolder":
+    def __enter__(self) -> "RunFolder[AnyRun]":
         if os.environ.get("RANK", "0") != "0":  # the main rank's lock is the job's
             return self
         self.path.mkdir(parents=True, exist_ok=True)

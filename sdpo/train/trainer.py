@@ -152,7 +152,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path | None:
             Later: too many non-finite steps, a collapse, a full disk.
     """
     with RunFolder(config.out, config, resume=resume) as run:
-        trainer = _prepare(run, config)
+        trainer = _prepare(run)
         engine, export = trainer.engine, Path(config.out) / "export"
         finished = take_steps(trainer)
         if finished:
@@ -161,13 +161,12 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path | None:
     return export if finished else None
 
 
-def _prepare(run: RunFolder, config: TrainConfig) -> Trainer:
+def _prepare(run: RunFolder[TrainConfig]) -> Trainer:
     """Load data and weights, and go to where the newest checkpoint is."""
-    config = replace(config, hindsight=run.config.hindsight)  # with the day of a resumed run
-    local = local_models(config)  # the run's files keep the names as given
+    local = local_models(run.config)  # the run's files keep the names as given
     inputs = run_inputs(local)
     run.use(local.hindsight.date or today(), inputs)
-    config = replace(config, hindsight=run.config.hindsight)
+    config = run.config
     local = replace(local, hindsight=config.hindsight)
     tokenizer = load_tokenizer(local.model)
     selection = load_interactions(local, tokenizer)

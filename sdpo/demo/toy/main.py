@@ -11,15 +11,11 @@ import os
 import random
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from ...cli import main as sdpo
@@ -28,6 +24,7 @@ from ...hindsight import hindsight_prompt
 from ...interactions import iter_interactions, read_interactions, write_interactions
 from ...train.run_folder import read_metrics
 from ..folder import make_room
+from ..phases import Phases
 from . import report as reports
 from . import world
 from .evaluate import Chat, Scores, evaluate, sample_answers
@@ -49,23 +46,14 @@ def hindsight(messages: list[world.Message], followup: str) -> list[world.Messag
     return [asdict(m) for m in hindsight_prompt(prompt, followup, TEMPLATE)]
 
 
-class Demo:
+class Demo(Phases):
     """One run of the demo in its folder."""
 
     def __init__(self, folder: Path, seed: int, preference: str, objective: str):
         self.folder, self.seed, self.objective = folder, seed, objective
         self.likes = {"first": preference}
         self.likes["second"] = next(s for s in world.STYLES if s != preference)
-        self.console = Console()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Announce and time a part of the demo."""
-        self.console.rule(name)
-        began = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        super().__init__()
 
     def run(self) -> dict:
         """Run all phases; returns the report."""
