@@ -1,21 +1,27 @@
 """Users who change their mind, and users with one wish after the other: curves over updates.
 
-    python -m benchmarks.online flip MODEL PROMPTS FOLDER [--seeds 0 1 2] [--teachers live frozen]
+    python -m benchmarks.online flip MODEL PROMPTS FOLDER [--seeds 0 1 2] [--contenders NAME ...]
     python -m benchmarks.online complementary MODEL PROMPTS FOLDER
     python -m benchmarks.online flip MODEL PROMPTS FOLDER --only-report
 
-Every run is `sdpo online`, with a user who goes by a rule; one that is there already is not run
-again, one that was interrupted goes on. The report has, for each contender, the interactions after
-which half and 90 % of held-out answers please the user, what is left of the first preference, and
-leaks; and a figure with each persona's rate, the range over seeds shaded.
+Every run is `sdpo online demo` with another objective and teacher, and a user who goes by a rule;
+one that is there already is not run again, one that was interrupted goes on, and of a finished one
+no weights are kept. All answers are sampled, to prompts that were never trained on: an update's own
+are new to the policy that answers them, and count as its measure. The report has, for each
+contender and phase, the interactions after which half and 90 % of an update's answers please the
+user, and of held-out answers the rate, what is left of the first wish, leaks, and the similarity
+of question and answer, and at the end the perplexity of real text; the figure each persona's rate,
+the range over seeds shaded.
 
 flip is the paper's Figure 4 (arXiv:2603.12273) in small, complementary its Figure 6.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -29,25 +35,31 @@ from rich.table import Table
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
+from sdpo.demo.measure import perplexity
+from sdpo.demo.run import curve
+from sdpo.io.files import write_text
+from sdpo.online.measures import Similarity
+
+END = "end.json"
+"""Of a finished run: what was measured of its last weights."""
 PHASES = {
     "flip": ("concise", "detailed"),
     "complementary": ("no_lists", "no_first_person", "concise"),
 }
-PAPER = "sampled token, live"
+SAMPLED = 'kind = "SampledToken"\ncentre = true'
+REVERSE, FORWARD = (
+    f'kind = "{kind}"\nhindsight_temperature = 0.8' for kind in ("ReverseKL", "ForwardKL")
+)
 CONTENDERS = {
-    PAPER: "live",
-    "live": "live",
-    "ema": "ema:0.9",
-    "frozen": "frozen",
-    "trust-region": "trust-region:0.5",
+    "sampled token, live": (SAMPLED, "live"),
+    "reverse KL, live": (REVERSE, "live"),
+    "reverse KL, EMA": (REVERSE, "ema:0.9"),
+    "reverse KL, frozen": (REVERSE, "frozen"),
+    "reverse KL, trust region": (REVERSE, "trust-region:0.5"),
+    "forward KL, frozen": (FORWARD, "frozen"),
 }
-"""Name -> teacher. The first has the paper's objective, the others reverse KL."""
-PAPERS = """\
-[objective]
-kind = "SampledToken"
-centre = true
-ppo_clip = 0.2
-"""
+"""Name -> objective and teacher. The first is the paper's objective; its clip does nothing where
+each answer is trained on once, by the policy that gave it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +74,18 @@ class Settings:
     folder: Annotated[Path, tyro.conf.Positional]
     """Where the runs, the report and the figure go."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    teachers: tuple[str, ...] = tuple(CONTENDERS)
-    updates: int = 8
+    contenders: tuple[str, ...] = tuple(CONTENDERS)
+    updates: int = 6
     """Of each phase."""
-    every: int = 2
-    """Updates between evaluations."""
-    held_out: int = 32
-    interactions: int = 16
+    held_out: int = 24
+    """Prompts that are asked before the first update and at each phase's end."""
+    interactions: int = 8
     """Of each update."""
     tokens: int = 64
     """Of an answer at most."""
+    lr: float = 3e-5
+    jobs: int = 1
+    """Runs at a time; on a CPU give each one thread, OMP_NUM_THREADS=1."""
     config: Path | None = None
     """TOML file of further settings, the same for all; it must not hold an objective."""
     only_report: bool = False
@@ -82,34 +96,47 @@ def arguments(settings: Settings, contender: str, seed: int, out: Path) -> list[
     """Of `sdpo online` for one run."""
     phases = [f"{name}:{settings.updates}" for name in PHASES[settings.what]]
     common = settings.config.read_text(encoding="utf-8") if settings.config else ""
+    objective, teacher = CONTENDERS[contender]
     file = out.with_suffix(".toml")
-    file.write_text(common + (PAPERS if contender == PAPER else ""), encoding="utf-8")
+    file.write_text(f"{common}\n[objective]\n{objective}\n", encoding="utf-8")
     return [
         "demo",
         *("--config", str(file)),
         *("--model", settings.model, "--prompts", settings.prompts, "--out", str(out)),
-        *("--phases", *phases, "--teacher", CONTENDERS[contender]),
+        *("--phases", *phases, "--teacher", teacher),
+        *("--optimizer.lr", str(settings.lr)),
         *("--batch.seed", str(seed)),
         *("--batch.interactions-per-step", str(settings.interactions)),
         *("--sampling.max-new-tokens", str(settings.tokens)),
-        *("--evaluate.every", str(settings.every)),
+        *("--evaluate.every", str(settings.updates), "--evaluate.decoding", "sampled"),
         *("--evaluate.prompts", str(settings.held_out)),
-        *("--safeguard.probe-every", str(settings.every)),
+        *("--safeguard.probe-every", str(settings.updates)),
     ]
 
 
 def run(settings: Settings) -> None:
-    """All runs that are not there yet, one after the other."""
-    for seed in settings.seeds:
-        for contender in settings.teachers:
-            out = folder_of(settings, contender, seed)
-            if (out / "export").is_dir():
-                continue
-            resume = ["--resume"] if (out / "config.json").is_file() else []
-            recipe, *given = arguments(settings, contender, seed, out)
-            argv = [sys.executable, "-m", "sdpo", "online", recipe, *resume, *given]
-            print(f"{contender}, seed {seed}: {out}", file=sys.stderr)
-            subprocess.run(argv, check=True)
+    """All runs that are not there yet."""
+    with ThreadPoolExecutor(settings.jobs) as pool:
+        due = [(settings, c, seed) for seed in settings.seeds for c in settings.contenders]
+        for _ in pool.map(lambda job: run_one(*job), due):
+            pass
+
+
+def run_one(settings: Settings, contender: str, seed: int) -> None:
+    """One run, if it is not there yet."""
+    out = folder_of(settings, contender, seed)
+    if (out / END).is_file():
+        return
+    resume = ["--resume"] if (out / "config.json").is_file() else []
+    recipe, *given = arguments(settings, contender, seed, out)
+    argv = [sys.executable, "-m", "sdpo", "online", recipe, *resume, *given]
+    print(f"{contender}, seed {seed}: {out}", file=sys.stderr)
+    with open(out.with_suffix(".log"), "w", encoding="utf-8") as log:
+        subprocess.run(argv, check=True, stdout=log, stderr=log)
+    end = {"perplexity": perplexity(str(out / "export"))}
+    for weights in ("checkpoints", "export"):
+        shutil.rmtree(out / weights)
+    write_text(out / END, json.dumps(end))
 
 
 def folder_of(settings: Settings, contender: str, seed: int) -> Path:
@@ -118,57 +145,74 @@ def folder_of(settings: Settings, contender: str, seed: int) -> Path:
     return settings.folder / f"{settings.what}-{name}-{seed}"
 
 
-def curves(settings: Settings, contender: str) -> list[list[dict]]:
-    """Each finished seed's evaluations, in order."""
-    found = []
-    for seed in settings.seeds:
-        out = folder_of(settings, contender, seed)
-        if (out / "export").is_dir():
-            lines = (out / "evaluations.jsonl").read_text(encoding="utf-8").splitlines()
-            found.append([json.loads(line) for line in lines])
-    return found
+def finished(settings: Settings, contender: str) -> list[Path]:
+    """Folders of the seeds that have run to their end."""
+    folders = [folder_of(settings, contender, seed) for seed in settings.seeds]
+    return [out for out in folders if (out / END).is_file()]
 
 
-def crossing(rows: list[dict], persona: str, phase: int, share: float, each: int) -> float | None:
-    """Interactions of a phase after which a persona's rate first reaches a share; None: never."""
-    mine = [r for r in rows if r["phase"] == phase and r["step"] > 0]
-    first = min((r["step"] for r in mine if r["preference"][persona] >= share), default=None)
-    before = max((r["step"] for r in rows if r["phase"] < phase), default=0)
-    return None if first is None else (first - before) * each
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def similarities(similarity: Similarity | None, folders: list[Path], step: int) -> list[float]:
+    """Mean similarity of question and answer in each run's evaluation after an update."""
+    if similarity is None:
+        return []
+    said = [read_rows(out / "evaluations" / f"step-{step}.jsonl") for out in folders]
+    return [fmean(similarity([r["prompt"] for r in s], [r["answer"] for r in s])) for s in said]
+
+
+def crossing(rows: list[dict], persona: str, phase: int, share: float, each: int) -> str:
+    """Interactions of a phase after which a persona's rate of an update's answers first reaches a
+    share; "never" if it does not."""
+    rates = [row["preference"][persona] for row in rows if row["phase"] == phase]
+    first = next((i for i, rate in enumerate(rates) if rate >= share), None)
+    return "never" if first is None else str(first * each)
 
 
 def report(settings: Settings) -> Table:
-    """One row for each contender and phase."""
+    """For each contender a row before any update, and one at the end of each phase."""
     table = Table(
-        "contender", "seeds", "phase", "rate at its end", "to 50 %", "to 90 %", "first wish kept",
-        "words", "leaks",
+        "contender", "seeds", "after", "its rate", "to 50 %", "to 90 %", "first wish",
+        "words", "leaks", "similarity", "perplexity",
     )  # fmt: skip
-    personas = PHASES[settings.what]
-    for contender in settings.teachers:
-        runs = curves(settings, contender)
-        for phase, persona in enumerate(personas, start=1):
-            if not runs:
-                continue
-            ends = [[r for r in rows if r["phase"] == phase][-1] for rows in runs]
-            to = {
-                share: [crossing(r, persona, phase, share, settings.interactions) for r in runs]
-                for share in (0.5, 0.9)
-            }
+    personas, similarity = PHASES[settings.what], Similarity.load()
+    for contender in settings.contenders:
+        folders = finished(settings, contender)
+        evaluations = [read_rows(out / "evaluations.jsonl") for out in folders]
+        updates = [curve(out, personas) for out in folders]
+        ppl = [read_rows(out / END)[0]["perplexity"] for out in folders]
+        for phase, persona in enumerate(("nothing", *personas) if folders else ()):
+            step = phase * settings.updates
+            at = [next(e for e in rows if e["step"] == step) for rows in evaluations]
+            rates, crossed = "", ["", ""]
+            if phase:
+                rates = spread([e["preference"][persona] for e in at])
+                each = settings.interactions
+                crossed = [
+                    ", ".join(crossing(rows, persona, phase, share, each) for rows in updates)
+                    for share in (0.5, 0.9)
+                ]
             table.add_row(
-                contender,
-                str(len(runs)),
+                *(("", "") if phase else (contender, str(len(folders)))),
                 persona,
-                spread([e["preference"][persona] for e in ends]),
-                *(", ".join("never" if n is None else f"{n:.0f}" for n in to[s]) for s in to),
-                spread([e["preference"][personas[0]] for e in ends]),
-                spread([e["words"] for e in ends], 0),
-                spread([e["leaks"] for e in ends]),
+                rates,
+                *crossed,
+                spread([e["preference"][personas[0]] for e in at]),
+                spread([e["words"] for e in at], 0),
+                spread([e["leaks"] for e in at]),
+                spread(similarities(similarity, folders, step)),
+                spread(ppl) if phase == len(personas) else "",
             )
     return table
 
 
 def spread(values: list[float], digits: int = 2) -> str:
     """Mean, and least to greatest where there are several."""
+    if not values:
+        return ""
     told = f"{fmean(values):.{digits}f}"
     if len(values) == 1:
         return told
@@ -177,16 +221,18 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 def figure(settings: Settings, path: Path) -> None:
     """A panel for each contender, a curve for each persona."""
-    shown = [c for c in settings.teachers if curves(settings, c)]
+    shown = [c for c in settings.contenders if finished(settings, c)]
     size = (3.1 * max(len(shown), 1), 3.2)
     canvas, axes = plt.subplots(1, max(len(shown), 1), figsize=size, sharey=True, squeeze=False)
     for axis, contender in zip(axes[0], shown, strict=False):
         for persona in PHASES[settings.what]:
             rates: dict[int, list[float]] = defaultdict(list)
-            for rows in curves(settings, contender):
-                for row in rows:
-                    at = row["step"] * settings.interactions
-                    rates[at].append(row["preference"][persona])
+            for out in finished(settings, contender):
+                # an update's answers are those of the policy before it
+                rows = [(row["update"] - 1, row) for row in curve(out, [persona])]
+                last = read_rows(out / "evaluations.jsonl")[-1]
+                for step, row in (*rows, (last["step"], last)):
+                    rates[step * settings.interactions].append(row["preference"][persona])
             x = sorted(rates)
             axis.plot(x, [fmean(rates[i]) for i in x], label=persona)
             low, high = ([f(rates[i]) for i in x] for f in (min, max))
@@ -194,7 +240,7 @@ def figure(settings: Settings, path: Path) -> None:
         for phase in range(1, len(PHASES[settings.what])):
             axis.axvline(phase * settings.updates * settings.interactions, color="0.7", lw=1)
         axis.set(title=contender, xlabel="interactions", ylim=(0, 1))
-    axes[0][0].set_ylabel("share of held-out answers")
+    axes[0][0].set_ylabel("share of answers to new prompts")
     axes[0][-1].legend(frameon=False)
     canvas.tight_layout()
     canvas.savefig(path)
@@ -206,7 +252,7 @@ def main(settings: Annotated[Settings, tyro.conf.arg(name="")]) -> None:
     settings.folder.mkdir(parents=True, exist_ok=True)
     if not settings.only_report:
         run(settings)
-    Console(width=150).print(report(settings))
+    Console(width=190).print(report(settings))
     figure(settings, settings.folder / f"{settings.what}.svg")
 
 

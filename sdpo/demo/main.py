@@ -71,7 +71,7 @@ class DemoConfig:
     """Longest answer in tokens; None: as the recipe says."""
     questions: int = HELD_OUT
     """Held-out questions to measure with, at most 64."""
-    conversations: int = 24
+    conversations: int = 16
     """Conversations in the users' log, before any training."""
 
     def __post_init__(self):
@@ -112,6 +112,7 @@ class Demo(Phases):
                 seed=self.config.seed,
                 max_tokens=self.max_tokens,
                 temperature=self.recipe.sampling.temperature,
+                hindsight=self.recipe.hindsight,
             )
         report = self._report(base, measured, means)
         reports.write(self.folder, report, curve(self.folder / "run", self.personas), signals)

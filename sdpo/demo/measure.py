@@ -1,5 +1,5 @@
-"""What the demo measures of a model: how it answers questions that nobody asks in training, and
-what training has left of its knowledge of other text.
+"""What the demo measures of a model: how it answers questions that nobody asks in training, what
+training has left of its knowledge of other text, and how likely it is to open with an apology.
 
 Answers are judged by the personas' rules, greedy ones and sampled ones apart. Perplexity is that of
 the reference pages which every Python brings along.
@@ -17,12 +17,20 @@ from typing import Any
 
 import torch
 
+from sdpo_parallel.transformers.engine import TransformersModel
+
+from ..conversations import Message
+from ..hindsight import HindsightConfig
+from ..interactions import Interaction
 from ..online.measures import Similarity, leaks
+from ..online.openings import OpeningMass, opening_mass
 from ..online.users.personas import load_persona
 from .talk import Answer, Talker
 
 REAL_TOKENS, WINDOW = 2048, 512
 """Tokens of real text that are read, and how many at a time."""
+OPENED = 8
+"""Questions whose answers' openings are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +60,9 @@ class Measured:
     sampled: Answers
     perplexity: float
     """Of real text."""
+    openings: OpeningMass
+    """Probability of an answer that opens with an apology or thanks: to a question alone, and
+    behind a complaint of the first persona as hindsight shows it."""
 
 
 def as_json(measured: Measured) -> dict[str, Any]:
@@ -59,7 +70,7 @@ def as_json(measured: Measured) -> dict[str, Any]:
     values = asdict(measured)
     for decoding in ("greedy", "sampled"):
         values[decoding]["answers"] = [a["text"] for a in values[decoding]["answers"]]
-    return values
+    return values | {"openings": measured.openings._asdict()}
 
 
 def measure(
@@ -70,6 +81,7 @@ def measure(
     seed: int,
     max_tokens: int,
     temperature: float,
+    hindsight: HindsightConfig,
 ) -> dict[str, Measured]:
     """Measure each model, two at a time in processes of one thread each.
 
@@ -78,26 +90,35 @@ def measure(
         questions: asked one at a time, without a system message but the chat template's own.
         personas: names or files of those whose rules judge.
         temperature: of sampled answers.
+        hindsight: how complaints are shown.
     """
+    complained = complaints(questions[:OPENED], personas[0])
     context = get_context("spawn")
     with ProcessPoolExecutor(
         2, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
         said: dict[str, list[Future[list[Answer]]]] = {}
         read: dict[str, Future[float]] = {}
+        opened: dict[str, Future[OpeningMass]] = {}
         for name, folder in models.items():  # one after the other, so that workers keep theirs
             said[name] = [
                 pool.submit(_answer, folder, questions, seed, max_tokens, heat)
                 for heat in (0.0, temperature)
             ]
             read[name] = pool.submit(perplexity, folder)
+            opened[name] = pool.submit(openings, folder, complained, hindsight)
         similarity = Similarity.load()
         judged = {
             name: [judge(questions, answers.result(), personas, similarity) for answers in both]
             for name, both in said.items()
         }
         return {
-            name: Measured(greedy=greedy, sampled=sampled, perplexity=read[name].result())
+            name: Measured(
+                greedy=greedy,
+                sampled=sampled,
+                perplexity=read[name].result(),
+                openings=opened[name].result(),
+            )
             for name, (greedy, sampled) in judged.items()
         }
 
@@ -150,3 +171,27 @@ def perplexity(folder: str) -> float:
         logits_TV = talker.model(row_T[None]).logits[0, :-1].float()
         losses.append(torch.nn.functional.cross_entropy(logits_TV, row_T[1:]).item())
     return math.exp(fmean(losses))
+
+
+def complaints(questions: Sequence[str], persona: str) -> list[Interaction]:
+    """Each question with one of the persona's complaints, in turn. The answers say nothing."""
+    said = load_persona(persona).complaints
+    return [
+        Interaction(
+            id=f"opening-{i}",
+            prompt=(Message("user", question),),
+            response="…",
+            followup=said[i % len(said)],
+        )
+        for i, question in enumerate(questions)
+    ]
+
+
+@torch.inference_mode()
+def openings(
+    folder: str, interactions: Sequence[Interaction], hindsight: HindsightConfig
+) -> OpeningMass:
+    """How likely a model is to open with an apology, with and without a complaint to read."""
+    talker = _talker(folder)
+    policy = TransformersModel(talker.model)
+    return opening_mass(policy, talker.tokenizer, interactions, hindsight)

@@ -86,6 +86,9 @@ def table(measured: Mapping[str, Mapping[str, Any]], personas: Sequence[str]) ->
         "entropy": "entropy of an answer's tokens, nats",
     }
     rows += [row(f"{says}, {d}", d, name) for name, says in named.items() for d in DECODINGS]
+    opens = "probability of an opening that apologises or thanks"
+    rows += [row(opens, "openings", "policy")]
+    rows += [row(f"{opens}, behind a complaint", "openings", "hindsight")]
     return [*rows, row("perplexity of real text", "perplexity")]
 
 

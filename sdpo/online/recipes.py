@@ -15,7 +15,7 @@ from sdpo_parallel.config import (
 
 from ..batching import BatchConfig
 from ..hindsight import HindsightConfig
-from ..objective import ReverseKL, SampledToken, TopKReverseKL
+from ..objective import ForwardKL, SampledToken, TopKReverseKL
 from ..train.safeguards import SafeguardConfig
 from .config import BrakeConfig, EvaluateConfig, GuardConfig, OnlineConfig
 from .sampler import SamplingConfig
@@ -36,7 +36,7 @@ def recommended(
     phases: tuple[str, ...] = (),
     out: str = "runs/online",
 ) -> OnlineConfig:
-    """Reverse KL to a frozen teacher that is a little surer, a template without blame, brakes on.
+    """Forward KL to a frozen teacher that is a little surer, a template without blame, brakes on.
 
     benchmarks/LOG.md says what was tried. Weights and optimizer are float32.
     """
@@ -45,7 +45,7 @@ def recommended(
         prompts=prompts,
         phases=phases,
         out=out,
-        objective=ReverseKL(ignore_first=4, hindsight_temperature=0.8),
+        objective=ForwardKL(hindsight_temperature=0.8),
         teacher=Frozen(),
         hindsight=HindsightConfig(template="wish"),
         batch=BatchConfig(interactions_per_step=16),
@@ -143,10 +143,13 @@ def paper_online_lora(
 def demo(
     model: str = ASK,
     prompts: str = ASK,
-    phases: tuple[str, ...] = ("concise:12", "detailed:12"),
+    phases: tuple[str, ...] = ("concise:5", "detailed:6"),
     out: str = "runs/demo/online",
 ) -> OnlineConfig:
-    """What ``sdpo demo`` runs: a small model, short answers, two cores."""
+    """What ``sdpo demo`` runs: a small model, short answers, two cores, users without praise.
+
+    Temperature 0.5, as a model of 135 million parameters rambles at 1.
+    """
     config = recommended(model, prompts, phases, out)
     return replace(
         config,
@@ -154,12 +157,12 @@ def demo(
             template="wish",
             max_prompt_tokens=256,
             max_hindsight_prompt_tokens=384,
-            max_response_tokens=80,
+            max_response_tokens=256,
         ),
         optimizer=replace(config.optimizer, lr=3e-5),
-        user=RuleUser(),
-        sampling=SamplingConfig(max_new_tokens=80, batch=64),
-        batch=BatchConfig(interactions_per_step=16, row_tokens=512, micro_batch_tokens=4096),
+        user=RuleUser(praise=0.0),
+        sampling=SamplingConfig(temperature=0.5, max_new_tokens=64, batch=64),
+        batch=BatchConfig(interactions_per_step=8, row_tokens=512, micro_batch_tokens=4096),
         parallel=ParallelConfig(activation_checkpoint="none"),
         brakes=BrakeConfig(),
     )

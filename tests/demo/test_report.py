@@ -24,6 +24,7 @@ def measured(preference: float, **changes) -> dict:
         "greedy": dict(answers),
         "sampled": dict(answers),
         "perplexity": changes.get("perplexity", 30.0),
+        "openings": {"policy": 0.01, "hindsight": 0.02},
     }
 
 

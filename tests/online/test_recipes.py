@@ -68,7 +68,7 @@ PUBLISHED = {
         "phases": ["no_emojis:15"],
     },
     "online": {
-        "objective.kind": "ReverseKL",
+        "objective.kind": "ForwardKL",
         "teacher.kind": "Frozen",
         "optimizer.max_grad_norm": 1.0,
     },

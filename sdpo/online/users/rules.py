@@ -203,7 +203,7 @@ class AtMostWords(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class AtLeastWords(Rule):
-    """At least so many words, and finished."""
+    """At least so many words. One that was cut would have had even more."""
 
     words: int
 
@@ -211,8 +211,7 @@ class AtLeastWords(Rule):
         _at_least("words", self.words, 1)
 
     def judged(self, answer: str, finished: bool) -> float:
-        fits = min(1.0, count_words(answer) / self.words)
-        return fits if finished else fits / 2
+        return min(1.0, count_words(answer) / self.words)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -206,8 +206,7 @@ def test_length_takes_an_end():
     """An answer that was cut has only so many words as the limit left it."""
     short, long = "It is Paris.", "It is " + "very " * 50 + "far."
     assert not AtMostWords(words=25).satisfied(short, False)
-    assert not AtLeastWords(words=25).satisfied(long, False)
-    assert AtLeastWords(words=25).score(long, False) == 0.5
+    assert AtLeastWords(words=25).satisfied(long, False), "it would have had even more"
     assert not ClosingQuestion().satisfied("And you?", False)
 
 
