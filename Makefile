@@ -15,11 +15,11 @@ test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m exhaustive
 	$(BIN)/python tests/helpers/kill.py --points 20
 
-# a third of what test-all has beyond test: which one depends on the commit
-PART := $(shell expr $$(printf '%d' 0x$$(git rev-parse --short=7 HEAD 2>/dev/null || echo 0)) % 3 + 1)
+# a sixth of what test-all has beyond test: which one depends on the commit
+PART := $(shell expr $$(printf '%d' 0x$$(git rev-parse --short=7 HEAD 2>/dev/null || echo 0)) % 6 + 1)
 test-part: test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m exhaustive --part $(PART)/3
-	$(BIN)/python tests/helpers/kill.py --points 6 --seed $(PART)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m exhaustive --part $(PART)/6
+	$(BIN)/python tests/helpers/kill.py --points 4 --seed $(PART)
 
 # what tests/real/assets.py builds from PyPI and npm, and keeps in .real
 test-real: .venv/dev

@@ -179,6 +179,8 @@ class Demo(Phases):
         phases = [f"{p}:{n}" for p, n in zip(self.personas, self.updates, strict=True)]
         per_step = self.config.answers or self.recipe.batch.interactions_per_step
         batch = ["--batch.seed", self.config.seed, "--batch.interactions-per-step", per_step]
+        # whole weights on each rank: over gloo, gathering shards would take longer than computing
+        batch += ["--parallel.replicate", 2]
         # what is measured afterwards is measured on more questions
         batch += ["--sampling.max-new-tokens", self.max_tokens]
         quickly = ["--evaluate.prompts", 0, "--checkpoint.interval", sum(self.updates)]

@@ -143,7 +143,7 @@ def paper_online_lora(
 def demo(
     model: str = ASK,
     prompts: str = ASK,
-    phases: tuple[str, ...] = ("concise:5", "detailed:6"),
+    phases: tuple[str, ...] = ("concise:5", "detailed:5"),
     out: str = "runs/demo/online",
 ) -> OnlineConfig:
     """What ``sdpo demo`` runs: a small model, short answers, two cores, users without praise.
@@ -162,7 +162,7 @@ def demo(
         optimizer=replace(config.optimizer, lr=3e-5),
         user=RuleUser(praise=0.0),
         sampling=SamplingConfig(temperature=0.5, max_new_tokens=64, batch=64),
-        batch=BatchConfig(interactions_per_step=8, row_tokens=512, micro_batch_tokens=4096),
+        batch=BatchConfig(interactions_per_step=12, row_tokens=512, micro_batch_tokens=4096),
         parallel=ParallelConfig(activation_checkpoint="none"),
         brakes=BrakeConfig(),
     )
