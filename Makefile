@@ -1,12 +1,14 @@
 # `make demo` and `make test` need Python >= 3.11, pip and make; everything else they install.
 PYTHON ?= python3
 BIN := .venv/bin
+# flags of `make demo`
+DEMO ?=
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test test-all test-part test-real lint clean
 
 demo: .venv/demo
-	$(BIN)/sdpo demo --world toy
+	$(BIN)/sdpo demo $(DEMO)
 
 test: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
@@ -15,11 +17,11 @@ test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m exhaustive
 	$(BIN)/python tests/helpers/kill.py --points 20
 
-# a sixth of what test-all has beyond test: which one depends on the commit
-PART := $(shell expr $$(printf '%d' 0x$$(git rev-parse --short=7 HEAD 2>/dev/null || echo 0)) % 6 + 1)
+# a tenth of what test-all has beyond test: which one depends on the commit
+PART := $(shell expr $$(printf '%d' 0x$$(git rev-parse --short=7 HEAD 2>/dev/null || echo 0)) % 10 + 1)
 test-part: test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m exhaustive --part $(PART)/6
-	$(BIN)/python tests/helpers/kill.py --points 4 --seed $(PART)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m exhaustive --part $(PART)/10
+	$(BIN)/python tests/helpers/kill.py --points 3 --seed $(PART)
 
 # what tests/real/assets.py builds from PyPI and npm, and keeps in .real
 test-real: .venv/dev

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from threading import Thread
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -100,8 +101,10 @@ class Demo(Phases):
             base = resolve_model(self.config.model) if self.config.model else smollm2()
         with self.phase("users' log"):
             interactions = self._log(base)
-        with self.phase("signal"):
+        with self.phase("signal"), ThreadPoolExecutor(1) as aside:
+            page = aside.submit(self._inspect, base, interactions)
             means, signals = self._signal(base, interactions)
+            page.result()
         with self.phase("training"):
             models = {"before": base, **self._train(base)}
         with self.phase("measuring"):
@@ -136,9 +139,13 @@ class Demo(Phases):
         pq.write_table(pa.Table.from_pylist(rows), log)
         sdpo("data", "prepare", log, "--out", out)
         sdpo("data", "validate", out, "--model", model)
-        page = self.folder / "interactions.html"
-        sdpo("data", "inspect", out, "--tokenizer", model, "--html", page)
         return out
+
+    def _inspect(self, model: str, interactions: Path) -> None:
+        """Make a page of the interactions, and print nothing."""
+        page = self.folder / "interactions.html"
+        argv = ["data", "inspect", interactions, "--tokenizer", model, "--html", page]
+        python("sdpo", *argv, stdout=subprocess.DEVNULL)
 
     def _reply(self, persona: str, id: str, question: str, answer: Answer) -> str | None:
         """What a user says to an answer, if anything."""
@@ -184,17 +191,13 @@ class Demo(Phases):
         # what is measured afterwards is measured on more questions
         batch += ["--sampling.max-new-tokens", self.max_tokens]
         quickly = ["--evaluate.prompts", 0, "--checkpoint.interval", sum(self.updates)]
+        quickly += ["--checkpoint.export-dtype", "float32"]
         python("torch.distributed.run", *launch, *names, "--phases", *phases, *batch, *quickly)
-        steps = {"after": self.updates[0], "changed": sum(self.updates)}
-
-        def export(when: str) -> None:
-            where = ["--out", self.folder / when, "--step", steps[when]]
-            sdpo("export", run, *where, "--dtype", "float32")
-
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(export, steps))
-        shutil.rmtree(run / "checkpoints")  # gigabytes, which the exports stand for
-        return {when: str(self.folder / when) for when in steps}
+        after = self.folder / "after"
+        sdpo("export", run, "--out", after, "--step", self.updates[0], "--dtype", "float32")
+        # gigabytes, which the exports stand for; a disk takes its time to forget them
+        Thread(target=shutil.rmtree, args=[run / "checkpoints"]).start()
+        return {"after": str(after), "changed": str(run / "export")}
 
     def _report(
         self, model: str, measured: dict[str, Measured], signal: dict[str, float]
@@ -261,14 +264,17 @@ def sdpo(*args: object) -> None:
     python("sdpo", *args)
 
 
-def python(module: str, *args: object) -> None:
+def python(module: str, *args: object, stdout: int | None = None) -> None:
     """Run a module in a process of its own, with one thread.
+
+    Args:
+        stdout: `subprocess.DEVNULL`: what it prints is not shown.
 
     Raises:
         SystemExit: it fails, with its status.
     """
     argv = [sys.executable, "-m", module, *map(str, args)]
-    result = subprocess.run(argv, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = subprocess.run(argv, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=stdout)
     if result.returncode:
         raise SystemExit(result.returncode)
 
