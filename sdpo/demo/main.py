@@ -48,7 +48,7 @@ from .run import curve
 from .smollm2 import NAME, smollm2
 from .talk import Answer, Talker
 
-SIGNALS = 8
+SIGNALS = 6
 """Interactions whose signal is read."""
 SHOWN, SHOWN_SIGNALS = 8, 3
 """Questions, and follow-ups of each kind, in the report."""
@@ -72,7 +72,7 @@ class DemoConfig:
     """Longest answer in tokens; None: as the recipe says."""
     questions: int = HELD_OUT
     """Held-out questions to measure with, at most 64."""
-    conversations: int = 16
+    conversations: int = 12
     """Conversations in the users' log, before any training."""
 
     def __post_init__(self):
