@@ -67,12 +67,12 @@ def test_some_talk_about_something_else(tmp_path):
     assert all(reply == same for reply, same in others)
 
 
-def test_what_only_was_cut_is_not_called_too_short(tmp_path):
-    detailed = user(tmp_path, load_persona("detailed"))
-    cut, short = exchange("a", LONG, finished=False), exchange("b", SHORT, finished=False)
-    about_cut, about_short = detailed.reply([cut, short], seed=0)
+def test_what_only_was_cut_is_not_called_too_long(tmp_path):
+    concise = user(tmp_path, load_persona("concise"))
+    cut, long = exchange("a", SHORT, finished=False), exchange("b", LONG, finished=False)
+    about_cut, about_long = concise.reply([cut, long], seed=0)
     assert about_cut.source == "rule:cut" and about_cut.text in CUT
-    assert about_short.source == "rule" and about_short.text in detailed.persona.complaints
+    assert about_long.source == "rule" and about_long.text in concise.persona.complaints
 
 
 def test_nothing_is_said_to_nothing(tmp_path):
