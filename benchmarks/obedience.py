@@ -16,22 +16,17 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from sdpo.conversations import Message
-from sdpo.demo.measure import judge
+from sdpo.demo.measure import complaints, judge
 from sdpo.demo.talk import Talker
 from sdpo.hindsight import hindsight_prompt
 from sdpo.online.measures import Similarity
 from sdpo.online.prompts import read_prompts
-from sdpo.online.users.personas import Persona, load_persona
 
 
-def behind(questions: Sequence[str], persona: Persona, template: str) -> list[str]:
-    """Each question with one of the persona's complaints, in turn."""
-    said = persona.complaints
-    return [
-        hindsight_prompt((Message("user", q),), said[i % len(said)], template)[-1].content
-        for i, q in enumerate(questions)
-    ]
+def behind(questions: Sequence[str], persona: str, template: str) -> list[str]:
+    """Each question with one of the persona's complaints."""
+    asked = complaints(questions, persona)
+    return [hindsight_prompt(i.prompt, i.followup, template)[-1].content for i in asked]
 
 
 def main(
@@ -65,10 +60,9 @@ def main(
         "persona", "T", "complaint", "satisfied", "words", "leaks", "similarity", "entropy"
     )
     for name in personas:
-        persona = load_persona(name)
         for temperature in temperatures:
             for told in (False, True):
-                asked = behind(questions, persona, template) if told else questions
+                asked = behind(questions, name, template) if told else questions
                 how = {"seed": seed, "max_tokens": tokens, "temperature": temperature}
                 found = judge(questions, talker.answer(asked, **how), [name], similarity)
                 table.add_row(
