@@ -97,7 +97,7 @@ def parts(out: Path) -> list[Part]:
             "reverse KL, Llama-3.2-1B", 40, f"{divergence} 0.4 {reverse} {quick} {llama} 8192"
         ),
         benchmark("a peaked problem", 40, f"{divergence} 0.3 {peaked} {qwen}"),
-        benchmark("step, 0.6B", 70, f"{step} qwen3-0.6b {few}"),
+        benchmark("step, 0.6B", 70, f"{step} qwen3-0.6b {few} --profile"),
         benchmark("profile", 40, "profiling"),
         benchmark(
             *("the other divergences", 60),
@@ -125,7 +125,7 @@ def rehearsal(out: Path) -> list[Part]:
     benchmark = partial(_benchmark, out)
     tiny = "--seconds 0.01 --heads 1000x64 --tokens 32 --dtype bfloat16 --distances 0.1"
     small = "--head 300x32 --tokens 32"
-    step = "step --seconds 0.01 --models check --interactions 4 --prompt 16"
+    step = "step --profile --seconds 0.01 --models check --interactions 4 --prompt 16"
     tuning = benchmark("tuning", 300, f"tuning --seconds 0.01 {small} --chunk 8")
     return [
         benchmark(

@@ -1,10 +1,11 @@
-"""Where the time of one reverse KL goes, kernel by kernel.
+"""Where the time of one reverse KL goes, kernel by kernel; `step --profile` has a whole step's.
 
     python -m benchmarks.profiling [--head qwen3-8b --tokens 8192] [--out results.jsonl]
 
 By torch's profiler: calls, device time and its share. On a CPU operators stand where kernels would.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,16 +62,16 @@ def run(settings: Settings) -> list[dict[str, Any]]:
         if settings.once:
             call()
             continue
-        found = _profile(call, device)
+        found = profiled(call, device)
         at = dict(benchmark="profile", kind=name, head=settings.head, tokens=n, vocabulary=v)
         at |= dict(hidden=d, dtype=settings.dtype, machine=about, verdict="right")
         rows += [at | row for row in found]
-        console.print(_table(name, found))
+        console.print(kernel_table(name, found))
     settings.keep(rows)
     return rows
 
 
-def _profile(call, device: torch.device) -> list[dict[str, Any]]:
+def profiled(call: Callable[[], Any], device: torch.device) -> list[dict[str, Any]]:
     """Self time of each kernel, or on a CPU of each operator; the longest first."""
     gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as p:
@@ -86,7 +87,8 @@ def _profile(call, device: torch.device) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda r: -r["kernel_seconds"])
 
 
-def _table(name: str, rows: list[dict[str, Any]]) -> Table:
+def kernel_table(name: str, rows: list[dict[str, Any]]) -> Table:
+    """The longest kernels, and the rest in a line."""
     total = sum(r["kernel_seconds"] for r in rows)
     found = grid(f"{name}: {1e3 * total:.2f} ms", "", "calls", "ms", "share, %")
     for row in rows[:LINES]:

@@ -13,6 +13,7 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -33,6 +34,7 @@ from benchmarks.measure import (
 )
 from benchmarks.models import QWEN3, TINY
 from benchmarks.prediction import GPUS
+from benchmarks.profiling import kernel_table, profiled
 from benchmarks.report import MIB, excuses, first_line, grid, milliseconds
 from benchmarks.slots import slots
 from benchmarks.step_contenders import (
@@ -77,6 +79,9 @@ class Settings(OnDevice):
     """Contenders whose names contain one of these. Default: all."""
     liger: bool = True
     """Everyone once more with Liger's norms, MLPs and rotary embeddings."""
+    profile: bool = False
+    """Also where each contender's step spends its time, kernel by kernel. Where they take much less
+    than the step does, the GPU waited."""
 
     @property
     def gpu(self) -> bool:
@@ -222,7 +227,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
         mine = []
         # Liger's rotary embeddings replace transformers' for good
         for liger in (False, True) if settings.liger else (False,):
-            new = [at | row for row in _half(name, liger, check, settings)]
+            new = [at | row for row in _half(name, liger, check, settings, console)]
             for row in new:
                 if "seconds" in row:
                     flops = row["flops"] / row["seconds"]["step"]["median"]
@@ -237,7 +242,9 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
-def _half(name: str, liger: bool, check: Check, settings: Settings) -> list[dict[str, Any]]:
+def _half(
+    name: str, liger: bool, check: Check, settings: Settings, console: Console
+) -> list[dict[str, Any]]:
     """The contenders of one model with Liger's kernels, or of one without."""
     rows, ready = [], []
     for c in contenders(settings.objective):
@@ -280,6 +287,10 @@ def _half(name: str, liger: bool, check: Check, settings: Settings) -> list[dict
         spread = Spread.of(map(sum, rounds))
         speed = dict(seconds={"step": asdict(spread)}, tokens_per_second=total / spread.median)
         rows.append(found[key] | speed | dict(tokens=total))
+        if settings.profile:
+            kernels = profiled(partial(steps[key], None), device)
+            console.print(kernel_table(f"kernels of a step, {key}", kernels))
+            rows[-1]["kernels"] = kernels
     return rows
 
 
