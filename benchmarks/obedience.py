@@ -21,6 +21,7 @@ from sdpo.demo.talk import Talker
 from sdpo.hindsight import hindsight_prompt
 from sdpo.online.measures import Similarity
 from sdpo.online.prompts import read_prompts
+from sdpo.online.users.personas import load_persona
 
 
 def behind(questions: Sequence[str], persona: str, template: str) -> list[str]:
@@ -54,6 +55,8 @@ def main(
         seed: of what is sampled.
     """
     torch.set_num_threads(1)
+    for name in personas:
+        load_persona(name).satisfied("", True)  # says so if it has no rule, before the work
     questions = [prompt.messages[-1].content for prompt in read_prompts(prompts)[:count]]
     talker, similarity = Talker(model), Similarity.load()
     table = Table(

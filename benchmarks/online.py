@@ -111,6 +111,8 @@ def arguments(settings: Settings, contender: str, seed: int, out: Path) -> list[
         *("--evaluate.every", str(settings.updates), "--evaluate.decoding", "sampled"),
         *("--evaluate.prompts", str(settings.held_out)),
         *("--safeguard.probe-every", str(settings.updates)),
+        # gigabytes each, of which only the last is looked at
+        *("--checkpoint.interval", str(len(phases) * settings.updates)),
     ]
 
 
