@@ -35,6 +35,8 @@ LEAST_SECONDS = 10.0
 GRACE_SECONDS = 8.0
 """From a part's limit to its kill: time to say what had failed."""
 TESTS = (sys.executable, *["-m", "pytest", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"])
+TOLD = ("--durations=10", "-v", "--tb=short", "-o", "faulthandler_timeout=60")
+"""A run that is stopped has then said which tests had passed, and where the others hung."""
 SIDE_BY_SIDE = ("-n", "12", "--dist", "worksteal") if find_spec("xdist") else ()
 """Compiling is most of the GPU tests' time, and runs on as many cores as there are."""
 METRICS = (
@@ -92,7 +94,7 @@ def parts(out: Path) -> list[Part]:
         benchmark(
             "reverse KL, Qwen3-8B", 90, f"{divergence} 0.4 {reverse} {quick} {qwen} 4096 1024"
         ),
-        Part("gpu tests", 240, (*TESTS, *SIDE_BY_SIDE, "--durations=10", "-q", "--tb=short")),
+        Part("gpu tests", 240, (*TESTS, *SIDE_BY_SIDE, *TOLD)),
         benchmark(
             "reverse KL, Llama-3.2-1B", 40, f"{divergence} 0.4 {reverse} {quick} {llama} 8192"
         ),

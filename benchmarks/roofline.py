@@ -30,7 +30,8 @@ SHAPES = (
     (1024, 151_936, 4096),
     (8192, 128_256, 2048),
 )
-MEASURED = Path(__file__).parent / "results" / "h200" / "after.jsonl"
+RESULTS = Path(__file__).parent / "results"
+MEASURED = RESULTS / "h100" / "divergence.jsonl", RESULTS / "h200" / "after.jsonl"
 LANES = 128
 """Threads of which a multiprocessor issues an instruction per cycle."""
 
@@ -141,7 +142,7 @@ class Settings(Output):
 
     upstream: str = "weights"
     """weights: known in the call; any: a gradient per token."""
-    measured: Path = MEASURED
+    measured: tuple[Path, ...] = MEASURED
     """Results of benchmarks.divergence, which are shown beside the predictions for their card."""
 
 
@@ -154,7 +155,7 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     rows = []
     for shape in SHAPES:
         rows += predictions(rehearse(Case(shape=shape, upstream=settings.upstream), stage))
-    found = read(settings.measured)
+    found = [row for path in settings.measured for row in read(path)]
     columns = (
         "floor, ms",
         "all hidden",
