@@ -18,6 +18,10 @@ def make_room(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).is_file():
             raise SdpoError(f"{folder} holds something that is no demo: choose another --out")
-        shutil.rmtree(folder)
+        for path in folder.iterdir():  # the marker stays, should this be interrupted
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != MARKER:
+                path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()

@@ -97,6 +97,13 @@ def go_back(run: str | Path, snapshot: Snapshot) -> Path:
         to = undone / path.relative_to(folder)
         to.parent.mkdir(exist_ok=True)
         os.rename(path, to)
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        if (path := folder / name).is_file():
+            rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            rows = [row for row in rows if row.endswith("\n")]  # a killed run leaves half of one
+            later = [row for row in rows if json.loads(row)["step"] > snapshot.step]
+            write_text(undone / name, "".join(later))
+            write_text(path, "".join(rows[: len(rows) - len(later)]))
     write_snapshots(run, [s for s in read_snapshots(run) if s.step <= snapshot.step])
     return undone
 

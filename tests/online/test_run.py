@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import kill_online, online, runs, tiny
+from helpers import forked, kill_online, online, runs, tiny
 from sdpo.chat import chat_format
 from sdpo.cli import main
 from sdpo.online.sampler import InProcessSampler
@@ -280,17 +280,26 @@ def test_cut_answers_are_trained_on_as_they_are_or_masked(how, grumpy, models, p
     assert sum(r["response/tokens"] for r in rows) == sum(len(r.token_ids) for r in trained_on)
 
 
+@pytest.mark.parametrize("ranks", [0, 2], ids=["alone", "fsdp"])
 def test_a_brake_puts_the_run_back_to_its_last_good_snapshot(
-    run, models, prompts, tmp_path, capsys
+    ranks, run, models, prompts, tmp_path, capsys
 ):
     kl = {r["step"]: r["drift/kl"] for r in runs.read_metrics(run) if "drift/kl" in r}
     assert 0 < kl[2] < kl[4]
     out = tmp_path / "r"
     limit = ["--brakes.max-drift", str((kl[2] + kl[4]) / 2)]
     argv = online.arguments(models("qwen3"), prompts, out, *limit)
-    told = runs.refused(capsys, "online", *argv)
+    if ranks:
+        result = forked.run(ranks, "-m", "sdpo.online", *argv)
+        told = result.stderr
+        assert result.returncode
+    else:
+        told = runs.refused(capsys, "online", *argv)
     assert "update 4: the policy drifted by" in told and "back at update 2" in told
-    assert same(weights(out / "export"), exported(run, 2, tmp_path / "e2"))
+    good = weights(out / "export")
+    assert same(good, exported(out, 2, tmp_path / "e2"))
+    if not ranks:
+        assert same(good, exported(run, 2, tmp_path / "alone"))
     undone = out / "undone-1"
     moved = {str(p.relative_to(undone)) for p in undone.rglob("*.parquet")}
     names = [
@@ -299,10 +308,12 @@ def test_a_brake_puts_the_run_back_to_its_last_good_snapshot(
     assert moved == set(names)
     assert (undone / "checkpoints" / "step-4").is_dir()
     assert (undone / "evaluations" / "step-4.jsonl").is_file()
+    assert [r["step"] for r in runs.read_metrics(out)] == [1, 2]
+    assert [r["step"] for r in runs.read_metrics(undone)] == [3, 4]
     assert {p.name for p in (out / "checkpoints").iterdir()} == {"step-0", "step-2"}
     assert {s.name: s.step for s in read_snapshots(out)} == {"phase-1": 0, "phase-2": 2, "good": 2}
 
-    rows = online.online(models("qwen3"), prompts, out, "--resume")  # without that brake
+    rows = online.online(models("qwen3"), prompts, out, "--resume", ranks=ranks)  # no such brake
     assert len(rows) == 4
     runs.assert_same_trajectory(rows[:2], runs.read_metrics(run)[:2], tolerance=1e-6)
     before, after = online.records(run)[8:], online.records(out)[8:]

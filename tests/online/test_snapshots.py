@@ -1,5 +1,7 @@
 """The list of snapshots, and what is put aside where a run goes back."""
 
+import json
+
 import pytest
 from filelock import FileLock
 
@@ -36,6 +38,9 @@ def run(tmp_path):
             path = tmp_path / name.format(n=n)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
+    rows = "".join(f'{{"step": {n}}}\n' for n in (9, 10, 12))
+    (tmp_path / "metrics.jsonl").write_text(rows + '{"st')
+    (tmp_path / "evaluations.jsonl").write_text(rows)
     (tmp_path / "export").mkdir()
     write_snapshots(tmp_path, SNAPSHOTS[::-1])
     return tmp_path
@@ -68,6 +73,9 @@ def test_going_back_puts_aside_what_came_later_and_nothing_else(run):
         for n in (10, 12):
             assert not (run / name.format(n=n)).exists()
             assert (undone / name.format(n=n)).exists()
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert [json.loads(row)["step"] for row in (run / name).open()] == [9]
+        assert [json.loads(row)["step"] for row in (undone / name).open()] == [10, 12]
     assert (undone / "export").is_dir() and not (run / "export").exists()
     assert read_snapshots(run) == SNAPSHOTS[:2]
     assert go_back(run, SNAPSHOTS[0]).name == "undone-2"

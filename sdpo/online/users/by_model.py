@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import (
 
 from sdpo_parallel.huggingface import load_tokenizer, resolve_model
 
-from ...chat import chat_format
+from ...chat import ChatFormat, chat_format
 from ...conversations import Message
 from ...errors import DataError, SdpoError
 from .base import Exchange, Reply
@@ -43,22 +44,9 @@ class ModelUser:
 
     def __init__(self, config: "LocalUser", persona: Persona):
         self.config, self.persona = config, persona
-        folder = resolve_model(config.model)
-        self._tokenizer: Any = load_tokenizer(folder)
-        self._chat = chat_format(self._tokenizer)
+        self._tokenizer, self._chat, self._model = _player(config)
+        self._device = self._model.device
         self._system = self._takes_system_messages()
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        on_gpu = torch.bfloat16 if self._device.type == "cuda" else torch.float32
-        dtype = on_gpu if config.dtype == "auto" else getattr(torch, config.dtype)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        self._model.to(self._device).eval()
-        # generate() takes whatever a call leaves at its default from the model's own config
-        self._model.generation_config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=config.max_new_tokens,
-            eos_token_id=sorted(self._chat.end_ids),
-            pad_token_id=min(self._chat.end_ids),
-        )
 
     def reply(self, exchanges: Sequence[Exchange], *, seed: int) -> list[Reply]:
         """What the model lets the user say; source "model", or "model:empty", "model:truncated",
@@ -73,8 +61,9 @@ class ModelUser:
         return replies
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Let go of the model, which other personas may still be played by."""
         self._model = None
+        _player.cache_clear()
 
     def _takes_system_messages(self) -> bool:
         try:
@@ -133,6 +122,26 @@ class ModelUser:
             processors.append(TopPLogitsWarper(config.top_p))
         processors.append(_Gumbel([f"{seed}/{self.persona.name}/{e.id}" for e in exchanges]))
         return processors
+
+
+@lru_cache(maxsize=1)
+def _player(config: "LocalUser") -> tuple[Any, ChatFormat, Any]:
+    """Tokenizer, its chat format and the model: one for all personas of a run."""
+    folder = resolve_model(config.model)
+    tokenizer = load_tokenizer(folder)
+    chat = chat_format(tokenizer)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = on_gpu if config.dtype == "auto" else getattr(torch, config.dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    # generate() takes whatever a call leaves at its default from the model's own config
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=sorted(chat.end_ids),
+        pad_token_id=min(chat.end_ids),
+    )
+    return tokenizer, chat, model.to(device).eval()
 
 
 class _Gumbel(LogitsProcessor):
