@@ -1,7 +1,6 @@
 """`sdpo online RECIPE …`, and `torchrun … -m sdpo.online RECIPE …` on one node or many."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -10,7 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from ..train.command import first_lines, starting_points
+from ..train.command import parse
 from ..train.config import to_json
 from .config import OnlineConfig
 from .prompts import read_prompts
@@ -35,11 +34,7 @@ class OnlineCommand:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Parse and run."""
-    args = sys.argv[1:] if args is None else args
-    configs, args = starting_points(args, RECIPES, OnlineConfig, "online")
-    texts = first_lines(RECIPES)
-    choices = {name: (texts.get(name, ""), OnlineCommand(c)) for name, c in configs.items()}
-    command = tyro.extras.overridable_config_cli(choices, prog="sdpo online", args=args)
+    command = parse(args, RECIPES, OnlineConfig, OnlineCommand, "online")
     if command.dry_run:
         dry_run(command.config)
         return

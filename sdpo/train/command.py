@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
@@ -13,6 +13,8 @@ from .config import AnyRun, TrainConfig, read_settings, with_settings
 from .dry_run import dry_run
 from .recipes import RECIPES
 from .trainer import train
+
+AnyCommand = TypeVar("AnyCommand")
 
 
 @dataclass(frozen=True)
@@ -35,20 +37,31 @@ class TrainCommand:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Parse and run."""
-    args = sys.argv[1:] if args is None else args
-    configs, args = starting_points(args, RECIPES, TrainConfig, "train")
-    texts = first_lines(RECIPES)
-    choices = {name: (texts.get(name, ""), TrainCommand(c)) for name, c in configs.items()}
-    command = tyro.extras.overridable_config_cli(choices, prog="sdpo train", args=args)
+    command = parse(args, RECIPES, TrainConfig, TrainCommand, "train")
     if command.dry_run:
         dry_run(command.config, ranks=command.ranks, gpu_memory_gib=command.gpu_memory_gib)
         return
     train(command.config, resume=command.resume)
 
 
-def first_lines(recipes: Mapping[str, Callable[..., object]]) -> dict[str, str]:
-    """What each recipe says of itself, in one line."""
-    return {name: (recipe.__doc__ or "").partition("\n")[0] for name, recipe in recipes.items()}
+def parse(
+    args: Sequence[str] | None,
+    recipes: Mapping[str, Callable[..., AnyRun]],
+    kind: type[AnyRun],
+    command: Callable[[AnyRun], AnyCommand],
+    name: str,
+) -> AnyCommand:
+    """A command that begins with a recipe, from its arguments; None: the process's.
+
+    Args:
+        kind: of the recipes' configs.
+        command: made from a config.
+        name: ``sdpo``'s, for usage and errors.
+    """
+    configs, args = starting_points(sys.argv[1:] if args is None else args, recipes, kind, name)
+    says = {recipe: (made.__doc__ or "").partition("\n")[0] for recipe, made in recipes.items()}
+    choices = {recipe: (says.get(recipe, ""), command(c)) for recipe, c in configs.items()}
+    return tyro.extras.overridable_config_cli(choices, prog=f"sdpo {name}", args=args)
 
 
 def starting_points(
