@@ -44,7 +44,7 @@ END = "end.json"
 """Of a finished run: what was measured of its last weights."""
 PHASES = {
     "flip": ("concise", "detailed"),
-    "complementary": ("no_lists", "no_first_person", "concise"),
+    "complementary": ("concise", "clarification_first", "committing"),
 }
 SAMPLED = 'kind = "SampledToken"\ncentre = true'
 REVERSE, FORWARD = (
