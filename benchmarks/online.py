@@ -227,9 +227,15 @@ def spread(values: list[float], digits: int = 2) -> str:
 def figure(settings: Settings, path: Path) -> None:
     """A panel for each contender, a curve for each persona."""
     shown = [c for c in settings.contenders if finished(settings, c)]
-    size = (3.1 * max(len(shown), 1), 3.2)
-    canvas, axes = plt.subplots(1, max(len(shown), 1), figsize=size, sharey=True, squeeze=False)
-    for axis, contender in zip(axes[0], shown, strict=False):
+    columns = min(max(len(shown), 1), 3)
+    lines = max(-(-len(shown) // columns), 1)
+    size = (3.1 * columns, 0.6 + 2.4 * lines)
+    canvas, axes = plt.subplots(
+        *(lines, columns), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(shown) :]:
+        axis.remove()
+    for axis, contender in zip(axes.flat, shown, strict=False):
         for persona in PHASES[settings.what]:
             rates: dict[int, list[float]] = defaultdict(list)
             for out in finished(settings, contender):
@@ -245,9 +251,9 @@ def figure(settings: Settings, path: Path) -> None:
         for phase in range(1, len(PHASES[settings.what])):
             axis.axvline(phase * settings.updates * settings.interactions, color="0.7", lw=1)
         axis.set(title=contender, xlabel="interactions", ylim=(0, 1))
-    axes[0][0].set_ylabel("share of answers to new prompts")
-    axes[0][-1].legend(frameon=False)
-    canvas.tight_layout()
+    canvas.supylabel("share of answers to new prompts", fontsize="medium")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     canvas.savefig(path)
     plt.close(canvas)
 
