@@ -101,9 +101,9 @@ def go_back(run: str | Path, snapshot: Snapshot) -> Path:
         if (path := folder / name).is_file():
             rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
             rows = [row for row in rows if row.endswith("\n")]  # a killed run leaves half of one
-            later = [row for row in rows if json.loads(row)["step"] > snapshot.step]
-            write_text(undone / name, "".join(later))
-            write_text(path, "".join(rows[: len(rows) - len(later)]))
+            cut = [row for row in rows if json.loads(row)["step"] > snapshot.step]
+            write_text(undone / name, "".join(cut))
+            write_text(path, "".join(rows[: len(rows) - len(cut)]))
     write_snapshots(run, [s for s in read_snapshots(run) if s.step <= snapshot.step])
     return undone
 

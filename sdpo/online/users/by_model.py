@@ -44,6 +44,7 @@ class ModelUser:
 
     def __init__(self, config: "LocalUser", persona: Persona):
         self.config, self.persona = config, persona
+        self._model: Any
         self._tokenizer, self._chat, self._model = _player(config)
         self._device = self._model.device
         self._system = self._takes_system_messages()
