@@ -13,6 +13,8 @@ COMMANDS = {
     "data": ("", "conversation logs to interactions: prepare, inspect, validate, score, trace"),
     "train": ("train.command:main", "train a model on interactions; under torchrun on many GPUs"),
     "online": ("online.command:main", "train a model on what users say to its own answers"),
+    "serve": ("online.serving.command:serve", "start a vLLM server that online runs sample from"),
+    "check-server": ("online.serving.command:check_server", "what a vLLM server lacks for a run"),
     "snapshots": ("online.snapshots:command", "an online run's snapshots: list, export, restore"),
     "export": ("train.export:export", "write a checkpoint of a run as a Hugging Face folder"),
     "check-hindsight": (

@@ -208,6 +208,9 @@ def write_teacher(teacher: Teacher) -> str:
     return "live"
 
 
+ExportDtype = Literal["source", "float32", "bfloat16"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """What a run leaves on disk to resume from."""
@@ -218,7 +221,7 @@ class CheckpointConfig:
     """Newest checkpoints kept, at least 2; 0 keeps all."""
     asynchronous: bool = True
     """Write in the background while training goes on; the weights are copied first."""
-    export_dtype: Literal["source", "float32", "bfloat16"] = "source"
+    export_dtype: ExportDtype = "source"
     """Dtype of the exported weights; ``source``: that of the folder the run started from."""
 
     def __post_init__(self):

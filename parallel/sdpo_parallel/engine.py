@@ -7,9 +7,9 @@ device.
 import abc
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from .checkpoints import Checkpoints
 from .config import (
     CheckpointConfig,
+    ExportDtype,
     Frozen,
     Live,
     LoraConfig,
@@ -34,6 +35,7 @@ from .teacher import TeacherState, reshard
 if TYPE_CHECKING:
     from .inference import Inference, InferenceConfig
 
+T = TypeVar("T")
 ROW_MULTIPLE = 128
 """Row widths are rounded up to it: the block of flex attention's masks, and few enough shapes for
 compiled kernels. Layouts that split rows need a multiple of it."""
@@ -189,10 +191,19 @@ class Engine(abc.ABC):
         checkpoints.load(checkpoints.undamaged(step))
         cls.export_policy(policy, config, folder, adapters=adapters)
 
-    def export(self, folder: str, *, adapters: bool = False) -> None:
+    def export(
+        self, folder: str, *, adapters: bool = False, dtype: ExportDtype | None = None
+    ) -> None:
         """Write a Hugging Face folder that transformers loads: weights (adapters merged), configs,
-        tokenizer; or, with ``adapters``, a PEFT folder of the adapters alone."""
-        self.export_policy(self.policy, self.config, folder, adapters=adapters)
+        tokenizer; or, with ``adapters``, a PEFT folder of the adapters alone.
+
+        Args:
+            dtype: of the weights; None: ``checkpoint.export_dtype``.
+        """
+        checkpoint = self.config.checkpoint
+        checkpoint = replace(checkpoint, export_dtype=dtype or checkpoint.export_dtype)
+        config = replace(self.config, checkpoint=checkpoint)
+        self.export_policy(self.policy, config, folder, adapters=adapters)
 
     @abc.abstractmethod
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -261,6 +272,19 @@ class Engine(abc.ABC):
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, any that can be pickled, in their order, on every rank."""
         return [value]
+
+    def on_main(self, make: Callable[[], T]) -> T:
+        """What the main rank makes, or its `SdpoError`, on all ranks."""
+        made: Any = None
+        if self.ranks.is_main:
+            try:
+                made = make()
+            except SdpoError as error:
+                made = error
+        made = self.gather(made)[0]
+        if isinstance(made, SdpoError):
+            raise made
+        return made
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over ranks with tokens of their own: tensor ranks count once."""

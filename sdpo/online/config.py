@@ -7,6 +7,7 @@ from ..errors import SdpoError
 from ..objective import SampledToken
 from ..train.config import RunConfig
 from .sampler import SamplingConfig
+from .serving.config import VLLM, AnySampler, InProcess
 from .users.config import AnyUser, RuleUser
 
 
@@ -104,6 +105,8 @@ class OnlineConfig(RunConfig):
     user: AnyUser = field(default_factory=RuleUser)
     """How personas come to answer: by a rule, played by a model, or from a recording."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampler: AnySampler = field(default_factory=InProcess)
+    """Where answers come from: the model in this process, or vLLM servers."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     brakes: BrakeConfig = field(default_factory=BrakeConfig)
@@ -129,6 +132,12 @@ class OnlineConfig(RunConfig):
             raise SdpoError(
                 "ppo_clip and importance_clip take the ratio to the sampling distribution, which "
                 "top_p or top_k cut off: use sampling.top-p 1 and sampling.top-k 0, or no clip"
+            )
+        sampler, trained = self.sampler, self.lora.rank > 0
+        if isinstance(sampler, VLLM) and sampler.sync == "adapters" and not trained:
+            raise SdpoError(
+                'sampler.sync = "adapters" is for runs that train adapters: set lora.rank, or use '
+                '"weights"'
             )
         if self.hindsight.max_response_tokens < self.sampling.max_new_tokens:
             raise SdpoError(

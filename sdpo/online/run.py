@@ -15,7 +15,7 @@ from sdpo_parallel.engine import Engine
 from sdpo_parallel.huggingface import load_tokenizer
 
 from ..batching import Cursor
-from ..chat import chat_format, today
+from ..chat import ChatFormat, chat_format, today
 from ..errors import SdpoError
 from ..interactions import Interaction
 from ..io.files import sha256
@@ -28,6 +28,8 @@ from .config import OnlineConfig
 from .evaluate import Answer
 from .prompts import Prompt, read_prompts
 from .sampler import InProcessSampler, Sampler
+from .serving.config import InProcess
+from .serving.sampler import VLLMSampler
 from .snapshots import GOOD, Snapshot, find_snapshot, go_back
 from .talk import Brake, Talk
 from .users.base import User
@@ -56,6 +58,8 @@ def online(config: OnlineConfig, *, resume: bool = False) -> Path | None:
         finally:
             for user in talk.users:
                 user.close()
+            if talk.sampler is not None:
+                talk.sampler.close()
         engine.close()
     return export if finished else None
 
@@ -106,7 +110,7 @@ def _prepare(run: RunFolder[OnlineConfig]) -> tuple[Trainer, Talk]:
     if local.replay is None:
         if engine.ranks.is_main:
             users = [build_user(local.user, persona, folder=folder) for persona in personas]
-        sampler = InProcessSampler(local.sampling, engine, local.model, chat, local.parallel)
+        sampler = build_sampler(local, engine, chat)
     talk = Talk(
         replace(local, hindsight=run.config.hindsight),
         folder,
@@ -133,6 +137,17 @@ def _prepare(run: RunFolder[OnlineConfig]) -> tuple[Trainer, Talk]:
         talk.remember([first, good])
         engine.save(0, checkpoint_manifest(trainer, {}), wait=True)
     return trainer, talk
+
+
+def build_sampler(config: OnlineConfig, engine: Engine, chat: ChatFormat) -> Sampler:
+    """The sampler of a run's config, with the engine's weights.
+
+    Raises:
+        SdpoError: a server that it names is not there or lacks something.
+    """
+    if isinstance(config.sampler, InProcess):
+        return InProcessSampler(config.sampling, engine, config.model, chat, config.parallel)
+    return VLLMSampler(config, config.sampler, engine, chat)
 
 
 def split(prompts: Sequence[Prompt], config: OnlineConfig) -> tuple[list[Prompt], list[Prompt]]:

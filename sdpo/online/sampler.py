@@ -114,6 +114,10 @@ class Sampler(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of what it holds."""
+        ...
+
 
 class InProcessSampler:
     """A copy of the model on each rank, and transformers' ``generate``. Ranks share the prompts.
@@ -180,6 +184,9 @@ class InProcessSampler:
         for others in self.gather(found):
             found |= others
         return [found[i] for i in range(len(prompts))]
+
+    def close(self) -> None:
+        pass
 
     @torch.no_grad()
     def _generate(

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -117,7 +116,7 @@ class Talk:
     def _records(self, update: int, place: Place) -> tuple[list[Record], dict[str, float]]:
         """Those that are written down, or new ones."""
         source = Path(self.config.replay or self.folder)
-        found = self._on_main(lambda: read_update(source, update))
+        found = self.engine.on_main(lambda: read_update(source, update))
         if found is not None:
             return found, {}
         if self.sampler is None:
@@ -125,13 +124,15 @@ class Talk:
         began = time.perf_counter()
         if self.sampler.version != update - 1:
             self.sampler.update(self.engine, update - 1)
+        synced = time.perf_counter()
         prompts = [self.prompts[i] for i in self._places(update, place)]
         seeds = [self._seed(update, slot) for slot in range(len(prompts))]
         rollouts = self.sampler.sample(self._ids(prompts), seeds)
         sampled = time.perf_counter()
-        records = self._on_main(lambda: self._answered(update, place, prompts, rollouts))
+        records = self.engine.on_main(lambda: self._answered(update, place, prompts, rollouts))
         seconds = {
-            "seconds/rollouts": sampled - began,
+            "seconds/sync": synced - began,
+            "seconds/rollouts": sampled - synced,
             "seconds/user": time.perf_counter() - sampled,
         }
         return records, seconds
@@ -208,19 +209,6 @@ class Talk:
     def _text(self, rollout: Rollout) -> str:
         return str(self.tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True)).strip()
 
-    def _on_main(self, make: Any) -> Any:
-        """What the main rank makes, on all ranks; so is its error."""
-        made: Any = None
-        if self.engine.ranks.is_main:
-            try:
-                made = make()
-            except SdpoError as error:
-                made = error
-        made = self.engine.gather(made)[0]
-        if isinstance(made, SdpoError):
-            raise made
-        return made
-
     def _check_agreement(self, records: Sequence[Record]) -> None:
         """A recording's answers are of a model with this vocabulary."""
         for record in records:
@@ -235,16 +223,18 @@ class Talk:
     def first_answers(self) -> list[Answer]:
         """What the policy answers to the held-out prompts before its first update. To be called
         before the run goes on from a checkpoint."""
-        if not self._on_main(lambda: self.evaluations.read(0)):
+        if not self.engine.on_main(lambda: self.evaluations.read(0)):
             self._evaluate(0)
-        return self._on_main(lambda: self.evaluations.answers_at(0))
+        return self.engine.on_main(lambda: self.evaluations.answers_at(0))
 
     def resumed(self) -> None:
         """The run is where its newest checkpoint is."""
         step = self.state.step
-        self.seen = self._on_main(lambda: self.evaluations.read(step))
-        self.attempt = self._on_main(lambda: attempts(self.folder))
-        self.first_entropy = self._on_main(lambda: first_entropy(self.folder)) if step else 0.0
+        self.seen = self.engine.on_main(lambda: self.evaluations.read(step))
+        self.attempt = self.engine.on_main(lambda: attempts(self.folder))
+        self.first_entropy = (
+            self.engine.on_main(lambda: first_entropy(self.folder)) if step else 0.0
+        )
         self.engine.checkpoints.pinned = {s.step for s in read_snapshots(self.folder)}
 
     def look(self, step: int, row: Mapping[str, float]) -> Looked:
@@ -256,9 +246,10 @@ class Talk:
         due = step % self.config.evaluate.every == 0 or place.is_last
         metrics: dict[str, float] = {}
         if due and self.held_out and self.sampler is not None:
+            began = time.perf_counter()
             self.sampler.update(self.engine, step)
             now = self._evaluate(step)
-            metrics = now.metrics()
+            metrics = now.metrics() | {"seconds/evaluate": time.perf_counter() - began}
             if why := tripped(self.config.brakes, self.seen, row, self.first_entropy):
                 return Looked(metrics, keep=True, why_end=Brake(f"update {step}: {why}"))
         elif not place.is_last:

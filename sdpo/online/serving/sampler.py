@@ -1,0 +1,334 @@
+"""Answers from vLLM servers, which are given the policy's weights after each update.
+
+    update    the policy's weights -> a folder of their own -> into each server
+    sample    prompts' ids -> the servers -> answers' ids and log-probabilities
+
+Prompts and answers travel as token ids, so that no server's template or tokenizer can differ from
+the trainer's. What a server has is never taken for granted: each answer names the weights that made
+it, and one that comes from others than asked for (a server was restarted, say) is thrown away, the
+weights are sent again, and the prompt is asked again.
+"""
+
+import asyncio
+import os
+import sys
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+
+from sdpo_parallel.config import ExportDtype
+from sdpo_parallel.engine import Engine
+
+from ...chat import ChatFormat
+from ...errors import SdpoError
+from ..config import OnlineConfig
+from ..sampler import Rollout
+from .check import Needs, complaints
+from .config import VLLM
+from .folders import Versions, check_weights, tensors
+from .server import Away, Generated, Server, Unknown
+
+
+class _Version(NamedTuple):
+    """Weights on their way: after so many updates, what servers call them, and where they are."""
+
+    number: int
+    label: str
+    folder: Path
+
+
+class _Stale(Exception):
+    """An answer from other weights than those asked for."""
+
+
+@dataclass
+class _Place:
+    """What is known of a server from one call to the next.
+
+    Attributes:
+        has: the weights that were sent to it last, and arrived.
+        sure: nothing has happened since.
+        met: it was checked.
+        failures: in a row.
+        not_before: seconds of the monotonic clock until which it is left alone.
+        reason: of the last failure.
+    """
+
+    url: str
+    has: _Version | None = None
+    sure: bool = False
+    met: bool = False
+    failures: int = 0
+    not_before: float = 0.0
+    reason: str = ""
+
+    def failed(self, error: Exception) -> None:
+        """Leave it alone for a while, and make sure of it then."""
+        self.failures += 1
+        self.not_before = time.monotonic() + min(0.25 * 2**self.failures, 8.0)
+        self.reason, self.sure = str(error), False
+
+
+class _Job(NamedTuple):
+    """A prompt to be answered."""
+
+    place: int
+    prompt: Sequence[int]
+    sampling: dict[str, Any]
+
+
+@dataclass
+class _Round:
+    """What the workers of one call of ``sample`` share."""
+
+    jobs: asyncio.Queue[_Job]
+    began: float
+    found: dict[int, Rollout] = field(default_factory=dict)
+    last_good: dict[str, float] = field(default_factory=dict)
+
+
+class VLLMSampler:
+    """A `Sampler` of vLLM servers. The main rank talks to them; all ranks export the weights.
+
+    Args:
+        config: of the run.
+        servers: where they are, and what they are sent: the config's sampler.
+        engine: its weights are sent at once.
+        chat: of the model's tokenizer: says which tokens end an answer.
+
+    Raises:
+        SdpoError: a server lacks something that the run needs, or the key for it is not set.
+    """
+
+    def __init__(self, config: OnlineConfig, servers: VLLM, engine: Engine, chat: ChatFormat):
+        self.config, self.servers, self.base = config.sampling, servers, Path(config.model)
+        self.on_main, self.end_ids = engine.on_main, chat.end_ids
+        self.dtype: ExportDtype = config.parallel.resolve_dtype(engine.device.type)
+        self.versions = Versions(Path(servers.folder or Path(config.out) / "serving"))
+        self.adapters = servers.sync == "adapters"
+        self.needs = Needs(
+            adapters=self.adapters,
+            rank=config.lora.rank,
+            raw_logprobs=config.sampling.from_policy,
+            tokens=config.hindsight.max_prompt_tokens + config.sampling.max_new_tokens,
+        )
+        self.key = self.on_main(lambda: key_of(servers))
+        self.run = self.on_main(lambda: uuid.uuid4().hex[:8])
+        self.places = [_Place(url.rstrip("/")) for url in servers.urls]
+        self.names: dict[str, str] = {}
+        self.labels: dict[str, int] = {}
+        self.wanted: _Version | None = None
+        self.version = -1
+        self.on_main(lambda: self.versions.keep(()))
+        self.update(engine, 0)
+
+    def update(self, engine: Engine, version: int) -> None:
+        label = f"{self.run}-{version}"
+        new = _Version(version, label, self.versions.of(label))
+        engine.export(str(new.folder), adapters=self.adapters, dtype=self.dtype)
+        self.on_main(lambda: self._deploy(new))
+        self.version = version
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, greedy: bool = False
+    ) -> list[Rollout]:
+        jobs = [
+            _Job(i, prompt, self._sampling(seed, greedy))
+            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        ]
+        found = self.on_main(lambda: asyncio.run(self._with_client(self._all, jobs)))
+        return [found[i] for i in range(len(prompts))]
+
+    def close(self) -> None:
+        """Remove what was written for the servers. They keep what they have read."""
+        self.on_main(lambda: self.versions.keep(()))
+
+    # Weights
+
+    def _deploy(self, new: _Version) -> None:
+        """Check what was written, and give it to all servers that can be reached."""
+        if self.adapters:
+            tensors(new.folder)
+        else:
+            check_weights(new.folder, self.base)
+        before, self.wanted = self.wanted, new
+        self.labels[new.label] = new.number
+        asyncio.run(self._with_client(self._everywhere))
+        self.versions.keep([v.label for v in (before, new) if v is not None])
+
+    async def _everywhere(self, client: httpx.AsyncClient) -> None:
+        async def bring(place: _Place) -> None:
+            try:
+                await self._bring(Server(place.url, client), place)
+            except Away as error:  # `sample` tries again
+                place.failed(error)
+                print(f"sdpo: {error}: it is left out until it is back", file=sys.stderr)
+
+        await asyncio.gather(*map(bring, self.places))
+
+    async def _bring(self, server: Server, place: _Place) -> None:
+        """Let a server have the newest weights, and be sure of it."""
+        wanted = self.wanted
+        assert wanted is not None
+        if place.sure and place.has == wanted:
+            return
+        if not place.met:
+            await self._meet(server, place)
+        if place.has != wanted or not await self._still_has(server, wanted):
+            before, place.has = place.has, None
+            if self.adapters:
+                await server.load_adapter(wanted.label, wanted.folder)
+                await self._unload(server, but=wanted.label)
+            else:
+                there = self.base if before is None else before.folder
+                await server.load_weights(wanted.folder, wanted.label, there)
+            place.has = wanted
+        place.sure = True
+
+    async def _still_has(self, server: Server, wanted: _Version) -> bool:
+        if self.adapters:
+            return (await server.adapters()).get(wanted.label) == str(wanted.folder)
+        if await server.label() != wanted.label:
+            return False
+        await server.resume()  # it may have been lost behind the label
+        return True
+
+    async def _meet(self, server: Server, place: _Place) -> None:
+        """See whether a server can do what the run needs of it."""
+        if found := await complaints(server, self.needs):
+            raise SdpoError(f"{server.url}: " + "; ".join(found))
+        self.names[place.url] = (await server.base())[0]
+        if self.adapters:
+            await server.resume()  # a run that was killed may have paused it
+            await self._unload(server)
+        place.met = True
+
+    async def _unload(self, server: Server, but: str = "") -> None:
+        """Unload this run's adapters, those of a killed process of it included."""
+        for name, root in (await server.adapters()).items():
+            if name != but and Path(root).parent == self.versions.root:
+                await server.unload_adapter(name)
+
+    # Answers
+
+    def _sampling(self, seed: int, greedy: bool) -> dict[str, Any]:
+        """All of vLLM's SamplingParams that change an answer, so that no default of the server or
+        of the model's folder does."""
+        config = self.config
+        drawn = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
+        return (drawn if not greedy else {"temperature": 0.0, "top_p": 1.0, "top_k": 0}) | {
+            "n": 1,
+            "min_p": 0.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "repetition_penalty": 1.0,
+            "seed": seed % 2**63,
+            "max_tokens": config.max_new_tokens,
+            "min_tokens": 0,
+            "stop_token_ids": sorted(self.end_ids),
+            "ignore_eos": False,
+            "logprobs": 0,
+        }
+
+    async def _all(self, client: httpx.AsyncClient, jobs: Sequence[_Job]) -> dict[int, Rollout]:
+        """Every job's answer, whichever server gives it."""
+        shared = _Round(asyncio.Queue(), time.monotonic())
+        for job in jobs:
+            shared.jobs.put_nowait(job)
+        workers = [
+            asyncio.create_task(self._work(Server(place.url, client), place, lock, shared))
+            for place, lock in ((place, asyncio.Lock()) for place in self.places)
+            for _ in range(min(self.servers.concurrency, len(jobs)))
+        ]
+        answered = asyncio.create_task(shared.jobs.join())
+        try:
+            await self._until(answered, workers)
+        finally:
+            for task in (answered, *workers):
+                task.cancel()
+            await asyncio.gather(answered, *workers, return_exceptions=True)
+        return shared.found
+
+    async def _until(self, answered: asyncio.Task, workers: list[asyncio.Task]) -> None:
+        """Until all is answered, a worker fails for good, or all have given up."""
+        waiting = set(workers)
+        while not answered.done():
+            if not waiting:
+                told = "; ".join(place.reason for place in self.places)
+                raise SdpoError(
+                    f"no server has answered for {self.servers.patience:.0f} s (sampler.patience): "
+                    f"{told}. Start one again and resume the run: no answer that was trained on "
+                    "is lost"
+                )
+            done, _ = await asyncio.wait({answered, *waiting}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done - {answered}:
+                waiting.discard(task)
+                task.result()  # raises what it failed of
+
+    async def _work(
+        self, server: Server, place: _Place, lock: asyncio.Lock, shared: _Round
+    ) -> None:
+        """Answer what is waiting, one job after the other, while the server lives."""
+        url, patience = place.url, self.servers.patience
+        while True:
+            while (wait := place.not_before - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            job = await shared.jobs.get()
+            try:
+                async with lock:
+                    await self._bring(server, place)
+                model = self.model_of(place)
+                out = await server.generate(model, job.prompt, job.sampling)
+                shared.found[job.place] = self._rollout(out, model)
+                shared.last_good[url] = time.monotonic()
+                place.failures = 0
+            except (Away, Unknown, _Stale) as error:
+                shared.jobs.put_nowait(job)
+                if time.monotonic() >= place.not_before:  # others may have told of the same failure
+                    place.failed(error)
+                    place.met = False
+                if time.monotonic() - shared.last_good.get(url, shared.began) > patience:
+                    return
+            finally:
+                shared.jobs.task_done()
+
+    def model_of(self, place: _Place) -> str:
+        """The name of the model to ask a server for."""
+        assert self.wanted is not None
+        return self.wanted.label if self.adapters else self.names[place.url]
+
+    def _rollout(self, out: Generated, model: str) -> Rollout:
+        labels = {model} if self.adapters else {span.label for span in out.spans}
+        if unknown := [label for label in labels if label not in self.labels]:
+            raise _Stale(f"answered with weights {unknown[0]!r}, which this run did not send")
+        return Rollout(
+            token_ids=out.token_ids,
+            logprobs=tuple(min(x, 0.0) for x in out.logprobs),
+            finished=out.finished,
+            version=min(self.labels[label] for label in labels if label is not None),
+        )
+
+    async def _with_client(self, call: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+        """``call(client, …)``, with connections of its own."""
+        headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        timeout = httpx.Timeout(self.servers.timeout, connect=10.0)
+        async with httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits) as client:
+            return await call(client, *args)
+
+
+def key_of(servers: VLLM) -> str:
+    """What a server wants to see; "" for nothing.
+
+    Raises:
+        SdpoError: the environment variable that should hold it is not set.
+    """
+    name = servers.key_variable
+    if name and not os.environ.get(name):
+        raise SdpoError(f"sampler.key_variable: the environment variable {name} is not set")
+    return os.environ[name] if name else ""
