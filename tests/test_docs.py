@@ -30,7 +30,8 @@ MODULE = re.compile(r"\b(?:sdpo|sdpo_parallel|sdpo_kernels|benchmarks)(?:\.(?!NA
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*[a-z\d]")
 COMMAND = re.compile(r"^(?:sdpo (data \w+|[a-z-]+)|(?:sbatch \S+ )?parallel/launch/\S+)(.*)", re.M)
 OF_OTHERS = {"--shutdown-timeout", "--kill"}
-"""Flags of torchrun and of a benchmark."""
+OF_OTHERS |= {"--api-key", "--generation-config", "--tensor-parallel-size"}
+"""Flags of torchrun, of a benchmark, and of vLLM."""
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 

