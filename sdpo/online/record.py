@@ -33,6 +33,7 @@ ROLLOUTS = pa.schema(
         ("completion_logprobs", pa.list_(pa.float64())),
         ("finished", pa.bool_()),
         ("version", pa.int64()),
+        ("versions", pa.list_(pa.int64())),
         ("reply_source", pa.string()),
         ("dropped", pa.string()),
         ("satisfied", pa.bool_()),
@@ -40,7 +41,8 @@ ROLLOUTS = pa.schema(
     ]
 )
 """Columns of a file of rollouts. ``messages``: prompt, answer and, unless the user was silent, the
-follow-up. ``version``: updates behind the weights that answered. ``dropped``: why it is not trained
+follow-up. ``version``: updates behind the oldest weights that answered;
+``versions``: behind those that made each token. ``dropped``: why it is not trained
 on; null: it is. ``satisfied``, ``score``: by the persona's rule, where it has one."""
 _TURN = pa.struct([("from", pa.string()), ("value", pa.string())])
 _PROMPT_TURN = pa.struct([("from", pa.string()), ("value", pa.string()), *_OF_TOOLS])
@@ -71,11 +73,16 @@ class Record:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finished: bool
-    version: int
+    versions: tuple[int, ...]
     reply_source: str
     dropped: str | None
     satisfied: bool | None
     score: float | None = None
+
+    @property
+    def version(self) -> int:
+        """Of the oldest weights that it comes from."""
+        return min(self.versions)
 
     def interaction(self) -> Interaction:
         """What is trained on, where nothing is in the way."""
@@ -138,6 +145,7 @@ def _row(r: Record) -> dict:
         "completion_logprobs": r.logprobs,
         "finished": r.finished,
         "version": r.version,
+        "versions": r.versions,
         "reply_source": r.reply_source,
         "dropped": r.dropped,
         "satisfied": r.satisfied,
@@ -154,13 +162,14 @@ def _record(row: dict) -> Record:
     said = prompt_of(row["messages"])
     silent = said[-1].role == "assistant"
     at = len(said) - (1 if silent else 2)
-    kept = "id", "update", "phase", "persona", "prompt_id", "finished", "version"
+    kept = "id", "update", "phase", "persona", "prompt_id", "finished"
     return Record(
         **{name: row[name] for name in (*kept, "reply_source", "dropped", "satisfied", "score")},
         prompt=said[:at],
         answer=said[at].content,
         followup=None if silent else said[-1].content,
         token_ids=tuple(row["completion_token_ids"]),
+        versions=tuple(row["versions"]),
         logprobs=tuple(row["completion_logprobs"]),
     )
 

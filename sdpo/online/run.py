@@ -5,6 +5,7 @@ prompts, users, sampler -> talk -> the trainer's steps -> evaluations, snapshots
 
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,16 +51,12 @@ def online(config: OnlineConfig, *, resume: bool = False) -> Path | None:
         trainer, talk = _prepare(run)
         engine, export = trainer.engine, Path(config.out) / "export"
         try:
-            finished = take_steps(trainer)
-            if finished:
-                engine.export(str(export))
+            with closing(talk):  # before what it may still write is put aside
+                finished = take_steps(trainer)
         except Brake as brake:
             raise _gone_back(engine, talk, export, brake) from None
-        finally:
-            for user in talk.users:
-                user.close()
-            if talk.sampler is not None:
-                talk.sampler.close()
+        if finished:
+            engine.export(str(export))
         engine.close()
     return export if finished else None
 

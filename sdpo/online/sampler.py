@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -82,13 +82,13 @@ class Rollout:
         logprobs: of each token under the distribution it was drawn from, in nats; of the policy's
             own where the answer is greedy.
         finished: it ended by itself, and was not cut.
-        version: of the weights: the number of updates behind them.
+        versions: of the weights that made each token: the number of updates behind them.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finished: bool
-    version: int
+    versions: tuple[int, ...]
 
 
 class Sampler(Protocol):
@@ -116,6 +116,20 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Let go of what it holds."""
+        ...
+
+
+@runtime_checkable
+class RemoteSampler(Sampler, Protocol):
+    """One that answers elsewhere, so that it may do so while the ranks train."""
+
+    staleness: int
+    """Updates that may be made meanwhile; 0: none."""
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, greedy: bool = False
+    ) -> list[Rollout]:
+        """What ``sample`` gives, on the main rank alone and in any thread."""
         ...
 
 
@@ -214,7 +228,7 @@ class InProcessSampler:
             token_ids=tuple(ids[:n]),
             logprobs=tuple(min(x, 0.0) for x in logprobs[:n]),
             finished=bool(ends),
-            version=self.version,
+            versions=(self.version,) * n,
         )
 
 

@@ -3,17 +3,21 @@
     prompts -> answers of the policy as it is -> the user's replies -> guardrails -> interactions
 
 A step is asked for when the update before it has been made, so each one's answers come from the
-newest weights. What was said is written down before it is trained on; a run that goes on after a
-kill takes what it finds written instead of asking again.
+newest weights; or, where the sampler is elsewhere and may lag behind, from weights that are so many
+updates older, and the next ones are under way while this one trains. What was said is written down
+before it is trained on; a run that goes on after a kill takes what it finds written instead of
+asking again.
 """
 
 import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -33,7 +37,7 @@ from .evaluate import Answer, Evaluation, Evaluations, evaluation, tripped
 from .measures import leaks
 from .prompts import Order, Prompt
 from .record import Record, read_update, write_update
-from .sampler import Rollout, Sampler
+from .sampler import RemoteSampler, Rollout, Sampler
 from .snapshots import GOOD, Snapshot, attempts, read_snapshots, write_snapshots
 from .users.base import Exchange, Reply, User
 from .users.personas import Persona
@@ -61,6 +65,17 @@ def place_of(schedule: Sequence[Phase], update: int) -> Place:
             return Place(phase=index, number=number, is_last=number == phase.updates - 1)
         before += phase.updates
     raise ValueError(f"update {update} is beyond the schedule's {before}")
+
+
+class Said(NamedTuple):
+    """What was said in an update, and when: seconds of one clock."""
+
+    records: list[Record]
+    began: float
+    sampled: float
+    ended: float
+    idle: float
+    """Seconds that the sampler had nothing to do before."""
 
 
 @dataclass
@@ -93,7 +108,9 @@ class Talk:
         self.order = Order(len(self.prompts), self.config.batch.seed)
         self.evaluations = Evaluations(self.folder)
         self.seen: list[Evaluation] = []
-        self.first_entropy, self.attempt = 0.0, 0
+        self.first_entropy, self.attempt, self.sampled = 0.0, 0, 0.0
+        self.asked: dict[int, Future[Said]] = {}
+        self.pool = ThreadPoolExecutor(1)
         self.vocabulary: int = read_config(self.config.model)["vocab_size"]
 
     def __iter__(self) -> Iterator[Step]:
@@ -116,7 +133,9 @@ class Talk:
     def _records(self, update: int, place: Place) -> tuple[list[Record], dict[str, float]]:
         """Those that are written down, or new ones."""
         source = Path(self.config.replay or self.folder)
-        found = self.engine.on_main(lambda: read_update(source, update))
+        found = self.engine.on_main(
+            lambda: None if update in self.asked else read_update(source, update)
+        )
         if found is not None:
             return found, {}
         if self.sampler is None:
@@ -125,17 +144,47 @@ class Talk:
         if self.sampler.version != update - 1:
             self.sampler.update(self.engine, update - 1)
         synced = time.perf_counter()
-        prompts = [self.prompts[i] for i in self._places(update, place)]
-        seeds = [self._seed(update, slot) for slot in range(len(prompts))]
-        rollouts = self.sampler.sample(self._ids(prompts), seeds)
-        sampled = time.perf_counter()
-        records = self.engine.on_main(lambda: self._answered(update, place, prompts, rollouts))
+        if isinstance(self.sampler, RemoteSampler) and self.sampler.staleness:
+            said = self.engine.on_main(lambda: self._ahead(update))
+        else:
+            said = self._said(update, self.sampler.sample, self.engine.on_main)
+        now = time.perf_counter()
         seconds = {
             "seconds/sync": synced - began,
-            "seconds/rollouts": sampled - synced,
-            "seconds/user": time.perf_counter() - sampled,
+            "seconds/rollouts": said.sampled - said.began,
+            "seconds/user": said.ended - said.sampled,
+            "seconds/learner_idle": now - synced,
+            "seconds/sampler_idle": said.idle,
         }
-        return records, seconds
+        return said.records, seconds
+
+    def _ahead(self, update: int) -> "Said":
+        """An update's records, asked for as early as the bound lets; so are later ones. On the main
+        rank."""
+        sampler = self.sampler
+        assert isinstance(sampler, RemoteSampler)
+        for later in range(update, min(update + sampler.staleness, self.steps) + 1):
+            if later not in self.asked and read_update(self.folder, later) is None:
+                work = self.pool.submit(self._said, later, sampler.answers, lambda make: make())
+                self.asked[later] = work
+        return self.asked.pop(update).result()
+
+    def _said(self, update: int, answer: Any, on_main: Any) -> "Said":
+        """Prompts, answers, replies, written down.
+
+        Args:
+            answer: the sampler's method.
+            on_main: `Engine.on_main`, or on the main rank alone a call.
+        """
+        began = time.perf_counter()
+        place = place_of(self.schedule, update)
+        prompts = [self.prompts[i] for i in self._places(update, place)]
+        seeds = [self._seed(update, slot) for slot in range(len(prompts))]
+        rollouts = answer(self._ids(prompts), seeds)
+        sampled, idle = time.perf_counter(), began - (self.sampled or began)
+        records = on_main(lambda: self._answered(update, place, prompts, rollouts))
+        self.sampled = sampled
+        return Said(records, began, sampled, time.perf_counter(), idle)
 
     def _answered(
         self, update: int, place: Place, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]
@@ -184,7 +233,7 @@ class Talk:
             token_ids=rollout.token_ids,
             logprobs=rollout.logprobs,
             finished=rollout.finished,
-            version=rollout.version,
+            versions=rollout.versions,
             reply_source=reply.source,
             dropped=why_dropped(self.config, exchange, reply),
             satisfied=persona.satisfied(*judged) if known else None,
@@ -217,6 +266,14 @@ class Talk:
                     f"{record.id}: token {largest} is beyond the model's vocabulary of "
                     f"{self.vocabulary}: the recording is of another model"
                 )
+
+    def close(self) -> None:
+        """Let what is under way come to its end, and go."""
+        self.pool.shutdown(cancel_futures=True)
+        for user in self.users:
+            user.close()
+        if self.sampler is not None:
+            self.sampler.close()
 
     # Between updates
 
@@ -312,7 +369,7 @@ class Talk:
         gap, limit = row.get("sampler/gap"), sampling.max_gap
         if gap is None or limit is None or not sampling.from_policy or gap <= limit:
             return None
-        if self.sampler is None:  # another policy's answers, after the first update
+        if self.sampler is None or row["rollouts/staleness"]:  # another policy's answers
             return None
         return SdpoError(
             f"the sampler's log-probabilities are {gap:.3f} nats from the trainer's in the mean, "

@@ -45,6 +45,9 @@ TEXTS = (
 RANK = 8
 NEAR = 1e-3
 """Nats between the server's and transformers' log-probabilities, in float32."""
+COMMON = ["--sampling.temperature", "1.0", "--batch.interactions-per-step", "6"]
+COMMON += ["--sampling.max-new-tokens", "24", "--hindsight.max-hindsight-prompt-tokens", "400"]
+COMMON += ["--hindsight.max-prompt-tokens", "300"]
 STARTS = 300.0
 """Seconds that a server may take to come up."""
 
@@ -320,10 +323,7 @@ def test_a_run_goes_on_while_its_server_is_killed_and_started_again(server, smol
     prompts = online.make_prompts(tmp_path / "prompts.txt", 24)
     (tmp_path / "run.toml").write_text(f'[sampler]\nkind = "VLLM"\nurls = ["{server.url}"]\n')
     out = tmp_path / "run"
-    common = ["--engine", "transformers", "--objective.hindsight-temperature", "1.0"]
-    common += ["--sampling.temperature", "1.0", "--batch.interactions-per-step", "6"]
-    common += ["--sampling.max-new-tokens", "24", "--hindsight.max-hindsight-prompt-tokens", "400"]
-    common += ["--hindsight.max-prompt-tokens", "300"]
+    common = ["--engine", "transformers", *COMMON]
     how = {"phases": ("concise:3",)}
     argv = online.command(
         smollm2, prompts, out, "--config", str(tmp_path / "run.toml"), *common, **how
@@ -350,6 +350,23 @@ def test_a_run_goes_on_while_its_server_is_killed_and_started_again(server, smol
     subprocess.run(again, env={**os.environ, **runs.ENV}, check=True, capture_output=True)
     for row, replayed in zip(rows, runs.read_metrics(tmp_path / "again"), strict=True):
         assert replayed["loss"] == pytest.approx(row["loss"], abs=1e-4)
+
+
+def test_a_run_that_samples_while_it_trains_is_never_further_behind_than_it_may(
+    server, smollm2, tmp_path
+):
+    prompts = online.make_prompts(tmp_path / "prompts.txt", 24)
+    (tmp_path / "run.toml").write_text(
+        f'[sampler]\nkind = "VLLM"\nurls = ["{server.url}"]\nstaleness = 1\n'
+        '[objective]\nkind = "SampledToken"\nimportance_clip = 2.0\n'
+    )
+    common = ["--engine", "transformers", "--config", str(tmp_path / "run.toml"), *COMMON]
+    rows = online.online(smollm2, prompts, tmp_path / "run", *common, phases=("concise:3",))
+    assert [row["rollouts/staleness"] for row in rows] == [0, 1, 1]
+    assert rows[0]["sampler/gap"] < NEAR < rows[2]["sampler/gap"] < 0.5
+    said = online.records(tmp_path / "run")
+    assert len({r.id for r in said}) == 18
+    assert all(r.update - 2 <= v < r.update for r in said for v in r.versions)
 
 
 def wait_for(path: Path, run: subprocess.Popen) -> None:

@@ -23,6 +23,9 @@ class VLLM:
     ``lora.rank``."""
     folder: str | None = None
     """Where weights are written for the servers; none: ``serving`` in the run's folder."""
+    staleness: int = 0
+    """Updates that may be made between the weights that answer and the update that learns from it,
+    beyond the one: 0 waits for each update; more let servers answer while the learner trains."""
     concurrency: int = 32
     """Requests that a server has at a time."""
     timeout: float = 600.0
@@ -42,6 +45,8 @@ class VLLM:
                 raise SdpoError(f"sampler.urls: leave out the path of {url}")
         if len(set(self.urls)) < len(self.urls):
             raise SdpoError("sampler.urls: a server is named twice")
+        if self.staleness < 0:
+            raise SdpoError(f"sampler.staleness must not be negative, got {self.staleness}")
         for name in ("concurrency", "timeout", "patience"):
             if not getattr(self, name) > 0:
                 raise SdpoError(f"sampler.{name} must be positive, got {getattr(self, name)}")

@@ -12,12 +12,14 @@ weights are sent again, and the prompt is asked again.
 import asyncio
 import os
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import httpx
 
@@ -31,7 +33,9 @@ from ..sampler import Rollout
 from .check import Needs, complaints
 from .config import VLLM
 from .folders import Versions, check_weights, tensors
-from .server import Away, Generated, Server, Unknown
+from .server import Away, Generated, Server, Span, Unknown
+
+T = TypeVar("T")
 
 
 class _Version(NamedTuple):
@@ -48,18 +52,21 @@ class _Stale(Exception):
 
 @dataclass
 class _Place:
-    """What is known of a server from one call to the next.
+    """A server, and what is known of it.
 
     Attributes:
+        lock: held while it is given weights.
         has: the weights that were sent to it last, and arrived.
         sure: nothing has happened since.
-        met: it was checked.
+        met: it was checked, and its model's name is known.
         failures: in a row.
         not_before: seconds of the monotonic clock until which it is left alone.
         reason: of the last failure.
     """
 
-    url: str
+    server: Server
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    name: str = ""
     has: _Version | None = None
     sure: bool = False
     met: bool = False
@@ -71,7 +78,7 @@ class _Place:
         """Leave it alone for a while, and make sure of it then."""
         self.failures += 1
         self.not_before = time.monotonic() + min(0.25 * 2**self.failures, 8.0)
-        self.reason, self.sure = str(error), False
+        self.reason, self.sure, self.met = str(error), False, False
 
 
 class _Job(NamedTuple):
@@ -107,7 +114,9 @@ class VLLMSampler:
 
     def __init__(self, config: OnlineConfig, servers: VLLM, engine: Engine, chat: ChatFormat):
         self.config, self.servers, self.base = config.sampling, servers, Path(config.model)
-        self.on_main, self.end_ids = engine.on_main, chat.end_ids
+        self.patience = servers.patience
+        self.on_main, self.is_main = engine.on_main, engine.ranks.is_main
+        self.end_ids = chat.end_ids
         self.dtype: ExportDtype = config.parallel.resolve_dtype(engine.device.type)
         self.versions = Versions(Path(servers.folder or Path(config.out) / "serving"))
         self.adapters = servers.sync == "adapters"
@@ -119,12 +128,20 @@ class VLLMSampler:
         )
         self.key = self.on_main(lambda: key_of(servers))
         self.run = self.on_main(lambda: uuid.uuid4().hex[:8])
-        self.places = [_Place(url.rstrip("/")) for url in servers.urls]
-        self.names: dict[str, str] = {}
-        self.labels: dict[str, int] = {}
-        self.wanted: _Version | None = None
-        self.version = -1
+        self.places: list[_Place] = []
+        self.labels: dict[str | None, int] = {}
+        self.sent = deque[_Version](maxlen=servers.staleness + 2)  # what may be asked for still
+        self.staleness, self.version = servers.staleness, -1
+        self.thread = _Thread()
+        self.on_main(lambda: self.thread.do(self._open()))
         self.update(engine, 0)
+
+    async def _open(self) -> None:
+        headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        timeout = httpx.Timeout(self.servers.timeout, connect=10.0)
+        self.client = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
+        self.places = [_Place(Server(url, self.client)) for url in self.servers.urls]
 
     def update(self, engine: Engine, version: int) -> None:
         label = f"{self.run}-{version}"
@@ -136,16 +153,24 @@ class VLLMSampler:
     def sample(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, greedy: bool = False
     ) -> list[Rollout]:
+        return self.on_main(lambda: self.answers(prompts, seeds, greedy=greedy))
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, greedy: bool = False
+    ) -> list[Rollout]:
         jobs = [
             _Job(i, prompt, self._sampling(seed, greedy))
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
-        found = self.on_main(lambda: asyncio.run(self._with_client(self._all, jobs)))
+        found = self.thread.do(self._all(jobs))
         return [found[i] for i in range(len(prompts))]
 
-    def close(self) -> None:
+    def close(self) -> None:  # by any rank alone: others may have failed
         """Remove what was written for the servers. They keep what they have read."""
-        self.on_main(lambda: self.versions.keep(()))
+        if self.is_main:
+            self.thread.do(self.client.aclose())
+            self.versions.keep(())
+        self.thread.stop()
 
     # Weights
 
@@ -155,41 +180,43 @@ class VLLMSampler:
             tensors(new.folder)
         else:
             check_weights(new.folder, self.base)
-        before, self.wanted = self.wanted, new
         self.labels[new.label] = new.number
-        asyncio.run(self._with_client(self._everywhere))
+        self.sent.append(new)
+        self.thread.do(self._everywhere())
         # a server that is away may still be asked for what it had, and die of a missing folder
-        held = [before, new, *(place.has for place in self.places)]
+        held = [*self.sent, *(place.has for place in self.places)]
         self.versions.keep({version.label for version in held if version is not None})
 
-    async def _everywhere(self, client: httpx.AsyncClient) -> None:
+    async def _everywhere(self) -> None:
         async def bring(place: _Place) -> None:
             try:
-                await self._bring(Server(place.url, client), place)
-            except Away as error:  # `sample` tries again
+                await self._bring(place)
+            except Away as error:  # the workers try again
                 place.failed(error)
                 print(f"sdpo: {error}: it is left out until it is back", file=sys.stderr)
 
         await asyncio.gather(*map(bring, self.places))
 
-    async def _bring(self, server: Server, place: _Place) -> None:
-        """Let a server have the newest weights, and be sure of it."""
-        wanted = self.wanted
-        assert wanted is not None
-        if place.sure and place.has == wanted:
-            return
-        if not place.met:
-            await self._meet(server, place)
-        if place.has != wanted or not await self._still_has(server, wanted):
-            before, place.has = place.has, None
-            if self.adapters:
-                await server.load_adapter(wanted.label, wanted.folder)
-                await self._unload_but(server, wanted.label)
-            else:
-                there = self.base if before is None else before.folder
-                await server.load_weights(wanted.folder, wanted.label, there)
-            place.has = wanted
-        place.sure = True
+    async def _bring(self, place: _Place) -> _Version:
+        """The newest weights, which the server is sure to have."""
+        server = place.server
+        async with place.lock:
+            wanted = self.sent[-1]
+            if place.sure and place.has == wanted:
+                return wanted
+            if not place.met:
+                await self._meet(place)
+            if place.has != wanted or not await self._still_has(server, wanted):
+                before, place.has = place.has, None
+                if self.adapters:
+                    await server.load_adapter(wanted.label, wanted.folder)
+                    await self._unload_but(server, wanted.label)
+                else:
+                    there = self.base if before is None else before.folder
+                    await server.load_weights(wanted.folder, wanted.label, there)
+                place.has = wanted
+            place.sure = True
+            return wanted
 
     async def _still_has(self, server: Server, wanted: _Version) -> bool:
         if self.adapters:
@@ -199,11 +226,12 @@ class VLLMSampler:
         await server.resume()  # it may have been lost behind the label
         return True
 
-    async def _meet(self, server: Server, place: _Place) -> None:
+    async def _meet(self, place: _Place) -> None:
         """See whether a server can do what the run needs of it."""
+        server = place.server
         if found := await complaints(server, self.needs):
             raise SdpoError(f"{server.url}: " + "; ".join(found))
-        self.names[place.url] = (await server.base())[0]
+        place.name, _ = await server.base()
         if self.adapters:
             await server.resume()  # a run that was killed may have paused it
         place.met = True
@@ -235,14 +263,14 @@ class VLLMSampler:
             "logprobs": 0,
         }
 
-    async def _all(self, client: httpx.AsyncClient, jobs: Sequence[_Job]) -> dict[int, Rollout]:
+    async def _all(self, jobs: Sequence[_Job]) -> dict[int, Rollout]:
         """Every job's answer, whichever server gives it."""
         shared = _Round(asyncio.Queue(), time.monotonic())
         for job in jobs:
             shared.jobs.put_nowait(job)
         workers = [
-            asyncio.create_task(self._work(Server(place.url, client), place, lock, shared))
-            for place, lock in ((place, asyncio.Lock()) for place in self.places)
+            asyncio.create_task(self._work(place, shared))
+            for place in self.places
             for _ in range(min(self.servers.concurrency, len(jobs)))
         ]
         answered = asyncio.create_task(shared.jobs.join())
@@ -261,7 +289,7 @@ class VLLMSampler:
             if not waiting:
                 told = "; ".join(place.reason for place in self.places)
                 raise SdpoError(
-                    f"no server has answered for {self.servers.patience:.0f} s (sampler.patience): "
+                    f"no server has answered for {self.patience:.0f} s (sampler.patience): "
                     f"{told}. Start one again and resume the run: no answer that was trained on "
                     "is lost"
                 )
@@ -270,20 +298,17 @@ class VLLMSampler:
                 waiting.discard(task)
                 task.result()  # raises what it failed of
 
-    async def _work(
-        self, server: Server, place: _Place, lock: asyncio.Lock, shared: _Round
-    ) -> None:
+    async def _work(self, place: _Place, shared: _Round) -> None:
         """Answer what is waiting, one job after the other, while the server lives."""
-        url, patience = place.url, self.servers.patience
+        url = place.server.url
         while True:
             while (wait := place.not_before - time.monotonic()) > 0:
                 await asyncio.sleep(wait)
             job = await shared.jobs.get()
             try:
-                async with lock:
-                    await self._bring(server, place)
-                model = self.model_of(place)
-                out = await server.generate(model, job.prompt, job.sampling)
+                version = await self._bring(place)
+                model = version.label if self.adapters else place.name
+                out = await place.server.generate(model, job.prompt, job.sampling)
                 shared.found[job.place] = self._rollout(out, model)
                 shared.last_good[url] = time.monotonic()
                 place.failures = 0
@@ -291,35 +316,38 @@ class VLLMSampler:
                 shared.jobs.put_nowait(job)
                 if time.monotonic() >= place.not_before:  # others may have told of the same failure
                     place.failed(error)
-                    place.met = False
-                if time.monotonic() - shared.last_good.get(url, shared.began) > patience:
+                if time.monotonic() - shared.last_good.get(url, shared.began) > self.patience:
                     return
             finally:
                 shared.jobs.task_done()
 
-    def model_of(self, place: _Place) -> str:
-        """The name of the model to ask a server for."""
-        assert self.wanted is not None
-        return self.wanted.label if self.adapters else self.names[place.url]
-
     def _rollout(self, out: Generated, model: str) -> Rollout:
-        labels = {model} if self.adapters else {span.label for span in out.spans}
-        if unknown := [label for label in labels if label not in self.labels]:
+        spans = [Span(model, 0, len(out.token_ids))] if self.adapters else out.spans
+        by_token = [span.label for span in spans for _ in range(span.start, span.end)]
+        if unknown := [label for label in by_token if label not in self.labels]:
             raise _Stale(f"answered with weights {unknown[0]!r}, which this run did not send")
         return Rollout(
             token_ids=out.token_ids,
             logprobs=tuple(min(x, 0.0) for x in out.logprobs),
             finished=out.finished,
-            version=min(self.labels[label] for label in labels if label is not None),
+            versions=tuple(self.labels[label] for label in by_token),
         )
 
-    async def _with_client(self, call: Callable[..., Awaitable[Any]], *args: Any) -> Any:
-        """``call(client, …)``, with connections of its own."""
-        headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        timeout = httpx.Timeout(self.servers.timeout, connect=10.0)
-        async with httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits) as client:
-            return await call(client, *args)
+
+class _Thread:
+    """A thread in which all that talks to servers runs, whoever waits for it."""
+
+    def __init__(self):
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        """What comes of it."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def stop(self) -> None:
+        """Wait for nothing any more."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
 
 
 def key_of(servers: VLLM) -> str:

@@ -112,7 +112,7 @@ def test_each_update_answers_with_its_own_weights(base, made):
         for version in (1, 2, 5):
             sampler.update(Engine(10 * version), version)
             assert answered(sampler) == [(10 * version,) * 2] * 2
-            assert {r.version for r in sampler.sample([SHORT], [0])} == {version}
+            assert sampler.sample([SHORT], [0])[0].versions == (version,) * 3
         assert len(list(sampler.versions.root.iterdir())) == 2  # the newest, and the one before
         sampler.close()
         assert not sampler.versions.root.exists()
