@@ -55,6 +55,12 @@ Behaviour = Callable[[int, dict[str, Any]], Answer]
 """(number of the request, from 0; its body) -> the answer."""
 
 
+class Listener(ThreadingHTTPServer):
+    """Takes many connections at once: the 5 of http.server are too few, and others are reset."""
+
+    request_queue_size = 128
+
+
 class StandIn:
     """The server.
 
@@ -78,7 +84,7 @@ class StandIn:
     def start(self) -> None:
         """Listen, after a stop at the same address as before."""
         handler = type("Handler", (_Handler,), {"stand_in": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), handler)
+        self._server = Listener(("127.0.0.1", self._port), handler)
         self._server.daemon_threads = True
         self._port = self._server.server_port
         Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()

@@ -11,12 +11,14 @@ import time
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from helpers.openai_server import Listener
 
 WEIGHT, OTHER = "model.body.weight", "model.other.weight"
 END = 2
@@ -283,11 +285,11 @@ class Stub:
         return {"choices": [choice | {"logprobs": {"content": content}}]}
 
 
-def _bound(host: str, port: int, handler: type) -> ThreadingHTTPServer:
+def _bound(host: str, port: int, handler: type) -> Listener:
     """A server at a port that connections of a server before it may still hold for a moment."""
     for _ in range(100):
         try:
-            return ThreadingHTTPServer((host, port), handler)
+            return Listener((host, port), handler)
         except OSError:
             time.sleep(0.1)
     raise AssertionError(f"port {port} stays in use")
