@@ -5,7 +5,9 @@ ids: the number of the body that read the prompt, that of the lm_head, and the e
 tells which weights made it.
 """
 
+import base64
 import json
+import queue
 import threading
 import time
 from collections import OrderedDict
@@ -22,6 +24,7 @@ from helpers.openai_server import Listener
 
 WEIGHT, OTHER = "model.body.weight", "model.other.weight"
 END = 2
+INFO = ("names", "dtype_names", "shapes")
 BLOCK = 128
 """Tokens of a block of the prefix cache: shorter prompts are not in it."""
 SAMPLING = {
@@ -54,6 +57,35 @@ def value_in(folder: str) -> int:
     return int(load_file(path)[WEIGHT])
 
 
+class StandInNccl:
+    """In the place of `torch.cuda.nccl`, with what servers do of it: ranks wait for each other."""
+
+    def __init__(self):
+        self.groups: dict[bytes, threading.Barrier] = {}
+        self.inboxes: dict[bytes, list[queue.Queue]] = {}
+        self.reduced: list[bytes] = []
+
+    def unique_id(self) -> bytes:
+        return len(self.inboxes).to_bytes(1, "big") * 128
+
+    def init_rank(self, world_size: int, unique: bytes, rank: int, inbox: Any = None) -> bytes:
+        barrier = self.groups.setdefault(unique, threading.Barrier(world_size))
+        assert barrier.parties == world_size and rank < world_size
+        if inbox is not None:
+            self.inboxes.setdefault(unique, []).append(inbox)
+        barrier.wait(10.0)
+        return unique
+
+    def all_reduce(self, inputs: list[torch.Tensor], *, comms: list[bytes]) -> None:
+        assert [t.shape for t in inputs] == [(1,)] and inputs[0].dtype == torch.float32
+        self.reduced += comms
+
+    def broadcast(self, inputs: list[torch.Tensor], root: int, *, comms: list[bytes]) -> None:
+        assert root == 0 and self.reduced[-1:] == comms, "servers warm up with one number"
+        for inbox in self.inboxes[comms[0]]:
+            inbox.put(inputs[0].clone())
+
+
 class Refused(Exception):
     """A status and a body."""
 
@@ -76,6 +108,8 @@ class Stub:
         lacks: routes that it does not have.
         extension: its workers have ours.
         port: 0: a free one.
+        nccl: takes weights by it.
+        workers: of its engine.
 
     Attributes:
         calls: (verb and path, body) of all that it was asked, in order.
@@ -96,6 +130,8 @@ class Stub:
     extension: bool = True
     host: str = "127.0.0.1"
     port: int = 0
+    nccl: StandInNccl | None = None
+    workers: int = 1
     calls: list[tuple[str, Any]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     most_at_once: int = 0
@@ -112,6 +148,7 @@ class Stub:
         """Come up, as after a restart: with the weights that it was started with."""
         self.body = self.head = value_in(str(self.base))
         self.label, self.paused, self.broken, self.dead = "default", False, False, False
+        self.updating, self.inboxes = False, []
         self.adapters: dict[str, str] = {}
         self.held: OrderedDict[tuple[str, str], int] = OrderedDict()
         self.cache: dict[tuple, int] = {}
@@ -153,6 +190,7 @@ class Stub:
         paths = [
             "/inference/v1/generate", "/pause", "/resume", "/collective_rpc", "/server_info",
             "/update_weight_version", "/weight_info", "/v1/load_lora_adapter", "/v1/models",
+            "/init_weight_transfer_engine",
         ]  # fmt: skip
         return {"paths": {path: {} for path in paths if path not in self.lacks}}
 
@@ -160,7 +198,9 @@ class Stub:
         assert query == "config_format=json"
         model = {"generation_config": self.generation_config, "logprobs_mode": self.logprobs_mode}
         lora = {"max_lora_rank": str(self.lora_rank)} if self.lora_rank else None
-        return {"vllm_config": {"model_config": model, "lora_config": lora}}
+        transfer = {"backend": "nccl"} if self.nccl is not None else None
+        parts = {"model_config": model, "lora_config": lora, "weight_transfer_config": transfer}
+        return {"vllm_config": parts}
 
     def get_v1_models(self, body: Any, query: str) -> Any:
         base = {"id": str(self.base), "root": str(self.base), "parent": None}
@@ -208,6 +248,47 @@ class Stub:
         if WEIGHT in held:  # else the old one stays, without a word
             self.body = int(held[WEIGHT])  # the packed lm_head stays as it was
         return {"results": ["None"]}
+
+    def get_get_world_size(self, body: Any, query: str) -> Any:
+        return {"world_size": self.workers}
+
+    def post_init_weight_transfer_engine(self, body: Any, query: str) -> Any:
+        info = body["init_info"]
+        unique = base64.b64decode(info["nccl_unique_id_b64"], validate=True)
+        assert len(unique) == 128 and self.nccl is not None
+        self.inboxes = [queue.Queue() for _ in range(self.workers)]
+        ranks = [info["rank_offset"] + i for i in range(self.workers)]
+        threads = [
+            threading.Thread(
+                target=self.nccl.init_rank, args=(info["world_size"], unique, rank, inbox)
+            )
+            for rank, inbox in zip(ranks, self.inboxes, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return {"message": "Weight transfer initialized"}
+
+    def post_start_weight_update(self, body: Any, query: str) -> Any:
+        assert self.paused
+        self.updating = True
+        return {"message": "Weight update started"}
+
+    def post_update_weights(self, body: Any, query: str) -> Any:
+        assert self.updating
+        info = body["update_info"]
+        for name, dtype, shape in zip(*(info[k] for k in INFO), strict=True):
+            for inbox in self.inboxes:
+                tensor = inbox.get(timeout=10.0)
+                assert tensor.dtype == getattr(torch, dtype) and list(tensor.shape) == shape
+                if name == WEIGHT:
+                    self.body = self.head = int(tensor)
+        return {"message": "Weights updated"}
+
+    def post_finish_weight_update(self, body: Any, query: str) -> Any:
+        self.updating, self.label = False, body["weight_version"]
+        return {"message": "Weight update finished"}
 
     def post_v1_load_lora_adapter(self, body: Any, query: str) -> Any:
         name, folder = body["lora_name"], body["lora_path"]

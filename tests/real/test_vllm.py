@@ -212,7 +212,7 @@ def test_a_server_that_sdpo_starts_lacks_nothing(server):
             return await complaints(Server(server.url, client), Needs(**needs))
 
     assert asyncio.run(look(tokens=2048)) == []
-    assert asyncio.run(look(adapters=True, rank=RANK)) == []
+    assert asyncio.run(look(sync="adapters", rank=RANK)) == []
     found = "; ".join(asyncio.run(look(rank=64, tokens=4096, raw_logprobs=False)))
     assert all(flag in found for flag in ("--max-lora-rank", "--max-model-len", "processed"))
 

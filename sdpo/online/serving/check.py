@@ -12,14 +12,14 @@ class Needs:
     """What a run needs of a server.
 
     Attributes:
-        adapters: it is sent adapters, and not whole weights.
-        rank: of those.
+        sync: what it is sent, as `VLLM.sync` says.
+        rank: of adapters.
         raw_logprobs: answers are drawn at temperature 1 from all tokens, so that the model's own
             log-probabilities are those of the draw.
         tokens: of a prompt and its answer together.
     """
 
-    adapters: bool = False
+    sync: str = "weights"
     rank: int = 0
     raw_logprobs: bool = True
     tokens: int = 0
@@ -33,7 +33,10 @@ _ROUTES = {
     "/server_info": _DEVELOPMENT,
     "/update_weight_version": "a newer vLLM, 0.32 at least",
 }
-_ADAPTER_ROUTES = {"/v1/load_lora_adapter": "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"}
+_ROUTES_OF = {
+    "adapters": {"/v1/load_lora_adapter": "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"},
+    "nccl": {"/init_weight_transfer_engine": _DEVELOPMENT},
+}
 
 
 async def complaints(server: Server, needs: Needs) -> list[str]:
@@ -44,7 +47,7 @@ async def complaints(server: Server, needs: Needs) -> list[str]:
         SdpoError: it is no vLLM.
     """
     routes = await server.routes()
-    wanted = _ROUTES | (_ADAPTER_ROUTES if needs.adapters else {})
+    wanted = _ROUTES | _ROUTES_OF.get(needs.sync, {})
     found = [
         f"it has no {route} (needs {how})" for route, how in wanted.items() if route not in routes
     ]
@@ -56,7 +59,7 @@ async def complaints(server: Server, needs: Needs) -> list[str]:
         )
     if "/server_info" in routes:
         found += _of_settings(await server.settings(), needs)
-    if not needs.adapters and "/collective_rpc" in routes:
+    if needs.sync == "weights" and "/collective_rpc" in routes:
         try:
             await server.repack()
         except SdpoError:
@@ -76,7 +79,9 @@ def _of_settings(settings: dict[str, Any], needs: Needs) -> list[str]:
             f"it tells {mode}, not those of the distribution that answers are drawn from (needs "
             f"--logprobs-mode {modes[0]})"
         )
-    if needs.adapters and not lora:
+    if needs.sync == "nccl" and not settings["weight_transfer_config"]:
+        found.append("it takes no weights over NCCL (needs --weight-transfer-config)")
+    if needs.sync == "adapters" and not lora:
         found.append("it takes no adapters (needs --enable-lora)")
     if lora and int(lora["max_lora_rank"]) < needs.rank:
         found.append(

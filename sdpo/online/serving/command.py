@@ -33,6 +33,7 @@ def serve(
     dtype: Literal["auto", "bfloat16", "float32"] = "auto",
     lora_rank: int = 0,
     adapters: int = 4,
+    nccl: bool = False,
     tempered: bool = False,
     dry_run: bool = False,
 ) -> None:
@@ -50,6 +51,7 @@ def serve(
         dtype: of the weights; a run's own is its ``parallel.compute_dtype``.
         lora_rank: largest rank of adapters; 0: whole weights are sent.
         adapters: how many adapters one batch may use.
+        nccl: take whole weights from GPU to GPU.
         tempered: tell log-probabilities of the distribution that answers are drawn from, for runs
             with another temperature than 1, or with top-p or top-k.
         dry_run: print the command, for another machine or a launch file.
@@ -62,6 +64,7 @@ def serve(
         *("--host", host, "--port", str(port), "--dtype", dtype),
         *(("--logprobs-mode", "processed_logprobs") if tempered else ()),
         *(_with_adapters(lora_rank, adapters) if lora_rank else ()),
+        *(("--weight-transfer-config", '{"backend": "nccl"}') if nccl else ()),
         *more,
         vllm=vllm,
     )
@@ -106,6 +109,7 @@ def check_server(
     /,
     *,
     lora_rank: int = 0,
+    nccl: bool = False,
     tempered: bool = False,
     tokens: int = 0,
     wait: float = 0.0,
@@ -115,6 +119,7 @@ def check_server(
     Args:
         urls: addresses, such as http://127.0.0.1:8000.
         lora_rank: of the run's adapters; 0: whole weights are sent.
+        nccl: they are sent from GPU to GPU.
         tempered: the run has another temperature than 1, or top-p or top-k.
         tokens: of a prompt and its answer together.
         wait: seconds that servers may take to come up.
@@ -122,7 +127,8 @@ def check_server(
     Raises:
         SdpoError: something is missing, or a server cannot be reached.
     """
-    needs = Needs(adapters=lora_rank > 0, rank=lora_rank, raw_logprobs=not tempered, tokens=tokens)
+    sync = "adapters" if lora_rank else "nccl" if nccl else "weights"
+    needs = Needs(sync=sync, rank=lora_rank, raw_logprobs=not tempered, tokens=tokens)
     until = time.monotonic() + wait
 
     async def look(url: str) -> list[str]:

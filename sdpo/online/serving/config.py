@@ -18,9 +18,9 @@ class VLLM:
 
     urls: tuple[str, ...] = ("http://127.0.0.1:8000",)
     """Addresses of the servers, without a path."""
-    sync: Literal["weights", "adapters"] = "weights"
+    sync: Literal["weights", "adapters", "nccl"] = "weights"
     """What servers are given after an update: all weights, or the adapters of a run with
-    ``lora.rank``."""
+    ``lora.rank``, through a folder; or all weights from GPU to GPU, which has never been run."""
     folder: str | None = None
     """Where weights are written for the servers; none: ``serving`` in the run's folder."""
     staleness: int = 0

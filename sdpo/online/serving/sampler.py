@@ -10,6 +10,7 @@ weights are sent again, and the prompt is asked again.
 """
 
 import asyncio
+import contextlib
 import os
 import sys
 import threading
@@ -17,13 +18,13 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import httpx
 
-from sdpo_parallel.config import ExportDtype
 from sdpo_parallel.engine import Engine
 
 from ...chat import ChatFormat
@@ -32,18 +33,11 @@ from ..config import OnlineConfig
 from ..sampler import Rollout
 from .check import Needs, complaints
 from .config import VLLM
-from .folders import Versions, check_weights, tensors
+from .folders import Versions
 from .server import Away, Generated, Server, Span, Unknown
+from .sync import Version, sync_of
 
 T = TypeVar("T")
-
-
-class _Version(NamedTuple):
-    """Weights on their way: after so many updates, what servers call them, and where they are."""
-
-    number: int
-    label: str
-    folder: Path
 
 
 class _Stale(Exception):
@@ -67,7 +61,7 @@ class _Place:
     server: Server
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     name: str = ""
-    has: _Version | None = None
+    has: Version | None = None
     sure: bool = False
     met: bool = False
     failures: int = 0
@@ -113,15 +107,15 @@ class VLLMSampler:
     """
 
     def __init__(self, config: OnlineConfig, servers: VLLM, engine: Engine, chat: ChatFormat):
-        self.config, self.servers, self.base = config.sampling, servers, Path(config.model)
+        self.config, self.servers = config.sampling, servers
         self.patience = servers.patience
         self.on_main, self.is_main = engine.on_main, engine.ranks.is_main
         self.end_ids = chat.end_ids
-        self.dtype: ExportDtype = config.parallel.resolve_dtype(engine.device.type)
+        dtype = config.parallel.resolve_dtype(engine.device.type)
+        self.sync = sync_of(servers.sync, Path(config.model), dtype)
         self.versions = Versions(Path(servers.folder or Path(config.out) / "serving"))
-        self.adapters = servers.sync == "adapters"
         self.needs = Needs(
-            adapters=self.adapters,
+            sync=servers.sync,
             rank=config.lora.rank,
             raw_logprobs=config.sampling.from_policy,
             tokens=config.hindsight.max_prompt_tokens + config.sampling.max_new_tokens,
@@ -130,7 +124,7 @@ class VLLMSampler:
         self.run = self.on_main(lambda: uuid.uuid4().hex[:8])
         self.places: list[_Place] = []
         self.labels: dict[str | None, int] = {}
-        self.sent = deque[_Version](maxlen=servers.staleness + 2)  # what may be asked for still
+        self.sent = deque[Version](maxlen=servers.staleness + 2)  # what may be asked for still
         self.staleness, self.version = servers.staleness, -1
         self.thread = _Thread()
         self.on_main(lambda: self.thread.do(self._open()))
@@ -145,9 +139,11 @@ class VLLMSampler:
 
     def update(self, engine: Engine, version: int) -> None:
         label = f"{self.run}-{version}"
-        new = _Version(version, label, self.versions.of(label))
-        engine.export(str(new.folder), adapters=self.adapters, dtype=self.dtype)
-        self.on_main(lambda: self._deploy(new))
+        new = Version(version, label, self.versions.of(label))
+        self.labels[label] = version
+        self.on_main(lambda: self.thread.do(self._meet_all()))
+        servers = [place.server for place in self.places]
+        self.sync.give(engine, new, servers, lambda: self._load(new), self.thread.do)
         self.version = version
 
     def sample(
@@ -174,18 +170,10 @@ class VLLMSampler:
 
     # Weights
 
-    def _deploy(self, new: _Version) -> None:
-        """Check what was written, and give it to all servers that can be reached."""
-        if self.adapters:
-            tensors(new.folder)
-        else:
-            check_weights(new.folder, self.base)
-        self.labels[new.label] = new.number
+    def _load(self, new: Version) -> "Future[None]":
+        """Give a version to all servers that can be reached."""
         self.sent.append(new)
-        self.thread.do(self._everywhere())
-        # a server that is away may still be asked for what it had, and die of a missing folder
-        held = [*self.sent, *(place.has for place in self.places)]
-        self.versions.keep({version.label for version in held if version is not None})
+        return self.thread.begin(self._everywhere())
 
     async def _everywhere(self) -> None:
         async def bring(place: _Place) -> None:
@@ -196,8 +184,11 @@ class VLLMSampler:
                 print(f"sdpo: {error}: it is left out until it is back", file=sys.stderr)
 
         await asyncio.gather(*map(bring, self.places))
+        # a server that is away may still be asked for what it had, and die of a missing folder
+        held = [*self.sent, *(place.has for place in self.places)]
+        self.versions.keep({version.label for version in held if version is not None})
 
-    async def _bring(self, place: _Place) -> _Version:
+    async def _bring(self, place: _Place) -> Version:
         """The newest weights, which the server is sure to have."""
         server = place.server
         async with place.lock:
@@ -206,25 +197,18 @@ class VLLMSampler:
                 return wanted
             if not place.met:
                 await self._meet(place)
-            if place.has != wanted or not await self._still_has(server, wanted):
+            if place.has != wanted or not await self.sync.has(server, wanted):
                 before, place.has = place.has, None
-                if self.adapters:
-                    await server.load_adapter(wanted.label, wanted.folder)
-                    await self._unload_but(server, wanted.label)
-                else:
-                    there = self.base if before is None else before.folder
-                    await server.load_weights(wanted.folder, wanted.label, there)
+                await self.sync.load(server, wanted, before)
                 place.has = wanted
             place.sure = True
             return wanted
 
-    async def _still_has(self, server: Server, wanted: _Version) -> bool:
-        if self.adapters:
-            return (await server.adapters()).get(wanted.label) == str(wanted.folder)
-        if await server.label() != wanted.label:
-            return False
-        await server.resume()  # it may have been lost behind the label
-        return True
+    async def _meet_all(self) -> None:
+        for place in self.places:
+            with contextlib.suppress(Away):  # `_everywhere` tells
+                if not place.met:
+                    await self._meet(place)
 
     async def _meet(self, place: _Place) -> None:
         """See whether a server can do what the run needs of it."""
@@ -232,15 +216,7 @@ class VLLMSampler:
         if found := await complaints(server, self.needs):
             raise SdpoError(f"{server.url}: " + "; ".join(found))
         place.name, _ = await server.base()
-        if self.adapters:
-            await server.resume()  # a run that was killed may have paused it
         place.met = True
-
-    async def _unload_but(self, server: Server, newest: str) -> None:
-        """Unload this run's other adapters, those of a killed process of it included."""
-        for name, root in (await server.adapters()).items():
-            if name != newest and Path(root).parent == self.versions.root:
-                await server.unload_adapter(name)
 
     # Answers
 
@@ -307,7 +283,7 @@ class VLLMSampler:
             job = await shared.jobs.get()
             try:
                 version = await self._bring(place)
-                model = version.label if self.adapters else place.name
+                model = version.label if self.sync.adapters else place.name
                 out = await place.server.generate(model, job.prompt, job.sampling)
                 shared.found[job.place] = self._rollout(out, model)
                 shared.last_good[url] = time.monotonic()
@@ -322,7 +298,7 @@ class VLLMSampler:
                 shared.jobs.task_done()
 
     def _rollout(self, out: Generated, model: str) -> Rollout:
-        spans = [Span(model, 0, len(out.token_ids))] if self.adapters else out.spans
+        spans = [Span(model, 0, len(out.token_ids))] if self.sync.adapters else out.spans
         by_token = [span.label for span in spans for _ in range(span.start, span.end)]
         if unknown := [label for label in by_token if label not in self.labels]:
             raise _Stale(f"answered with weights {unknown[0]!r}, which this run did not send")
@@ -341,9 +317,13 @@ class _Thread:
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
 
+    def begin(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Set it going."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         """What comes of it."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+        return self.begin(work).result()
 
     def stop(self) -> None:
         """Wait for nothing any more."""

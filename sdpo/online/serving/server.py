@@ -158,6 +158,42 @@ class Server:
         answer = await self._call("GET", "/weight_info")
         return answer.get("weight_version") if isinstance(answer, dict) else None
 
+    # Whole weights, from GPU to GPU
+
+    async def world_size(self) -> int:
+        """Its workers, over all that it splits a model over."""
+        return (await self._call("GET", "/get_world_size"))["world_size"]
+
+    async def join_group(self, rank: int, world_size: int, unique_id: str) -> None:
+        """Let its workers join an NCCL group.
+
+        Args:
+            rank: of its first worker.
+            unique_id: NCCL's, in base64.
+        """
+        info = {"rank_offset": rank, "world_size": world_size, "nccl_unique_id_b64": unique_id}
+        await self._call("POST", "/init_weight_transfer_engine", json={"init_info": info})
+
+    async def receive_weights(
+        self, names: Sequence[tuple[str, Sequence[int]]], dtype: str, label: str
+    ) -> None:
+        """Swap all weights for those that the group's first rank is about to broadcast.
+
+        Args:
+            names: and shapes, in the order in which they come.
+            label: what answers call these weights from here on.
+        """
+        info = {
+            "names": [name for name, _ in names],
+            "dtype_names": [dtype] * len(names),
+            "shapes": [list(shape) for _, shape in names],
+        }
+        await self._call("POST", "/pause", params={"mode": "keep"})
+        await self._call("POST", "/start_weight_update")
+        await self._call("POST", "/update_weights", json={"update_info": info})
+        await self._call("POST", "/finish_weight_update", json={"weight_version": label})
+        await self._call("POST", "/resume")
+
     # Adapters
 
     async def load_adapter(self, name: str, folder: Path) -> None:

@@ -17,6 +17,8 @@ from helpers.vllm_server import (
     END,
     OTHER,
     SAMPLING,
+    WEIGHT,
+    StandInNccl,
     serving,
     write_adapter,
     write_model,
@@ -26,6 +28,7 @@ from sdpo.online.sampler import SamplingConfig
 from sdpo.online.serving.config import VLLM
 from sdpo.online.serving.sampler import VLLMSampler
 from sdpo.online.serving.server import Server
+from sdpo.online.serving.sync import Nccl, sync_of
 from sdpo_parallel.config import LoraConfig, ParallelConfig
 from sdpo_parallel.engine import Ranks
 
@@ -43,6 +46,10 @@ class Engine:
 
     def on_main(self, make):
         return make()
+
+    def weights(self):
+        yield OTHER, torch.zeros(2, 3)
+        yield WEIGHT, torch.tensor([float(self.value)])
 
     def export(self, folder, *, adapters, dtype):
         assert dtype == "float32"
@@ -276,6 +283,58 @@ def test_adapters_of_a_killed_process_of_the_run_are_unloaded(base, made, tmp_pa
         sampler = made(stub, sync="adapters", engine=Engine(4))
         assert old not in stub.adapters and "another's" in stub.adapters
         assert answered(sampler) == [(4, 4)] * 2
+
+
+# From GPU to GPU
+
+
+@pytest.fixture
+def nccl(monkeypatch):
+    stand_in = StandInNccl()
+    monkeypatch.setattr(
+        "sdpo.online.serving.sampler.sync_of", lambda kind, base, dtype: Nccl(base, dtype, stand_in)
+    )
+    return stand_in
+
+
+def test_weights_come_from_gpu_to_gpu(base, made, nccl):
+    with serving(base, nccl=nccl) as one, serving(base, nccl=nccl, workers=2) as other:
+        sampler = made(one, other, sync="nccl", engine=Engine(3))
+        for version in (1, 2):
+            assert answered(sampler, *[LONG] * 8) == [(sampler.version + 2 + 1,) * 2] * 8
+            sampler.update(Engine(version + 3), version)
+        assert answered(sampler, *[LONG] * 8) == [(5, 5)] * 8
+        assert len(nccl.groups) == 1, "one group serves all updates"
+        assert not sampler.versions.root.exists()
+        kinds = [path.rpartition("/")[2] for path, _ in one.calls if path.startswith("POST")]
+        swap = ["pause", "start_weight_update", "update_weights", "finish_weight_update", "resume"]
+        at = kinds.index("pause")
+        assert kinds[at : at + 5] == swap
+
+
+def test_a_restarted_server_joins_a_new_group_with_the_next_update(base, made, nccl, capsys):
+    with serving(base, nccl=nccl) as one, serving(base, nccl=nccl) as other:
+        sampler = made(one, other, sync="nccl", engine=Engine(3))
+        other.stop()
+        other.start()
+        before = other.count("generate")
+        assert answered(sampler, *[SHORT] * 6) == [(3, 3)] * 6
+        assert other.count("generate") - before <= 6, "its answers were thrown away"
+        sampler.update(Engine(4), 1)
+        assert len(nccl.groups) == 2
+        assert said(other, base) == said(one, base) == (4, 4)
+        other.stop()
+        sampler.update(Engine(5), 2)
+        assert "left out" in capsys.readouterr().err
+        assert answered(sampler, *[SHORT] * 6) == [(5, 5)] * 6
+        assert len(nccl.groups) == 3
+
+
+def test_nccl_needs_gpus_and_a_server_that_takes_it(base, made, nccl, tmp_path):
+    with pytest.raises(SdpoError, match="needs GPUs"):
+        sync_of("nccl", tmp_path, "float32")
+    with serving(base) as stub, pytest.raises(SdpoError, match="--weight-transfer-config"):
+        made(stub, sync="nccl")
 
 
 # Sampling
