@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 
 from .checkpoints import Checkpoints
 from .config import (
@@ -28,7 +29,7 @@ from .config import (
 )
 from .errors import SdpoError
 from .huggingface import check_finite
-from .model import ModuleModel
+from .model import ModuleModel, local
 from .rows import Sharing
 from .teacher import TeacherState, reshard
 
@@ -104,6 +105,49 @@ def refuse_disagreement(what: str, values: Sequence[Any]) -> None:
                 f"{what} differs between ranks: rank {rank} has {other!r}, rank 0 "
                 f"{values[0]!r}; put it where all nodes read the same, or copy it to each again"
             )
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One user's part of a model that many share, on the CPU: what is trained, such as adapters,
+    and what the optimizer has gathered of it; this rank's shards. A teacher that is an average of
+    the policy is no part of it.
+
+    Args:
+        weights: in the order of the module's parameters.
+        memory: of each, the optimizer's state by name; empty before its first update.
+    """
+
+    weights: list[Tensor]
+    memory: list[dict[str, Any]]
+
+    @property
+    def bytes(self) -> int:
+        """Of this rank's."""
+        held = [t for memory in self.memory for t in memory.values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in (*self.weights, *held))
+
+
+def _apart(value: Any) -> Any:
+    """This rank's part of a tensor on the CPU; a number stays where it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return local(value).to("cpu", copy=True) if value.dim() else value.clone()
+
+
+def _beside(value: Any, p: Tensor) -> Any:
+    """The inverse, laid out as a parameter is."""
+    if not isinstance(value, Tensor):
+        return value
+    if not value.dim():
+        return value.clone()
+    shard = value.to(local(p).device, copy=True)
+    if not isinstance(p, DTensor):
+        return shard
+    mesh, placements = p.device_mesh, p.placements
+    return DTensor.from_local(
+        shard, mesh, placements, run_check=False, shape=p.shape, stride=p.stride()
+    )
 
 
 class Engine(abc.ABC):
@@ -209,6 +253,32 @@ class Engine(abc.ABC):
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights one after the other, whole, under Hugging Face's names and with
         adapters merged. All ranks must take all of them."""
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def seat(self) -> Seat:
+        """A copy of what is trained as it is now, and of the optimizer's memory of it."""
+        self.release()
+        trained = self._trained()
+        memory = [
+            {name: _apart(value) for name, value in self.optimizer.state.get(p, {}).items()}
+            for p in trained
+        ]
+        return Seat([_apart(p) for p in trained], memory)
+
+    @torch.no_grad()
+    def take(self, seat: Seat) -> None:
+        """Train on from there, with a copy of it."""
+        self.release()
+        self.discard()
+        self.optimizer.state.clear()
+        for p, weight, memory in zip(self._trained(), seat.weights, seat.memory, strict=True):
+            local(p).copy_(weight)
+            if memory:
+                kept = {name: _beside(value, p) for name, value in memory.items()}
+                self.optimizer.state[p] = kept
 
     def restart_optimizer(self) -> None:
         """Forget what the optimizer has gathered of past gradients."""
