@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -196,16 +196,38 @@ def _prepare(run: RunFolder[TrainConfig]) -> Trainer:
 
 def take_steps(t: Trainer) -> bool:
     """Steps until the end of the data: True; or until a signal asks to stop: False."""
+    with watched(t.config, t.engine) as watch:
+        for _ in steps(t, watch):
+            pass
+    return t.state.step == t.loader.steps
+
+
+class Watch(NamedTuple):
+    """What looks after a process while it trains."""
+
+    stop: StopRequest
+    watchdog: Watchdog
+
+
+@contextmanager
+def watched(config: RunConfig, engine: Engine) -> Iterator[Watch]:
+    """Heeds signals, and tells of stalls."""
+    ranks, seconds = engine.ranks, config.safeguard.stall_seconds
+    with StopRequest() as stop, Watchdog(seconds, ranks.rank, ranks.world_size) as watchdog:
+        yield Watch(stop, watchdog)
+
+
+def steps(t: Trainer, watch: Watch) -> Iterator[int]:
+    """One step after the other, their numbers, each when it is asked for; up to the end of the
+    data or until a signal asks to stop."""
     guard, engine, state = t.config.safeguard, t.engine, t.state
+    stop, watchdog = watch
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
         ranks = engine.ranks
-        watchdog = stack.enter_context(Watchdog(guard.stall_seconds, ranks.rank, ranks.world_size))
         logger = None
         if ranks.is_main:
             logger = Logger(t.run, t.config.log, step=state.step, total=t.loader.steps)
             stack.enter_context(logger)
-        asked = False
         began = time.perf_counter()
         watchdog.beat(state.step, "data")
         for step in t.loader:
@@ -228,13 +250,12 @@ def take_steps(t: Trainer) -> bool:
                 raise why
             if asked:
                 break
+            yield state.step
             began = time.perf_counter()
             watchdog.beat(state.step, "data")
         engine.checkpoints.finish()
-        finished = state.step == t.loader.steps
-        if not finished and ranks.is_main:
+        if state.step < t.loader.steps and ranks.is_main:
             t.run.note_stop(state.step, t.loader.steps)
-    return finished
 
 
 def _step(
