@@ -112,6 +112,11 @@ class Checkpoints:
         self.pinned = set[int]()
         """Steps whose checkpoints stay, however old."""
 
+    def turn_to(self, run_folder: str | Path, state: Stateful) -> None:
+        """Keep those of another run, with its own ``run`` state, from here on. None is pinned."""
+        self.folder = Path(run_folder) / "checkpoints"
+        self.state["run"], self.pinned = state, set()
+
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, ascending."""
         names = [f.name.removeprefix("step-") for f in self.folder.glob("step-*")]

@@ -280,6 +280,17 @@ class Engine(abc.ABC):
                 kept = {name: _beside(value, p) for name, value in memory.items()}
                 self.optimizer.state[p] = kept
 
+    def turn_to(self, run_folder: str, total_steps: int, state: Stateful) -> None:
+        """Keep another run's checkpoints from here on, and go by its schedule.
+
+        Args:
+            run_folder, total_steps: as `EngineConfig` has them.
+            state: of that run, in the place of the one that the engine was built with.
+        """
+        self.checkpoints.finish()
+        self.config = replace(self.config, run_folder=run_folder, total_steps=total_steps)
+        self.checkpoints.turn_to(run_folder, state)
+
     def restart_optimizer(self) -> None:
         """Forget what the optimizer has gathered of past gradients."""
         self.optimizer.state.clear()

@@ -1,7 +1,11 @@
 """Settings of a run that learns while it talks."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
+
+from sdpo_parallel.config import EMA
 
 from ..errors import SdpoError
 from ..objective import SampledToken
@@ -29,6 +33,21 @@ def parse_phase(text: str) -> Phase:
     if not persona or not updates.isdecimal() or not int(updates):
         raise SdpoError(f"phase {text!r}: expected PERSONA:UPDATES, such as concise:12")
     return Phase(persona=persona, updates=int(updates))
+
+
+def parse_user(text: str) -> tuple[str, tuple[str, ...]]:
+    """``NAME=PERSONA:UPDATES,…``: the name and the phases.
+
+    Raises:
+        SdpoError: it is not of that form, or the name is none for a folder.
+    """
+    name, _, phases = text.partition("=")
+    if not re.fullmatch(r"\w[\w.@-]{0,63}", name):
+        raise SdpoError(f"user {text!r}: expected NAME=PERSONA:UPDATES, such as alice=concise:12")
+    found = tuple(phases.split(","))
+    for phase in found:
+        parse_phase(phase)
+    return name, found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +117,11 @@ class OnlineConfig(RunConfig):
     prompts: str
     """Prompts: ``.txt`` with one in each line, or JSONL or parquet with a ``prompt`` in each
     row."""
-    phases: tuple[str, ...]
+    phases: tuple[str, ...] = ()
     """Who answers, and for how many updates: PERSONA:UPDATES, one after the other."""
+    users: tuple[str, ...] = ()
+    """In place of phases, users who share the model, each with adapters of their own that are
+    trained in turn: NAME=PERSONA:UPDATES, several phases separated by commas."""
     system: str | None = None
     """System message put before each prompt; "" is an empty one."""
     user: AnyUser = field(default_factory=RuleUser)
@@ -121,6 +143,8 @@ class OnlineConfig(RunConfig):
     def __post_init__(self):
         for text in self.phases:
             parse_phase(text)
+        if self.users:
+            self._check_users()
         if self.batch.epochs != 1 or self.batch.unit != "interaction":
             raise SdpoError("batch.epochs and batch.unit are for recorded data; use phases")
         if self.brakes.any and not self.evaluate.prompts:
@@ -145,6 +169,28 @@ class OnlineConfig(RunConfig):
                 f"hindsight.max_response_tokens ({self.hindsight.max_response_tokens}): answers "
                 "would lose their ends"
             )
+
+    def _check_users(self) -> None:
+        names = [parse_user(text)[0] for text in self.users]
+        if self.phases:
+            raise SdpoError("give phases, or users with phases of their own")
+        if self.replay is not None:
+            raise SdpoError("replay is of one run: replay a user's by itself")
+        if len(set(names)) < len(names):
+            raise SdpoError("users: a name is given twice")
+        if not self.lora.rank or self.engine != "torchtitan":
+            raise SdpoError("users have adapters of their own: set lora.rank, engine torchtitan")
+        if isinstance(self.teacher, EMA):
+            raise SdpoError("users share a teacher, which no average of one's weights can be")
+        if isinstance(self.sampler, VLLM) and self.sampler.sync != "adapters":
+            raise SdpoError('users have adapters of their own: sampler.sync = "adapters"')
+
+    def of_user(self, text: str) -> "OnlineConfig":
+        """The run of one of the users."""
+        name, phases = parse_user(text)
+        out = Path(self.out) / "users" / name
+        checkpoint = replace(self.checkpoint, interval=1)  # their turns leave nothing else behind
+        return replace(self, out=str(out), users=(), phases=phases, checkpoint=checkpoint)
 
     @property
     def schedule(self) -> list[Phase]:

@@ -6,10 +6,11 @@ prompts, users, sampler -> talk -> the trainer's steps -> evaluations, snapshots
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from sdpo_parallel.build import build_engine
 from sdpo_parallel.engine import Engine
@@ -47,21 +48,30 @@ def online(config: OnlineConfig, *, resume: bool = False) -> Path | None:
             Later: what `sdpo.train.trainer.train` raises; a user who cannot answer any more; a
             brake, after which the export is the last good snapshot's.
     """
+    if config.users:
+        from .together import together  # which takes turns at what is here
+
+        return together(config, resume=resume)
     with RunFolder(config.out, config, resume=resume) as run:
-        trainer, talk = _prepare(run)
+        local = local_models(run.config)  # the run's files keep the names as given
+        trainer, talk = join(build_base(local), run, local)
         engine, export = trainer.engine, Path(config.out) / "export"
         try:
             with closing(talk):  # before what it may still write is put aside
                 finished = take_steps(trainer)
         except Brake as brake:
-            raise _gone_back(engine, talk, export, brake) from None
+            error = gone_back(engine, talk, export, brake)
+            engine.close()
+            raise error from None
         if finished:
             engine.export(str(export))
         engine.close()
     return export if finished else None
 
 
-def _gone_back(engine: Engine, talk: Talk, export: Path, brake: Brake) -> SdpoError:
+def gone_back(
+    engine: Engine, talk: Talk, export: Path, brake: Brake, *, adapters: bool = False
+) -> SdpoError:
     """Go back to the last good snapshot, export it, and say so."""
     snapshot = find_snapshot(talk.folder, GOOD)
     engine.checkpoints.finish()
@@ -69,8 +79,7 @@ def _gone_back(engine: Engine, talk: Talk, export: Path, brake: Brake) -> SdpoEr
     engine.gather(None)  # nobody reads any more
     if engine.ranks.is_main:
         go_back(talk.folder, snapshot)
-    engine.export(str(export))
-    engine.close()
+    engine.export(str(export), adapters=adapters)
     return SdpoError(
         f"{brake}: back at update {snapshot.step}, the last good snapshot, which {export} holds. "
         "Go on from there with --resume, which draws other answers; or start another run from the "
@@ -78,49 +87,89 @@ def _gone_back(engine: Engine, talk: Talk, export: Path, brake: Brake) -> SdpoEr
     )
 
 
-def _prepare(run: RunFolder[OnlineConfig]) -> tuple[Trainer, Talk]:
-    """Load prompts, users and weights, look at the policy for the first time, and go to where the
-    newest checkpoint is."""
-    local = local_models(run.config)  # the run's files keep the names as given
-    prompts, held_out = split(read_prompts(local.prompts, local.system), local)
-    data = sha256(local.prompts)
-    inputs = run_inputs(local) | {"prompts": data}
-    run.use(local.hindsight.date or today(), inputs)
-    tokenizer = load_tokenizer(local.model)
-    thought = local.hindsight.thinking == "keep"
-    packer = Packer(tokenizer, run.config.hindsight, local.batch, sampled_thought=thought)
-    state = RunState(Cursor(len(prompts), local.batch.seed), data)
-    engine = build_engine(local.engine, engine_config(local, local.updates), state)
-    packer.assign_to(engine, fixed_width=local.parallel.compile != "none")
+@dataclass
+class Base:
+    """What the runs of one model share.
+
+    Args:
+        inputs: as `run_inputs` has them.
+        data: digest of the prompts.
+    """
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    inputs: dict[str, str]
+    data: str
+    prompts: list[Prompt]
+    held_out: list[Prompt]
+
+    def new_state(self, config: OnlineConfig) -> RunState:
+        """Of a run that begins."""
+        return RunState(Cursor(len(self.prompts), config.batch.seed), self.data)
+
+
+def build_base(config: OnlineConfig) -> Base:
+    """Load prompts, tokenizer and weights.
+
+    Args:
+        config: with models as local folders.
+
+    Raises:
+        SdpoError: as `online` does.
+    """
+    prompts, held_out = split(read_prompts(config.prompts, config.system), config)
+    data = sha256(config.prompts)
+    inputs = run_inputs(config) | {"prompts": data}
+    tokenizer = load_tokenizer(config.model)
+    state = RunState(Cursor(len(prompts), config.batch.seed), data)
+    engine = build_engine(config.engine, engine_config(config, config.updates), state)
     for name, digest in inputs.items():
         engine.check_agreement(name, digest)
-    run.use(engine.gather(run.config.hindsight.date)[0], inputs)
-    packer.hindsight = run.config.hindsight
     engine.load()
-    chat = chat_format(tokenizer, run.config.hindsight.date)
+    return Base(engine, tokenizer, inputs, data, prompts, held_out)
+
+
+def join(
+    base: Base, run: RunFolder[OnlineConfig], local: OnlineConfig, sampler: Sampler | None = None
+) -> tuple[Trainer, Talk]:
+    """A run of the engine's model: its users, a first look at the policy, and on to where its
+    newest checkpoint is.
+
+    Args:
+        local: the run's config with models as local folders.
+        sampler: what it samples from; None: what its config names.
+    """
+    engine = base.engine
+    state = base.new_state(local)
+    engine.turn_to(local.out, local.updates, state)
+    run.use(engine.gather(local.hindsight.date or today())[0], base.inputs)
+    hindsight = run.config.hindsight
+    thought = local.hindsight.thinking == "keep"
+    packer = Packer(base.tokenizer, hindsight, local.batch, sampled_thought=thought)
+    packer.assign_to(engine, fixed_width=local.parallel.compile != "none")
+    chat = chat_format(base.tokenizer, hindsight.date)
     folder = Path(local.out)
     if engine.ranks.is_main:
         run.path.mkdir(parents=True, exist_ok=True)
     personas = [load_persona(phase.persona) for phase in local.schedule]
-    sampler: Sampler | None = None
     users: list[User] = []
     if local.replay is None:
         if engine.ranks.is_main:
             users = [build_user(local.user, persona, folder=folder) for persona in personas]
-        sampler = build_sampler(local, engine, chat)
+        sampler = sampler or build_sampler(local, engine, chat)
     talk = Talk(
-        replace(local, hindsight=run.config.hindsight),
+        replace(local, hindsight=hindsight),
         folder,
         engine,
         state,
         packer,
-        tokenizer,
+        base.tokenizer,
         chat,
         sampler,
         personas,
         users,
-        prompts,
-        held_out if sampler is not None else [],
+        base.prompts,
+        base.held_out if sampler is not None else [],
     )
     drift = _drift(engine, packer, talk) if talk.held_out else None
     engine.resume()

@@ -94,8 +94,10 @@ class Rollout:
 class Sampler(Protocol):
     """Something that answers with the policy's weights. All ranks call its methods together."""
 
-    version: int
-    """Of the weights that it has: the number of updates behind them."""
+    @property
+    def version(self) -> int:
+        """Of the weights that it has: the number of updates behind them."""
+        ...
 
     def update(self, engine: Engine, version: int) -> None:
         """Take over the engine's weights."""

@@ -144,7 +144,7 @@ class Talk:
         if self.sampler.version != update - 1:
             self.sampler.update(self.engine, update - 1)
         synced = time.perf_counter()
-        if isinstance(self.sampler, RemoteSampler) and self.sampler.staleness:
+        if isinstance(self.sampler, RemoteSampler):
             said = self.engine.on_main(lambda: self._ahead(update))
         else:
             said = self._said(update, self.sampler.sample, self.engine.on_main)
@@ -161,13 +161,24 @@ class Talk:
     def _ahead(self, update: int) -> "Said":
         """An update's records, asked for as early as the bound lets; so are later ones. On the main
         rank."""
+        self._ask(update)
+        return self.asked.pop(update).result()
+
+    def _ask(self, update: int) -> None:
         sampler = self.sampler
         assert isinstance(sampler, RemoteSampler)
         for later in range(update, min(update + sampler.staleness, self.steps) + 1):
             if later not in self.asked and read_update(self.folder, later) is None:
                 work = self.pool.submit(self._said, later, sampler.answers, lambda make: make())
                 self.asked[later] = work
-        return self.asked.pop(update).result()
+
+    def ask(self) -> None:
+        """Have the next update's answers given while others train; the engine has its weights."""
+        update = self.state.step + 1
+        if isinstance(self.sampler, RemoteSampler) and update <= self.steps:
+            if self.sampler.version != update - 1:
+                self.sampler.update(self.engine, update - 1)
+            self.engine.on_main(lambda: self._ask(update))
 
     def _said(self, update: int, answer: Any, on_main: Any) -> "Said":
         """Prompts, answers, replies, written down.
