@@ -15,6 +15,7 @@ COMMANDS = {
     "online": ("online.command:main", "train a model on what users say to its own answers"),
     "serve": ("online.serving.command:serve", "start a vLLM server that online runs sample from"),
     "check-server": ("online.serving.command:check_server", "what a vLLM server lacks for a run"),
+    "users": ("", "many users of one model: list, add, train, rollback, export, forget"),
     "snapshots": ("online.snapshots:command", "an online run's snapshots: list, export, restore"),
     "export": ("train.export:export", "write a checkpoint of a run as a Hugging Face folder"),
     "check-hindsight": (
@@ -37,15 +38,31 @@ DATA_COMMANDS = {
         "where data went, and which checkpoints have read it",
     ),
 }
+USERS_COMMANDS = {
+    "list": ("online.store:show", "who there is, and how far they are"),
+    "add": ("online.store:add", "a user, and the phases that they go through"),
+    "train": ("online.store:train", "all users, in turn, as sdpo online does one"),
+    "rollback": ("online.store:rollback", "put a user back to a snapshot"),
+    "export": ("online.store:export", "a user's adapters, as a PEFT folder"),
+    "forget": ("online.store:forget", "remove all that there is of a user"),
+}
 """Name -> function in this package, and what it does."""
+GROUPS = {"data": DATA_COMMANDS, "users": USERS_COMMANDS}
+BY_THEMSELVES = (
+    "train.command:main",
+    "online.command:main",
+    "demo.command:main",
+    "online.store:train",
+)
+"""Their arguments depend on a recipe or world: they parse them."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Dispatch to a command; what the user can mend ends in one line and exit status 2."""
     args = sys.argv[1:] if args is None else list(args)
     prog, commands = "sdpo", COMMANDS
-    if args[:1] == ["data"]:
-        prog, commands, args = "sdpo data", DATA_COMMANDS, args[1:]
+    if args and args[0] in GROUPS:
+        prog, commands, args = f"sdpo {args[0]}", GROUPS[args[0]], args[1:]
     if not args or args[0] not in commands:
         asked_for_help = bool(args) and args[0] in ("-h", "--help")
         out = sys.stdout if asked_for_help else sys.stderr
@@ -55,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(0 if asked_for_help else 2)
     name, *rest = args
     command = pkgutil.resolve_name(f"{__package__}.{commands[name][0]}")
-    if name in ("train", "online", "demo"):  # their arguments depend on the recipe or world
+    if commands[name][0] in BY_THEMSELVES:
         run(lambda: command(rest))
     else:
         run(lambda: tyro.cli(command, prog=f"{prog} {name}", args=rest))

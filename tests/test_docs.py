@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.models import QWEN3
-from sdpo.cli import COMMANDS, DATA_COMMANDS, main
+from sdpo.cli import COMMANDS, GROUPS, main
 
 ROOT = Path(__file__).parents[1]
 PLACES = (ROOT, ROOT / "kernels", ROOT / "parallel", ROOT / "kernels" / "sdpo_kernels")
@@ -28,7 +28,9 @@ LINK = re.compile(r"\]\((?!https?://)([^)#\s]+)")
 FILE = re.compile(r"(?<![\w/.-])[\w.-]+(?:/[\w.-]+)+\.(?:py|sh|md|toml|sbatch|svg)")
 MODULE = re.compile(r"\b(?:sdpo|sdpo_parallel|sdpo_kernels|benchmarks)(?:\.(?!NAME)\w+)+")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*[a-z\d]")
-COMMAND = re.compile(r"^(?:sdpo (data \w+|[a-z-]+)|(?:sbatch \S+ )?parallel/launch/\S+)(.*)", re.M)
+COMMAND = re.compile(
+    r"^(?:sdpo ((?:data|users) \w+|[a-z-]+)|(?:sbatch \S+ )?parallel/launch/\S+)(.*)", re.M
+)
 OF_OTHERS = {"--shutdown-timeout", "--kill"}
 OF_OTHERS |= {"--api-key", "--generation-config", "--tensor-parallel-size"}
 """Flags of torchrun, of a benchmark, and of vLLM."""
@@ -96,8 +98,8 @@ def flags(command: tuple[str, ...]) -> frozenset[str]:
 
 @cache
 def every_flag() -> frozenset[str]:
-    commands = [(name,) for name in COMMANDS if name != "data"]
-    commands += [("data", name) for name in DATA_COMMANDS]
+    commands = [(name,) for name in COMMANDS if name not in GROUPS]
+    commands += [(group, name) for group, inner in GROUPS.items() for name in inner]
     return frozenset().union(*map(flags, commands))
 
 

@@ -162,11 +162,17 @@ class VLLMSampler:
         return [found[i] for i in range(len(prompts))]
 
     def close(self) -> None:  # by any rank alone: others may have failed
-        """Remove what was written for the servers. They keep what they have read."""
+        """Remove what was written for the servers, which keep whole weights that they have read."""
         if self.is_main:
-            self.thread.do(self.client.aclose())
+            self.thread.do(self._leave())
             self.versions.keep(())
         self.thread.stop()
+
+    async def _leave(self) -> None:
+        for place in self.places:
+            with contextlib.suppress(Away, SdpoError):  # it is gone, and its adapters with it
+                await self.sync.leave(place.server, self.versions.root)
+        await self.client.aclose()
 
     # Weights
 

@@ -63,6 +63,10 @@ class Sync(Protocol):
         """A server of which nothing is sure has a version, and answers with it."""
         ...
 
+    async def leave(self, server: Server, root: Path) -> None:
+        """Let a server do without the folders under ``root``."""
+        ...
+
 
 class WholeWeights:
     """All weights, through a folder.
@@ -106,6 +110,9 @@ class WholeWeights:
         await server.resume()  # it may have been lost behind the label
         return True
 
+    async def leave(self, server: Server, root: Path) -> None:
+        pass  # it has read them
+
 
 class Adapters(WholeWeights):
     """The adapters alone, through a folder."""
@@ -119,8 +126,11 @@ class Adapters(WholeWeights):
         await server.resume()  # a run that was killed may have paused it
         await server.load_adapter(new.label, new.folder)
         # this run's others, those of a killed process of it included
+        await self.leave(server, new.folder.parent, but=new.label)
+
+    async def leave(self, server: Server, root: Path, *, but: str = "") -> None:
         for name, folder in (await server.adapters()).items():
-            if name != new.label and Path(folder).parent == new.folder.parent:
+            if name != but and Path(folder).parent == root:
                 await server.unload_adapter(name)
 
     async def has(self, server: Server, version: Version) -> bool:

@@ -267,6 +267,8 @@ def test_trap_3_folders_go_after_their_names(base, made, tmp_path):
             for name in list(stub.adapters):  # whoever asks for what there is
                 assert said(stub, name) == (10 + version,) * 2
         assert not stub.dead
+        sampler.close()
+        assert not stub.adapters and not sampler.versions.root.exists()
     with serving(base, slots=1) as stub:  # what comes of it otherwise
         for value in (6, 7):
             call(stub, "load_adapter", str(value), write_adapter(tmp_path / str(value), value))
