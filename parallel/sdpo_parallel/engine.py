@@ -188,7 +188,7 @@ class Engine(abc.ABC):
         self.teacher_state, self.teacher = teacher, teacher.model
         self.optimizer = optimizer
         self.sharing: Sharing = self._sharing()
-        parts = {"model": self.module, "optimizer": optimizer_state}
+        parts = {"model": self.checkpointed(policy, config), "optimizer": optimizer_state}
         parts |= {"teacher": teacher, "run": state}
         self.checkpoints = Checkpoints(config.run_folder, config.checkpoint, parts)
 
@@ -224,13 +224,22 @@ class Engine(abc.ABC):
     ) -> None:
         """See ``export``."""
 
+    @staticmethod
+    def checkpointed(policy: Any, config: EngineConfig, *, alone: bool = False) -> Stateful:
+        """What a checkpoint holds of the policy.
+
+        Args:
+            alone: nothing else has put weights in place: what a checkpoint does not hold is to be.
+        """
+        return policy.module
+
     @classmethod
     def export_checkpoint(
         cls, config: EngineConfig, step: int | None, folder: str, *, adapters: bool = False
     ) -> None:
         """See `sdpo_parallel.build.export_checkpoint`."""
         policy = cls.build_policy(config)
-        parts = {"model": policy.module}
+        parts = {"model": cls.checkpointed(policy, config, alone=True)}
         checkpoints = Checkpoints(config.run_folder, config.checkpoint, parts)
         checkpoints.load(checkpoints.undamaged(step))
         cls.export_policy(policy, config, folder, adapters=adapters)

@@ -120,7 +120,7 @@ class OnlineConfig(RunConfig):
     phases: tuple[str, ...] = ()
     """Who answers, and for how many updates: PERSONA:UPDATES, one after the other."""
     users: tuple[str, ...] = ()
-    """In place of phases, users who share the model, each with adapters of their own that are
+    """In place of ``phases``, users who share the model, each with adapters of their own that are
     trained in turn: NAME=PERSONA:UPDATES, several phases separated by commas."""
     system: str | None = None
     """System message put before each prompt; "" is an empty one."""
@@ -172,8 +172,6 @@ class OnlineConfig(RunConfig):
 
     def _check_users(self) -> None:
         names = [parse_user(text)[0] for text in self.users]
-        if self.phases:
-            raise SdpoError("give phases, or users with phases of their own")
         if self.replay is not None:
             raise SdpoError("replay is of one run: replay a user's by itself")
         if len(set(names)) < len(names):

@@ -99,7 +99,7 @@ def train(args: Sequence[str]) -> None:
     if not (users := read_users(store)):
         raise SdpoError(f"{store}: no users; add one with `sdpo users add {store} NAME PHASE…`")
     named = [f"{name}={','.join(phases)}" for name, phases in users.items()]
-    online([*rest, "--out", store, "--resume", "--phases", "--users", *named])
+    online([*rest, "--out", store, "--resume", "--users", *named])
 
 
 def show(store: tyro.conf.Positional[str], /) -> None:

@@ -23,7 +23,7 @@ def train(store, model, prompts):
     argv = online.arguments(model, prompts, store, *LORA, phases=())
     recipe, *rest = argv
     at = rest.index("--out")
-    del rest[at : at + 2], rest[rest.index("--phases")]
+    del rest[at : at + 2]
     with runs.as_alone():
         main(["users", "train", str(store), recipe, *rest])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from helpers import online, runs
 from sdpo.cli import main
@@ -68,6 +69,12 @@ def test_each_users_run_is_what_it_is_alone(text, pair, models, prompts, tmp_pat
     with runs.as_alone():
         main(["export", str(tmp_path / "r"), "--adapters", "--out", str(tmp_path / "r" / "export")])
     assert same(adapters(pair[name]), adapters(tmp_path / "r"))
+
+
+def test_a_checkpoint_holds_what_is_a_users_own_and_not_the_model(pair):
+    held = FileSystemReader(pair["bob"] / "checkpoints" / "step-2").read_metadata()
+    names = [name for name in held.state_dict_metadata if name.startswith("model.")]
+    assert names and all(".lora_" in name for name in names)
 
 
 def test_users_differ_and_have_folders_of_their_own(pair):

@@ -31,7 +31,7 @@ from torchtitan.distributed import utils as dist_utils  # noqa: E402
 from .inference import TorchtitanInference  # noqa: E402
 from .mesh import Mesh, check_layout  # noqa: E402
 from .model import TorchtitanModel  # noqa: E402
-from .weights import merged_weights, peft_weights, whole, write_hf, write_peft  # noqa: E402
+from .weights import AdapterState, merged_weights, peft_weights, whole, write_hf, write_peft  # noqa: E402
 
 
 class TorchtitanEngine(Engine):
@@ -69,6 +69,17 @@ class TorchtitanEngine(Engine):
         return TorchtitanModel(
             config.model, mesh, config.max_tokens, lora=config.lora, trained=True
         )
+
+    @staticmethod
+    def checkpointed(
+        policy: TorchtitanModel, config: EngineConfig, *, alone: bool = False
+    ) -> Stateful:
+        """With LoRA the adapters: what they stand beside is in the model's folder."""
+        if not config.lora.rank:
+            return policy.module
+        if alone:
+            policy.load()
+        return AdapterState(policy.module)
 
     @staticmethod
     def build_inference(config: InferenceConfig) -> TorchtitanInference:

@@ -38,6 +38,22 @@ def load_weights(module: torch.nn.Module, adapter: Any, folder: str) -> None:
     module.load_state_dict(adapter.from_hf(hf), strict=False)
 
 
+class AdapterState:
+    """The adapters of a module, for checkpoints."""
+
+    def __init__(self, module: torch.nn.Module):
+        self.module = module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Theirs alone."""
+        held = self.module.state_dict()
+        return {name: w for name, w in held.items() if ADAPTER.search(name)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put them in place; all else stays."""
+        self.module.load_state_dict(state_dict, strict=False)
+
+
 @torch.no_grad()
 def start_adapters(module: torch.nn.Module) -> None:
     """A ~ kaiming uniform, B = 0 (arXiv:2106.09685), the same whatever the layout."""
