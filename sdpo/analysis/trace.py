@@ -5,6 +5,10 @@ checkpoints of runs: a run draws interactions in an order that its seed, their n
 draws whole conversations, their ids fix, and each checkpoint counts how many it has drawn, so what
 it has read is known exactly. No model is read.
 
+A run of `sdpo online` reads what was said in it, which its folder holds update by update: there an
+interaction's id is traced, or the name of a user of ``sdpo users``, all of whose interactions are
+in their own run. What was undone still holds what it read.
+
 A conversation that was dropped as a duplicate lives on in the one kept in its place, and would come
 back if only that one were removed: duplicates are traced along.
 """
@@ -56,6 +60,8 @@ class RunTrace:
     probe: tuple[str, ...] = ()
     """Interactions that the drift monitor reads, without training on them."""
     checkpoints: tuple[Checkpoint, ...] = ()
+    own: bool = False
+    """The run trained on what was said in it."""
 
     @property
     def has_read(self) -> bool:
@@ -88,7 +94,14 @@ def find_runs(folders: Iterable[str]) -> list[Path]:
 def _is_run(config: Path) -> bool:
     """Tells a run's config.json from a model's."""
     stored = _json(config)
-    return isinstance(stored, dict) and {"data", "batch", "model"} <= stored.keys()
+    return isinstance(stored, dict) and (
+        {"data", "batch", "model"} <= stored.keys() or _talks(config.parent, stored)
+    )
+
+
+def _talks(run: Path, config: dict[str, Any]) -> bool:
+    """A run of `sdpo online`."""
+    return {"prompts", "batch", "model"} <= config.keys() and (run / "interactions").is_dir()
 
 
 def _json(path: Path) -> Any:
@@ -137,6 +150,49 @@ def trace_run(run: Path, data: str, digest: str, wanted: Sequence[str]) -> RunTr
         probe=tuple(traced[i] for i in monitored if i in traced),
         checkpoints=tuple(_read_by(run, manifests, stream, traced)),
     )
+
+
+def trace_own(run: Path, id: str) -> RunTrace | None:
+    """What the checkpoints of a run of `sdpo online` have read of an interaction, or of all that a
+    user said, whose name the run's folder has; None: it has nothing of either."""
+    checkpoints, found = [], False
+    everything = run.name == id and run.parent.name == "users"
+    said = _said(run, id, everything)
+    for folder in (run, *sorted(run.glob("undone-*"))):
+        here = said if folder == run else said | _said(folder, id, everything)
+        found |= any(here.values())
+        undone = "" if folder == run else f"{folder.name}/"
+        manifests = _manifests(folder)
+        steps = {name: manifest["step"] for name, manifest in manifests.items()}
+        if (folder / "export").is_dir():
+            steps["export"] = max(here, default=0)
+        for name, step in steps.items():
+            ids = [i for update, some in here.items() if update <= step for i in some]
+            checkpoints.append(
+                Checkpoint(
+                    name=f"{undone}{name}",
+                    interactions_seen=manifests.get(name, {}).get("interactions_seen", 0),
+                    read=dict.fromkeys(ids, 1),
+                    usable=not undone and name.removeprefix("step-").isdigit(),
+                )
+            )
+    if not found:
+        return None
+    where = str(run / "interactions")
+    return RunTrace(
+        run=str(run), data=where, trained_on_it=True, checkpoints=tuple(checkpoints), own=True
+    )
+
+
+def _said(folder: Path, id: str, everything: bool) -> dict[int, list[str]]:
+    """Update -> ids of its interactions that are meant."""
+    files = (folder / "interactions").glob("update-*.parquet")
+    return {
+        int(file.stem.removeprefix("update-")): [
+            i.id for i in iter_interactions(str(file)) if everything or i.id == id
+        ]
+        for file in sorted(files)
+    }
 
 
 def _manifests(run: Path) -> dict[str, dict[str, Any]]:
@@ -211,28 +267,33 @@ def trace_command(
     id: tyro.conf.Positional[str],
     /,
     *,
-    data: tuple[str, ...],
+    data: tuple[str, ...] = (),
     runs: tuple[str, ...] = (),
     json_out: Annotated[str | None, tyro.conf.arg(name="json")] = None,
 ) -> None:
     """Show where a conversation, interaction or user went, and which checkpoints have read it.
 
     Args:
-        id: a conversation's or an interaction's id, a user (hashed IP or user id), or "path:row".
-        data: files of interactions that `sdpo data prepare` wrote, with their manifests.
+        id: a conversation's or an interaction's id, a user (hashed IP or user id, or a name that
+            ``sdpo users`` has), or "path:row".
+        data: files of interactions that `sdpo data prepare` wrote, with their manifests; none: look
+            in runs of ``sdpo online`` alone.
         runs: folders of runs, or folders that hold runs.
         json_out: JSON file to write the findings to.
     """
     hits = [hit for file in data for hit in find(file, id)]
-    if not hits:
-        print(f"{id}: in none of the manifests of {', '.join(data)}")
-        raise SystemExit(1)
     folders = find_runs(runs)
-    traces: list[RunTrace] = []
+    talked = [run for run in folders if _talks(run, _json(run / "config.json"))]
+    traces = [own for run in talked if (own := trace_own(run, id)) is not None]
+    if not hits and not traces:
+        places = [*(f"the manifest of {file}" for file in data), *runs]
+        print(f"{id}: not in {', '.join(places) or 'nothing: give --data or --runs'}")
+        raise SystemExit(1)
     for file in data:
         if wanted := [i for hit in hits if hit.data == file for i in hit.interactions]:
             digest = sha256(file)
-            traces += [trace_run(run, file, digest, wanted) for run in folders]
+            others = [run for run in folders if run not in talked]
+            traces += [trace_run(run, file, digest, wanted) for run in others]
     inherited = descendants(folders, traces)
     if json_out is not None:
         told = [
@@ -251,12 +312,13 @@ def _show(id: str, hits: list[Hit], traces: list[RunTrace], inherited: dict[str,
         (h.source, h.conversation_id, h.user or "", h.decision, "\n".join(h.interactions), h.via)
         for h in hits
     ]
-    _print_table(id, columns, rows)
+    if hits:
+        _print_table(id, columns, rows)
     for trace in traces:
         _show_run(trace)
     for run, origin in inherited.items():
         _print(f"{run} began with, or was taught by, {origin}: it carries what that has read")
-    if any(hit.interactions for hit in hits):
+    if any(hit.interactions for hit in hits) or any(t.own for t in traces):
         _print("\n".join(["To remove it:", *_remedies(id, hits, traces, inherited)]))
     else:
         _print("None of it is in the data.")
@@ -287,18 +349,28 @@ def _remedies(
 ) -> Iterator[str]:
     # a user's request names the user; one for a conversation leaves the user's others alone
     named = [id if id == hit.user else hit.conversation_id for hit in hits]
-    yield f"1. add to the opt-out list: {', '.join(dict.fromkeys(named))}"
-    files = ", ".join(dict.fromkeys(hit.data for hit in hits))
-    yield f"2. prepare the data again, in place of {files}"
+    if hits:
+        yield f"1. add to the opt-out list: {', '.join(dict.fromkeys(named))}"
+        files = ", ".join(dict.fromkeys(hit.data for hit in hits))
+        yield f"2. prepare the data again, in place of {files}"
     for t in (t for t in traces if t.has_read and t.run not in inherited):
+        run = Path(t.run)
+        if t.own and run.name == id:
+            forget = f"sdpo users forget {run.parents[1]} {id}"
+            yield f"3. {t.run}: `{forget}` removes it, adapters and all"
+            continue
         if t.newest_before is None:
             remedy = "no checkpoint left is from before: train again from the run's own model"
         else:
             step = t.newest_before.removeprefix("step-")
             remedy = (
                 f"the newest checkpoint from before is {t.newest_before}: `sdpo export {t.run} "
-                f"--step {step} --out FOLDER`, then `sdpo train --model FOLDER` on the new data"
+                f"--step {step} --out FOLDER`, then "
             )
+            begin = (
+                "another run from there" if t.own else "`sdpo train --model FOLDER` on the new data"
+            )
+            remedy += begin
         read = ", ".join(c.name for c in t.checkpoints if c.read)
         yield f"3. {t.run}: {remedy}. Delete {read}"
     for run, origin in inherited.items():

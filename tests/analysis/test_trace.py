@@ -212,7 +212,7 @@ def test_a_run_from_a_tainted_export_is_named(data, run, trace, tmp_path, capsys
 def test_what_cannot_be_traced(data, run, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         trace_command("nobody", data=(data,))
-    assert "nobody: in none of the manifests" in capsys.readouterr().out
+    assert f"nobody: not in the manifest of {data}" in capsys.readouterr().out
     with pytest.raises(DataError, match="no such manifest"):
         find(str(tmp_path / "none.jsonl"), "c0")
     (tmp_path / "x.manifest.parquet").write_bytes(b"PAR1 no")

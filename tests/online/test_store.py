@@ -1,5 +1,6 @@
 """`sdpo users`: a store of users, from adding one to forgetting them."""
 
+import json
 import shutil
 
 import pytest
@@ -79,6 +80,32 @@ def test_a_rollback_restores_the_answers_exactly(store, models, prompts, tmp_pat
     assert {n: d for n, d in kept.items() if n.startswith("checkpoints")} == {
         n: d for n, d in others.items() if n.startswith("checkpoints")
     }
+
+
+def test_what_somebody_said_is_traced_to_the_checkpoints_that_read_it(store, tmp_path, capsys):
+    trained = {r.id for r in online.records(store / "users" / "alice") if r.dropped is None}
+    main(["users", "rollback", str(store), "alice", "phase-2"])
+    out = tmp_path / "trace.json"
+    main(["data", "trace", "alice", "--runs", str(store), "--json", str(out)])
+    (run,) = json.loads(out.read_text())["runs"]
+    read = {c["name"]: sorted(c["read"]) for c in run["checkpoints"]}
+    first = {id for id in trained if id.startswith("000001.")}
+    assert first and set(read["step-1"]) == first
+    assert read["step-0"] == [] and run["newest_before"] == "step-0"
+    later = [name for name in read if name.startswith("undone-1/")]
+    assert {"undone-1/step-3", "undone-1/export"} <= set(later)
+    assert set(read["undone-1/step-3"]) == set(read["undone-1/export"]) == trained
+    told = capsys.readouterr().out
+    assert f"sdpo users forget {store} alice" in "".join(told.split("\n"))
+
+    one = min(first)
+    main(["data", "trace", one, "--runs", str(store / "users" / "alice"), "--json", str(out)])
+    (run,) = json.loads(out.read_text())["runs"]
+    assert {c["name"] for c in run["checkpoints"] if c["read"]} == set(read) - {"step-0"}
+    assert "another run from there" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        main(["data", "trace", "carol", "--runs", str(store)])
+    assert "carol: not in" in capsys.readouterr().out
 
 
 def test_somebody_who_is_forgotten_leaves_no_byte(store, capsys):
