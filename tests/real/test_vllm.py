@@ -20,11 +20,13 @@ import pytest
 import torch
 from peft import LoraConfig as Peft
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from helpers import online, runs
 from sdpo.chat import chat_format
+from sdpo.cli import main
 from sdpo.conversations import Message
 from sdpo.errors import SdpoError
 from sdpo.online.sampler import SamplingConfig
@@ -367,6 +369,30 @@ def test_a_run_that_samples_while_it_trains_is_never_further_behind_than_it_may(
     said = online.records(tmp_path / "run")
     assert len({r.id for r in said}) == 18
     assert all(r.update - 2 <= v < r.update for r in said for v in r.versions)
+
+
+def test_users_share_a_server_each_with_their_own_adapters(server, smollm2, tmp_path):
+    prompts = online.make_prompts(tmp_path / "prompts.txt", 24)
+    (tmp_path / "run.toml").write_text(
+        f'[sampler]\nkind = "VLLM"\nsync = "adapters"\nurls = ["{server.url}"]\n'
+    )
+    options = ["--config", str(tmp_path / "run.toml"), *COMMON, "--evaluate.prompts", "0"]
+    options += ["--users", "alice=concise:2", "bob=detailed:2"]
+    options += ["--lora.rank", str(RANK), "--lora.alpha", "16", "--optimizer.lr", "1e-3"]
+    argv = online.arguments(smollm2, prompts, tmp_path / "store", *options, phases=())
+    with runs.as_alone():
+        main(["online", *argv])
+    folders = {name: tmp_path / "store" / "users" / name for name in ("alice", "bob")}
+    for folder in folders.values():
+        rows = runs.read_metrics(folder)
+        assert [row["step"] for row in rows] == [1, 2]
+        # the second answers are of adapters that have learned: another's would not fit
+        assert max(row["sampler/gap"] for row in rows) < NEAR
+        assert {v for r in online.records(folder) for v in r.versions} == {0, 1}
+        assert not (folder / "serving").exists()
+    alice, bob = (load_file(f / "export" / "adapter_model.safetensors") for f in folders.values())
+    assert any(not torch.equal(alice[name], bob[name]) for name in alice)
+    assert call(server, "adapters") == {}
 
 
 def wait_for(path: Path, run: subprocess.Popen) -> None:
