@@ -160,8 +160,8 @@ class OnlineConfig(RunConfig):
         sampler, trained = self.sampler, self.lora.rank > 0
         if isinstance(sampler, VLLM) and sampler.sync == "adapters" and not trained:
             raise SdpoError(
-                'sampler.sync = "adapters" is for runs that train adapters: set lora.rank, or use '
-                '"weights"'
+                'sampler.sync = "adapters" is for runs that train adapters: set lora.rank beside '
+                'it, or use "weights"'
             )
         if self.hindsight.max_response_tokens < self.sampling.max_new_tokens:
             raise SdpoError(

@@ -375,10 +375,11 @@ def test_users_share_a_server_each_with_their_own_adapters(server, smollm2, tmp_
     prompts = online.make_prompts(tmp_path / "prompts.txt", 24)
     (tmp_path / "run.toml").write_text(
         f'[sampler]\nkind = "VLLM"\nsync = "adapters"\nurls = ["{server.url}"]\n'
+        f"[lora]\nrank = {RANK}\nalpha = 16.0\n"
     )
     options = ["--config", str(tmp_path / "run.toml"), *COMMON, "--evaluate.prompts", "0"]
     options += ["--users", "alice=concise:2", "bob=detailed:2"]
-    options += ["--lora.rank", str(RANK), "--lora.alpha", "16", "--optimizer.lr", "1e-3"]
+    options += ["--optimizer.lr", "1e-3"]
     argv = online.arguments(smollm2, prompts, tmp_path / "store", *options, phases=())
     with runs.as_alone():
         main(["online", *argv])
