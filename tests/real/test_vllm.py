@@ -318,6 +318,8 @@ def test_adapters_after_each_update(server, smollm2, chat, prompts, tmp_path):
         sampler.update(Engine(model), version)  # pyright: ignore
         agrees(model, sampler, prompts)
     assert len(call(server, "adapters")) == 1
+    sampler.close()
+    assert call(server, "adapters") == {}
 
 
 def test_a_run_goes_on_while_its_server_is_killed_and_started_again(server, smollm2, tmp_path):
