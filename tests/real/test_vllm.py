@@ -373,6 +373,8 @@ def test_a_run_that_samples_while_it_trains_is_never_further_behind_than_it_may(
 
 
 def test_users_share_a_server_each_with_their_own_adapters(server, smollm2, tmp_path):
+    # a run before has left its own weights under the adapters
+    call(server, "load_weights", Path(smollm2), "default", None)
     prompts = online.make_prompts(tmp_path / "prompts.txt", 24)
     (tmp_path / "run.toml").write_text(
         f'[sampler]\nkind = "VLLM"\nsync = "adapters"\nurls = ["{server.url}"]\n'
