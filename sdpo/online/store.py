@@ -29,7 +29,7 @@ from ..train.export import export as export_run
 from ..train.run_folder import read_metrics
 from . import snapshots
 from .command import main as online
-from .config import parse_phase, parse_user
+from .config import parse_user
 from .snapshots import find_snapshot, read_snapshots
 
 NAME = "users.json"
@@ -78,8 +78,6 @@ def add(
         phases: PERSONA:UPDATES, one after the other.
     """
     parse_user(f"{name}={','.join(phases)}")
-    for phase in phases:
-        parse_phase(phase)
     users = read_users(store)
     if name in users:
         raise SdpoError(f"{store}: user {name!r} is there already, with {' '.join(users[name])}")

@@ -35,7 +35,7 @@ from .check import Needs, complaints
 from .config import VLLM
 from .folders import Versions
 from .server import Away, Generated, Server, Span, Unknown
-from .sync import Version, sync_of
+from .sync import Fleet, Version, sync_of
 
 T = TypeVar("T")
 
@@ -143,7 +143,7 @@ class VLLMSampler:
         self.labels[label] = version
         self.on_main(lambda: self.thread.do(self._meet_all()))
         servers = [place.server for place in self.places]
-        self.sync.give(engine, new, servers, lambda: self._load(new), self.thread.do)
+        self.sync.give(engine, new, Fleet(servers, lambda: self._load(new), self.thread.do))
         self.version = version
 
     def sample(

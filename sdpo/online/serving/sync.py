@@ -32,27 +32,24 @@ class Version(NamedTuple):
     folder: Path
 
 
+class Fleet(NamedTuple):
+    """The servers of a run, for its main rank."""
+
+    servers: Sequence[Server]
+    load: Callable[[], "Future[None]"]
+    """Begins to have all of them load the newest version."""
+    do: Callable[[Any], Any]
+    """Runs a coroutine to its end."""
+
+
 class Sync(Protocol):
     """How servers get weights."""
 
     adapters: bool
     """Answers are asked of a version's label, and not of the server's model."""
 
-    def give(
-        self,
-        engine: Engine,
-        new: Version,
-        servers: Sequence[Server],
-        load: Callable[[], "Future[None]"],
-        do: Callable[[Any], Any],
-    ) -> None:
-        """Give the engine's weights to all servers. All ranks call it together.
-
-        Args:
-            servers: on the main rank.
-            load: begins to have all of them load; on the main rank.
-            do: runs a coroutine to its end; on the main rank.
-        """
+    def give(self, engine: Engine, new: Version, fleet: Fleet) -> None:
+        """Give the engine's weights to all servers. All ranks call it together."""
         ...
 
     async def load(self, server: Server, new: Version, before: Version | None) -> None:
@@ -81,16 +78,9 @@ class WholeWeights:
         self.base = base
         self.dtype: ExportDtype = dtype
 
-    def give(
-        self,
-        engine: Engine,
-        new: Version,
-        servers: Sequence[Server],
-        load: Callable[[], "Future[None]"],
-        do: Callable[[Any], Any],
-    ) -> None:
+    def give(self, engine: Engine, new: Version, fleet: Fleet) -> None:
         engine.export(str(new.folder), adapters=self.adapters, dtype=self.dtype)
-        engine.on_main(lambda: (self.check(new), load().result())[1])
+        engine.on_main(lambda: (self.check(new), fleet.load().result())[1])
 
     def check(self, new: Version) -> None:
         """Refuse what a server would take in part, or not survive.
@@ -158,23 +148,16 @@ class Nccl(WholeWeights):
         self.members: dict[str, int] = {}
         self.names: list[tuple[str, list[int]]] = []
 
-    def give(
-        self,
-        engine: Engine,
-        new: Version,
-        servers: Sequence[Server],
-        load: Callable[[], "Future[None]"],
-        do: Callable[[Any], Any],
-    ) -> None:
+    def give(self, engine: Engine, new: Version, fleet: Fleet) -> None:
         dtype = getattr(torch, self.dtype)
         if not self.names:
             self.names = [(name, list(weight.shape)) for name, weight in engine.weights()]
         loading: list[Future[None]] = []
 
         def begin() -> None:
-            if alive := do(self._to_join(servers)):
-                self._connect(alive, do, engine.device)
-            loading.append(load())
+            if alive := fleet.do(self._to_join(fleet.servers)):
+                self._connect(alive, fleet.do, engine.device)
+            loading.append(fleet.load())
 
         engine.on_main(begin)
         for _, weight in engine.weights():
