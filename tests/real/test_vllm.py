@@ -208,14 +208,15 @@ def call(server, method, *args):
     return asyncio.run(alone())
 
 
-def test_a_server_that_sdpo_starts_lacks_nothing(server):
-    async def look(**needs):
-        async with httpx.AsyncClient() as client:
-            return await complaints(Server(server.url, client), Needs(**needs))
+async def lacks(server: Process, **needs) -> list[str]:
+    async with httpx.AsyncClient() as client:
+        return await complaints(Server(server.url, client), Needs(**needs))
 
-    assert asyncio.run(look(tokens=2048)) == []
-    assert asyncio.run(look(sync="adapters", rank=RANK)) == []
-    found = "; ".join(asyncio.run(look(rank=64, tokens=4096, raw_logprobs=False)))
+
+def test_a_server_that_sdpo_starts_lacks_nothing(server):
+    assert asyncio.run(lacks(server, tokens=2048)) == []
+    assert asyncio.run(lacks(server, sync="adapters", rank=RANK)) == []
+    found = "; ".join(asyncio.run(lacks(server, rank=64, tokens=4096, raw_logprobs=False)))
     assert all(flag in found for flag in ("--max-lora-rank", "--max-model-len", "processed"))
 
 
@@ -283,7 +284,9 @@ def test_trap_5_a_server_survives_a_folder_that_it_cannot_load(server, smollm2, 
     for prompt in (prompts[0], prompts[-1]):
         out = call(server, "generate", name, prompt, sampling)
         assert out.token_ids == greedy(model, prompt, 12) and out.spans[0].label == "good"
-    call(server, "load_weights", Path(smollm2), "first", None)
+    found = asyncio.run(lacks(server, sync="adapters"))
+    assert "its weights are 'good'" in "; ".join(found)
+    call(server, "load_weights", Path(smollm2), "default", None)
 
 
 def test_adapters_of_three_users_and_the_base_in_one_batch(server, smollm2, prompts, tmp_path):
@@ -373,7 +376,7 @@ def test_a_run_that_samples_while_it_trains_is_never_further_behind_than_it_may(
 
 
 def test_users_share_a_server_each_with_their_own_adapters(server, smollm2, tmp_path):
-    # a run before has left its own weights under the adapters
+    # adapters do not stand on what the run before left
     call(server, "load_weights", Path(smollm2), "default", None)
     prompts = online.make_prompts(tmp_path / "prompts.txt", 24)
     (tmp_path / "run.toml").write_text(

@@ -25,6 +25,8 @@ class Needs:
     tokens: int = 0
 
 
+_OWN = "default"
+"""What a server calls the weights that it was started with."""
 _DEVELOPMENT = "VLLM_SERVER_DEV_MODE=1 in its environment"
 _ROUTES = {
     "/inference/v1/generate": "--enable-scale-out",
@@ -59,6 +61,12 @@ async def complaints(server: Server, needs: Needs) -> list[str]:
         )
     if "/server_info" in routes:
         found += _of_settings(await server.settings(), needs)
+    label = await server.label() if "/weight_info" in routes else None
+    if needs.sync == "adapters" and label not in (None, _OWN):
+        found.append(
+            f"its weights are {label!r}, from a run before, and adapters belong to the model that "
+            "it was started with (start it again)"
+        )
     if needs.sync == "weights" and "/collective_rpc" in routes:
         try:
             await server.repack()

@@ -414,10 +414,22 @@ def test_a_restarted_server_gets_the_weights_before_it_answers(base, made):
         stub.start()
         assert said(stub, base) == (1, 1)
         assert answered(sampler) == [(9, 9)] * 2  # its first answers are thrown away
+    with serving(base) as stub:
         adapters = made(stub, sync="adapters", engine=Engine(3))
         stub.stop()
         stub.start()
         assert answered(adapters) == [(3, 3)] * 2
+
+
+def test_adapters_are_not_put_on_what_another_run_left(base, made):
+    with serving(base) as stub:
+        made(stub).update(Engine(9), 1)
+        with pytest.raises(SdpoError, match=f"its weights are '{stub.label}'.*start it again"):
+            made(stub, sync="adapters")
+        assert not stub.count("load_lora_adapter")
+        stub.stop()
+        stub.start()
+        assert answered(made(stub, sync="adapters", engine=Engine(3))) == [(3, 3)] * 2
 
 
 @pytest.mark.parametrize("sync", ["weights", "adapters"])
