@@ -22,12 +22,12 @@ def _positive(config: Any, *names: str) -> None:
             raise SdpoError(f"{name} must be positive, got {value}")
 
 
-def _check_sampling(config: "ServerUser | LocalUser") -> None:
+def _check_sampling(config: "ChatServer | LocalUser") -> None:
     if config.temperature < 0:
         raise SdpoError(f"temperature must not be negative, got {config.temperature}")
     if not 0 < config.top_p <= 1:
         raise SdpoError(f"top_p must lie in (0, 1], got {config.top_p}")
-    _positive(config, "max_new_tokens", "max_chars")
+    _positive(config, "max_new_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +88,8 @@ class RetryConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerUser:
-    """A user played by a model behind an OpenAI-compatible server; needs the ``online`` extra."""
+class ChatServer:
+    """A model behind an OpenAI-compatible server; needs the ``online`` extra."""
 
     url: str
     """Address of the API, such as http://127.0.0.1:8000/v1."""
@@ -104,14 +104,8 @@ class ServerUser:
     extra: str = ""
     """More of a request, as a JSON object; null takes a field out of it:
     {"chat_template_kwargs": {"enable_thinking": false}}."""
-    system: bool = True
-    """Whether the model takes a system message; otherwise the user's message holds it."""
-    max_chars: int = 600
-    """Characters that a reply may have."""
     concurrency: int = 8
     """Requests at a time."""
-    on_failure: OnFailure = "silence"
-    """Whether a reply that is empty, cut, refused or too long counts as silence or ends the run."""
     retry: RetryConfig = field(default_factory=RetryConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
 
@@ -151,6 +145,22 @@ class ServerUser:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServerUser(ChatServer):
+    """A user played by a model behind an OpenAI-compatible server; needs the ``online`` extra."""
+
+    system: bool = True
+    """Whether the model takes a system message; otherwise the user's message holds it."""
+    max_chars: int = 600
+    """Characters that a reply may have."""
+    on_failure: OnFailure = "silence"
+    """Whether a reply that is empty, cut, refused or too long counts as silence or ends the run."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _positive(self, "max_chars")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LocalUser:
     """A user played by a model in this process; its own generation config is not used."""
 
@@ -175,7 +185,7 @@ class LocalUser:
 
     def __post_init__(self):
         _check_sampling(self)
-        _positive(self, "max_prompt_tokens", "batch")
+        _positive(self, "max_chars", "max_prompt_tokens", "batch")
         if self.top_k < 0:
             raise SdpoError(f"top_k must not be negative, got {self.top_k}")
 

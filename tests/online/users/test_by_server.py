@@ -328,7 +328,7 @@ def test_the_budget_of_tokens_holds(tmp_path, concurrency):
     """A call is sent only where the most that it may take is left; less may come of it."""
     with serving(Answer(usage=(900, 100), delay=0.01)) as server:
         mine = user(server, tmp_path, budget=BudgetConfig(tokens=20_000), concurrency=concurrency)
-        most = mine._ask(exchange(0)).most_tokens
+        most = mine.asker.request(mine.ask(exchange(0))).most_tokens
         assert 1_000 < most < 4_000
         with pytest.raises(SdpoError, match="the budget is spent: .* of 20000 tokens") as caught:
             mine.reply([exchange(i) for i in range(40)], seed=0)
@@ -342,7 +342,9 @@ def test_what_a_server_does_not_count_is_counted_at_the_most(tmp_path):
     with serving(Answer(usage=None)) as server:
         mine = user(server, tmp_path)
         mine.reply([exchange(1)], seed=0)
-        assert mine.calls.spent() == Spent(calls=1, tokens=mine._ask(exchange(1)).most_tokens)
+        assert mine.calls.spent() == Spent(
+            calls=1, tokens=mine.asker.request(mine.ask(exchange(1))).most_tokens
+        )
 
 
 def test_what_was_in_flight_at_a_kill_stays_counted(tmp_path):
@@ -383,18 +385,18 @@ def test_an_error_of_our_own_ends_the_run_and_no_request_waits_for_it(tmp_path, 
     """Others may wait for what it had booked."""
     with serving(Answer(delay=0.05)) as server:
         mine = user(server, tmp_path)
-        most = mine._ask(exchange(0)).most_tokens
+        most = mine.asker.request(mine.ask(exchange(0))).most_tokens
         mine = user(server, tmp_path, budget=BudgetConfig(tokens=most + 10))
 
         def broken(content):
             raise ZeroDivisionError
 
-        monkeypatch.setattr(mine, "_heard", broken)
+        monkeypatch.setattr(mine.asker, "_heard", broken)
         with pytest.raises(SdpoError, match="the budget is spent"):
             mine.reply([exchange(i) for i in range(3)], seed=0)
         with pytest.raises(ZeroDivisionError):
             user_without_limit = user(server, tmp_path)
-            monkeypatch.setattr(user_without_limit, "_heard", broken)
+            monkeypatch.setattr(user_without_limit.asker, "_heard", broken)
             user_without_limit.reply([exchange(i) for i in range(3)], seed=0)
 
 
