@@ -26,6 +26,7 @@ COMMANDS = {
         "analysis.signal:command",
         "what each follow-up says about each token of a response",
     ),
+    "evaluate": ("", "what a model is worth: preference, benchmarks, report"),
     "demo": ("demo.command:main", "the whole method on a real model, on any machine"),
 }
 DATA_COMMANDS = {
@@ -46,8 +47,12 @@ USERS_COMMANDS = {
     "export": ("online.store:export", "a user's adapters, as a PEFT folder"),
     "forget": ("online.store:forget", "remove all that there is of a user"),
 }
+EVALUATE_COMMANDS = {
+    "preference": ("evaluate.preference:command", "which of two models a persona prefers"),
+    "benchmarks": ("evaluate.benchmarks:command", "lm-evaluation-harness, models side by side"),
+}
 """Name -> function in this package, and what it does."""
-GROUPS = {"data": DATA_COMMANDS, "users": USERS_COMMANDS}
+GROUPS = {"data": DATA_COMMANDS, "users": USERS_COMMANDS, "evaluate": EVALUATE_COMMANDS}
 BY_THEMSELVES = (
     "train.command:main",
     "online.command:main",

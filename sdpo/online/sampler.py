@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from sdpo_parallel.config import ParallelConfig
-from sdpo_parallel.engine import Engine
+from sdpo_parallel.engine import Engine, Ranks
 
 from ..chat import ChatFormat
 from ..errors import SdpoError
@@ -135,6 +135,20 @@ class RemoteSampler(Sampler, Protocol):
         ...
 
 
+class Place(Protocol):
+    """Where a sampler's ranks are: an engine, or a process alone."""
+
+    @property
+    def ranks(self) -> Ranks: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in their order."""
+        ...
+
+
 class InProcessSampler:
     """A copy of the model on each rank, and transformers' ``generate``. Ranks share the prompts.
 
@@ -146,7 +160,7 @@ class InProcessSampler:
     def __init__(
         self,
         config: SamplingConfig,
-        engine: Engine,
+        engine: Place,
         folder: str,
         chat: ChatFormat,
         parallel: ParallelConfig,
