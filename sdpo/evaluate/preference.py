@@ -305,6 +305,7 @@ def _pairs(
 def show(report: Mapping[str, Any], styles: Mapping[str, Style], console: Console) -> None:
     """Print wins, rates and style markers."""
     table = Table("persona", "by", "", "wins", "ties as half", "decided", "rates")
+    table.columns[0].no_wrap = True
     for row in report["compared"]:
         won = row["wins"]
         rates = [f"{100 * rate['value']:.1f}" for rate in (row["rates"] or {}).values()]
