@@ -50,6 +50,7 @@ USERS_COMMANDS = {
 EVALUATE_COMMANDS = {
     "preference": ("evaluate.preference:command", "which of two models a persona prefers"),
     "benchmarks": ("evaluate.benchmarks:command", "lm-evaluation-harness, models side by side"),
+    "report": ("evaluate.report:command", "one page and one JSON file of what was evaluated"),
 }
 """Name -> function in this package, and what it does."""
 GROUPS = {"data": DATA_COMMANDS, "users": USERS_COMMANDS, "evaluate": EVALUATE_COMMANDS}

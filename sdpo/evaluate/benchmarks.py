@@ -9,6 +9,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,17 +203,18 @@ class Harness:
         self.out, self.files, self.config = out, dict(files), config
         try:
             import lm_eval  # an optional extra
-            from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise SdpoError(
                 f"benchmarks need lm-evaluation-harness ({error}): pip install 'sdpo[eval]'"
             ) from None
         self.version = lm_eval.__version__
         self._simple_evaluate: Any = lm_eval.simple_evaluate
-        self._tasks = TaskManager()
+        self._tasks = self._own = _all_tasks()
         if files:
             self.check(list(files))
-            self._tasks = TaskManager(include_path=str(self._overrides()))
+            self._own = type(self._tasks)(
+                include_path=str(self._overrides()), include_defaults=False
+            )
 
     def check(self, names: Sequence[str]) -> None:
         """Refuse tasks that the harness does not have."""
@@ -274,7 +276,7 @@ class Harness:
                 apply_chat_template=config.chat_template,
                 system_instruction=config.system,
                 gen_kwargs=more,
-                task_manager=self._tasks,
+                task_manager=self._own if task in self.files else self._tasks,
                 bootstrap_iters=0,
                 log_samples=True,
             )
@@ -307,8 +309,13 @@ class Harness:
         folder = self.out / "tasks"
         for name, file in self.files.items():
             entry = self._tasks.task_index[name]
-            split = _split(entry.yaml_path)
+            asked, split = _asked(entry.yaml_path)
+            # the file holds the questions and, where any are wanted, the examples before them
+            splits = dict.fromkeys(("training_split", "validation_split", "test_split"))
             own = {
+                **splits,
+                asked: split,
+                "fewshot_split": split,
                 "include": str(entry.yaml_path),
                 "task": name,
                 "dataset_path": "json",
@@ -317,6 +324,14 @@ class Harness:
             }
             write_text(folder / f"{name}.yaml", yaml.safe_dump(own))
         return folder
+
+
+@cache
+def _all_tasks() -> Any:
+    """The harness's own tasks: thousands of files are looked through, once."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 _DECIDE = ("fewshot", "chat_template", "system", "max_new_tokens", "dtype")
@@ -354,12 +369,13 @@ def _value(value: Any) -> float | list[float] | None:
     return float(value) if isinstance(value, bool | int | float) else None
 
 
-def _split(path: Any) -> str:
-    """The split that a task asks its questions of."""
+def _asked(path: Any) -> tuple[str, str]:
+    """Which field of a task names the split that it asks its questions of, and the split."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     task = load_yaml(path, resolve_func=False)
-    return task.get("test_split") or task.get("validation_split") or "test"
+    name = "test_split" if task.get("test_split") else "validation_split"
+    return name, task.get(name) or "test"
 
 
 def _files(data: Sequence[str]) -> dict[str, str]:
