@@ -16,6 +16,7 @@ COMMANDS = {
     "serve": ("online.serving.command:serve", "start a vLLM server that online runs sample from"),
     "check-server": ("online.serving.command:check_server", "what a vLLM server lacks for a run"),
     "users": ("", "many users of one model: list, add, train, rollback, export, forget"),
+    "evaluate": ("", "published benchmarks of answers, replayed or judged: alpaca, arena"),
     "snapshots": ("online.snapshots:command", "an online run's snapshots: list, export, restore"),
     "export": ("train.export:export", "write a checkpoint of a run as a Hugging Face folder"),
     "check-hindsight": (
@@ -51,6 +52,8 @@ EVALUATE_COMMANDS = {
     "preference": ("evaluate.preference:command", "which of two models a persona prefers"),
     "benchmarks": ("evaluate.benchmarks:command", "lm-evaluation-harness, models side by side"),
     "report": ("evaluate.report:command", "one page and one JSON file of what was evaluated"),
+    "alpaca": ("evaluate.alpaca:command", "AlpacaEval 2: raw and length-controlled win rate"),
+    "arena": ("evaluate.arena:command", "Arena-Hard v2: win rate by category"),
 }
 """Name -> function in this package, and what it does."""
 GROUPS = {"data": DATA_COMMANDS, "users": USERS_COMMANDS, "evaluate": EVALUATE_COMMANDS}

@@ -29,7 +29,7 @@ FILE = re.compile(r"(?<![\w/.-])[\w.-]+(?:/[\w.-]+)+\.(?:py|sh|md|toml|sbatch|sv
 MODULE = re.compile(r"\b(?:sdpo|sdpo_parallel|sdpo_kernels|benchmarks)(?:\.(?!NAME)\w+)+")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*[a-z\d]")
 COMMAND = re.compile(
-    r"^(?:sdpo ((?:data|users) \w+|[a-z-]+)|(?:sbatch \S+ )?parallel/launch/\S+)(.*)", re.M
+    r"^(?:sdpo ((?:data|users|evaluate) \w+|[a-z-]+)|(?:sbatch \S+ )?parallel/launch/\S+)(.*)", re.M
 )
 OF_OTHERS = {"--shutdown-timeout", "--kill"}
 OF_OTHERS |= {"--api-key", "--generation-config", "--tensor-parallel-size"}

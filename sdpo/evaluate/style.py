@@ -115,7 +115,7 @@ _ROWS: dict[str, Callable[[Style], str]] = {
     "answers": lambda s: str(s.answers),
     "characters": lambda s: f"{s.characters:,.0f}",
     "words": lambda s: f"{s.words:,.0f}",
-    "list items (answers with any)": lambda s: str(s.list_items),
+    "list items": lambda s: str(s.list_items),
     "headers": lambda s: str(s.headers),
     "bold stretches": lambda s: str(s.bold),
     "table rows": lambda s: str(s.table_rows),
@@ -123,16 +123,18 @@ _ROWS: dict[str, Callable[[Style], str]] = {
     "blank": lambda s: _share(s.blank),
     "finished": lambda s: _share(s.finished),
     "open with praise": lambda s: _share(s.praise),
-    "close with an offer or question": lambda s: _share(s.offers),
+    "close with an offer": lambda s: _share(s.offers),
     "leak hindsight": lambda s: _share(s.leaks),
 }
 
 
 def comparison(title: str, columns: Sequence[str]) -> Table:
     """An empty table with a column for each set of answers."""
-    table = Table("", *columns, title=title, title_justify="left")
+    caption = "marks per answer (share of answers that have any)"
+    table = Table("", *columns, title=title, caption=caption, title_justify="left")
+    table.caption_justify, table.columns[0].no_wrap = "left", True
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.overflow = "right", "fold"
     return table
 
 
