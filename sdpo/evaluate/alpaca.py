@@ -45,6 +45,8 @@ from .style import Style, add_style, comparison
 
 GAMED = Path(__file__).with_name("gamed.csv.gz")
 """The gamed baselines, in the format of the hub's df_gamed.csv."""
+ASKED = 64
+"""Outputs that are judged before what was said is written down."""
 INSTRUCTIONS = "bfe8c45991f635de0b1f94abeeb1335ef665d58eddd87ddf6fa71b7b0c2ce7a5"
 """SHA-256 of the benchmark's instructions in the order of `GAMED`."""
 
@@ -240,8 +242,8 @@ def _package(module: str) -> ModuleType:
 def judge(path: str | Path, reference: Outputs, model: Outputs, config: str) -> None:
     """Have alpaca_eval judge a model's outputs, and write the annotations.
 
-    Which of the two outputs a judge sees first is drawn by alpaca_eval. Its answers are kept beside
-    the file until all are there: a call that is killed or fails pays for none twice.
+    Which of the two outputs a judge sees first is drawn by alpaca_eval. What was judged is kept
+    beside the file until all is: asking again after a failure goes on from there.
 
     Args:
         path: where to write; there must be no file.
@@ -251,15 +253,19 @@ def judge(path: str | Path, reference: Outputs, model: Outputs, config: str) -> 
     path = Path(path)
     if path.exists():
         raise SdpoError(f"{path} exists; replay it without --judge, or remove it")
-    annotators = _package("alpaca_eval.annotators")
-    kept = path.with_name(f"{path.name}.calls.json")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    annotator = annotators.PairwiseAnnotator(annotators_config=config, caching_path=kept)
+    annotators, utils = _package("alpaca_eval.annotators"), _package("alpaca_eval.utils")
+    annotator = annotators.PairwiseAnnotator(annotators_config=config, caching_path=None)
     sides = [[_plain(row) for row in outputs.rows] for outputs in (reference, model)]
-    rows = annotator.annotate_head2head(outputs_1=sides[0], outputs_2=sides[1])
-    table = _package("alpaca_eval.utils").convert_to_dataframe(rows)
-    write_text(path, table.to_json(orient="records", indent=2))
-    kept.unlink(missing_ok=True)
+    asked = hashlib.sha256(json.dumps([config, sides]).encode()).hexdigest()
+    kept = path.with_name(f"{path.name}.{asked[:8]}.partial")
+    done = json.loads(kept.read_text("utf-8")) if kept.is_file() else []
+    for start in range(len(done), len(model.rows), ASKED):
+        first, second = (side[start : start + ASKED] for side in sides)
+        rows = annotator.annotate_head2head(outputs_1=first, outputs_2=second)
+        done += json.loads(utils.convert_to_dataframe(rows).to_json(orient="records"))
+        write_text(kept, json.dumps(done))
+    write_text(path, json.dumps(done, indent=2))
+    kept.unlink()
 
 
 def _plain(row: Output) -> dict[str, str]:

@@ -235,9 +235,32 @@ def test_alpaca_evals_own_judges_can_be_asked(published, tmp_path, capsys):
     judged = json.loads((tmp_path / "a.json").read_text())
     verdicts = [row["preference"] for row in judged]
     assert len(verdicts) == 30 and set(verdicts) == {1, 2}  # which is first is drawn
-    assert not list(tmp_path.glob("*.calls.json"))
+    assert not list(tmp_path.glob("*.partial"))
     found = rate(tmp_path, few, judged)
     assert found.win_rate == pytest.approx(100 * verdicts.count(2) / 30)
+
+
+def test_a_judge_that_fails_is_not_asked_again_what_it_said(published, tmp_path, monkeypatch):
+    from alpaca_eval.decoders import test
+
+    few, asked = published[:200], []
+    config = judge_config(tmp_path / "likes_the_first")
+    base, model = outputs(tmp_path, few)
+
+    def fails_at_the_end(prompts, **kwargs):
+        asked.extend(prompts)
+        if len(asked) == 200:
+            raise ConnectionError
+        return answer(prompts, **kwargs)
+
+    answer = test.test_completions
+    monkeypatch.setattr(test, "test_completions", fails_at_the_end)
+    with pytest.raises(ConnectionError):
+        alpaca.judge(tmp_path / "judged.json", base, model, str(config))
+    assert not (tmp_path / "judged.json").exists()
+    alpaca.judge(tmp_path / "judged.json", base, model, str(config))
+    assert len(json.loads((tmp_path / "judged.json").read_text())) == 200
+    assert len(set(asked)) == 200 and len(asked) == 200 + 200 % alpaca.ASKED
 
 
 def test_without_its_package_the_error_says_what_to_install(few, tmp_path, monkeypatch):

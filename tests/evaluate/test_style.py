@@ -9,6 +9,7 @@ FORMATTED = """# Penguins 🐧
 
 - **where**: Antarctica
 - **what**: fish
+- swim
 
 | a | b |
 |---|---|
@@ -26,7 +27,7 @@ def test_each_marker_is_counted():
     style = Style.of([FORMATTED, CHATTY, LEAK, PLAIN], [True, None, False, True])
     assert style.answers == 4
     assert style.characters == sum(map(len, (FORMATTED, CHATTY, LEAK, PLAIN))) / 4
-    assert style.list_items == Marks(mean=2 / 4, share=1 / 4)
+    assert style.list_items == Marks(mean=3 / 4, share=1 / 4)
     assert style.headers == Marks(mean=1 / 4, share=1 / 4)
     assert style.bold == Marks(mean=2 / 4, share=1 / 4)
     assert style.table_rows == Marks(mean=2 / 4, share=1 / 4)
@@ -59,7 +60,7 @@ def test_every_marker_is_shown_for_each_set():
     add_style(table, [Style.of([FORMATTED], [True]), Style.of([PLAIN])])
     names, ours, theirs = (list(column.cells) for column in table.columns)
     shown = dict(zip(names, zip(ours, theirs, strict=True), strict=True))
-    assert shown["list items"] == ("2.00 (100%)", "0.00 (0%)")
+    assert shown["list items"] == ("3.00 (100%)", "0.00 (0%)")
     assert shown["finished"] == ("100.0%", "unknown")
-    assert shown["words"] == ("15", "3")
+    assert shown["words"] == ("16", "3")
     assert len(shown) == len(Style.__dataclass_fields__)
