@@ -16,7 +16,6 @@ COMMANDS = {
     "serve": ("online.serving.command:serve", "start a vLLM server that online runs sample from"),
     "check-server": ("online.serving.command:check_server", "what a vLLM server lacks for a run"),
     "users": ("", "many users of one model: list, add, train, rollback, export, forget"),
-    "evaluate": ("", "published benchmarks of answers, replayed or judged: alpaca, arena"),
     "snapshots": ("online.snapshots:command", "an online run's snapshots: list, export, restore"),
     "export": ("train.export:export", "write a checkpoint of a run as a Hugging Face folder"),
     "check-hindsight": (
@@ -27,7 +26,7 @@ COMMANDS = {
         "analysis.signal:command",
         "what each follow-up says about each token of a response",
     ),
-    "evaluate": ("", "what a model is worth: preference, benchmarks, report"),
+    "evaluate": ("", "what a model is worth: preference, benchmarks, alpaca, arena, report"),
     "demo": ("demo.command:main", "the whole method on a real model, on any machine"),
 }
 DATA_COMMANDS = {

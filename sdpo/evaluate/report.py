@@ -144,7 +144,7 @@ def _add_file(found: Found, file: Path, samples: int) -> None:
                 found.pairs += islice(_lines(pairs), samples)
         case {"kind": "benchmarks"}:
             found.benchmarks.append(report)
-        case {"kind": "alpaca" | "arena"}:
+        case {"benchmark": str()}:
             found.rates.append(report)
         case _:
             raise SdpoError(f"{file.name} is no report of an evaluation")
