@@ -6,9 +6,10 @@ the paper's own data (arXiv:2603.12273), or parquet with the same fields as colu
     {"id": "c1_3", "turn_id": 3, "prompt": [{"from": "human", "value": ...}, ...],
      "completion": {"from": "gpt", "value": ...}, "user_response": {"from": "human", "value": ...}}
 
-with `weight`, `completion_token_ids` and `completion_logprobs` only where they are set. In a
-prompt, `"from": "tool"` is the result of a tool call, with `tool_call_id` and `name` where they are
-known, and a turn from gpt may have `tool_calls`, the JSON text of OpenAI's list.
+with `weight`, `completion_token_ids`, `completion_logprobs` and `next_completion`, a turn like
+`completion`, only where they are set. In a prompt, `"from": "tool"` is the result of a tool call,
+with `tool_call_id` and `name` where they are known, and a turn from gpt may have `tool_calls`, the
+JSON text of OpenAI's list.
 """
 
 import json
@@ -45,6 +46,7 @@ class Interaction:
     prompt: x, ends with a user message or a tool's result; an assistant's is let pass, as published
     rows of WildFeedback have some. response: y, not blank. followup: o, not blank.
     turn_id: the answer's index in its cleaned conversation. weight: of its loss, finite, >= 0.
+    next_response: y', the answer that the log has behind o, not blank.
     response_token_ids, response_logprobs: y as it was sampled and log π_old(y_t) in nats,
     for online data; as long as each other.
     """
@@ -57,6 +59,7 @@ class Interaction:
     weight: float = 1.0
     response_token_ids: tuple[int, ...] | None = None
     response_logprobs: tuple[float, ...] | None = None
+    next_response: str | None = None
 
     def __post_init__(self) -> None:
         _check_turns(self)
@@ -89,6 +92,9 @@ def _check_turns(interaction: Interaction) -> None:
     if not interaction.followup.strip():
         problem = "an interaction whose user response is empty has no feedback to learn from"
         raise bad("user_response", problem, "Drop the row")
+    if interaction.next_response is not None and not interaction.next_response.strip():
+        problem = "the response behind the follow-up is empty"
+        raise bad("next_completion", problem, "Leave the field out where there is none")
 
 
 def _check_token_ids(ids: tuple[int, ...]) -> None:
@@ -205,6 +211,8 @@ def to_row(interaction: Interaction) -> dict[str, Any]:
         row["completion_token_ids"] = interaction.response_token_ids
     if interaction.response_logprobs is not None:
         row["completion_logprobs"] = interaction.response_logprobs
+    if interaction.next_response is not None:
+        row["next_completion"] = to_turn(Message("assistant", interaction.next_response))
     return row
 
 
@@ -220,6 +228,7 @@ def to_turn(message: Message) -> dict[str, str]:
 def from_row(row: dict[str, Any], default_id: str) -> Interaction:
     """The interaction of a row. Raises DataError, naming the field."""
     weight, ids = row.get("weight"), row.get("completion_token_ids")
+    after = row.get("next_completion")
     return Interaction(
         id=as_id(row.get("id"), default_id),
         prompt=prompt_of(row.get("prompt")),
@@ -229,6 +238,7 @@ def from_row(row: dict[str, Any], default_id: str) -> Interaction:
         weight=1.0 if weight is None else _number(weight, "weight"),
         response_token_ids=None if ids is None else tuple(as_list(ids, "completion_token_ids")),
         response_logprobs=_logprobs(row.get("completion_logprobs")),
+        next_response=None if after is None else _spoken_by("assistant", after, "next_completion"),
     )
 
 

@@ -67,6 +67,7 @@ def interactions(draw) -> Interaction:
         weight=draw(st.floats(0, allow_nan=False, allow_infinity=False)),
         response_token_ids=ids,
         response_logprobs=draw(logprobs) if ids else None,
+        next_response=draw(st.none() | some_text),
     )
 
 
@@ -89,6 +90,10 @@ def test_the_papers_row_shape(tmp_path):
         '"user_response":{"from":"human","value":"o"}}'
     )
     assert json.loads(second).keys() == {"id", *ROW, "weight"}
+    write_interactions(path, [interaction(next_response="z")])
+    (after,) = read_interactions(path)
+    assert json.loads(path.read_text())["next_completion"] == {"from": "gpt", "value": "z"}
+    assert after.next_response == "z"
 
 
 def test_rows_as_others_write_them(tmp_path):
@@ -185,6 +190,8 @@ BAD_FIELDS = {
     "completion a number": ({"completion": 3}, "completion", "found a number where text"),
     "follow-up blank": ({"user_response": ""}, "user_response", "whose user response is empty"),
     "follow-up by the model": ({"user_response": GPT}, "user_response", "of role 'assistant'"),
+    "next answer blank": ({"next_completion": " "}, "next_completion", "is empty"),
+    "next answer by the user": ({"next_completion": USER}, "next_completion", "of role 'user'"),
     "turn_id text": ({"turn_id": "3"}, "turn_id", "found text, not an integer"),
     "weight NaN": ({"weight": NAN}, "weight", "the weight is nan"),
     "weight infinite": ({"weight": INF}, "weight", "the weight is inf"),

@@ -186,7 +186,8 @@ def _warnings(interaction: Interaction, where: str) -> Iterator[Finding]:
         says = "the same as the prompt's last user message: sent again, it says little of why."
         yield _finding("warning", where, "user_response", "repeats the prompt", says)
     texts = {f"prompt[{i}]": m.content for i, m in enumerate(prompt)}
-    for name, text in {**texts, "completion": response, "user_response": followup}.items():
+    texts |= {"completion": response, "user_response": followup}
+    for name, text in {**texts, "next_completion": interaction.next_response or ""}.items():
         if mark := CONTROL_MARK.search(text):
             says = f"{mark[0]!r} at character {mark.start()} is a chat format's; here it is text."
             yield _finding("warning", where, name, "control token", says)
@@ -242,6 +243,7 @@ class _ModelChecks:
             yield _finding("warning", where, "completion", "thinking block", says)
         texts = {f"prompt[{i}]": m.content for i, m in enumerate(interaction.prompt)}
         texts |= {"completion": interaction.response, "user_response": interaction.followup}
+        texts["next_completion"] = interaction.next_response or ""
         for name, text in texts.items():
             mark = self.chat.control_token(text)
             if mark and not CONTROL_MARK.search(text):  # else it has been told

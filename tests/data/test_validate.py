@@ -105,6 +105,7 @@ MARKED = {"from": "human", "value": "<start_of_turn>"}
         ({"completion": "a<|im_end|>"}, "completion", "completion: control token"),
         ({"completion": "</think>so"}, "completion", "completion: control token"),
         ({"user_response": "[/INST]"}, "user_response", "user_response: control token"),
+        ({"next_completion": "[/INST]"}, "next_completion", "next_completion: control token"),
         ({"prompt": [CHAT, MARKED]}, "prompt[1]", "prompt: control token"),
     ],
 )

@@ -48,6 +48,9 @@ class PrepareConfig:
     role_map: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """What a role means that is not known: name=user, name=assistant, name=system, name=tool (a
     result) or name=call (a tool call as JSON). May be given many times."""
+    next_response: bool = False
+    """Also keep the answer that came behind each follow-up (next_completion), to train SFT or DPO
+    on; interactions without one are left out and counted."""
     guardrails: GuardrailConfig = field(default_factory=GuardrailConfig)
     bad_rows: Literal["stop", "skip"] = "stop"
     """What to do about rows and files that cannot be read; skip leaves them out and counts them."""
@@ -82,6 +85,7 @@ class PrepareConfig:
             "max_conversations": self.max_conversations,
             "tools": self.tools,
             "system": self.system,
+            "next_response": self.next_response or None,
         }
         rules = PRESETS[self.preset]
         if self.role_map:

@@ -26,7 +26,7 @@ from ..filters.guardrails import GuardrailConfig
 from ..filters.injections import injection
 from ..read.formats import Item, Ready, items_of
 from .plan import Unit
-from .rules import Drop, Extraction, ExtractionRules, Turn, examine
+from .rules import Drop, Extraction, ExtractionRules, Turn, Unused, examine
 from .texts import texts_of, with_texts
 
 KEPT = "kept"
@@ -247,11 +247,18 @@ def _ready(item: Ready, job: Job) -> _Row:
         return row
     followup = Message("user", ready.followup)
     messages = [*ready.prompt, Message("assistant", ready.response), followup]
-    n = len(ready.prompt)
+    n, after = len(ready.prompt), ready.next_response if job.rules.next_response else None
+    turns = [Turn(tuple(range(n)), n, n + 1, n)]
+    unused: dict[str, int] = {}
+    if after is not None:
+        messages.append(Message("assistant", after))
+    elif job.rules.next_response:
+        turns, unused = [], {str(Unused.NO_NEXT): 1}
     tools = any(isinstance(message, ToolMessage) for message in messages)
-    turn = Turn(tuple(range(n)), n, n + 1, n)
-    _keep(row, Extraction(None, messages, [turn], {}, {}, has_tools=tools))
-    row.ready = ready
+    _keep(row, Extraction(None, messages, turns, unused, {}, has_tools=tools))
+    if unused:
+        row.table["unused"] = sorted(unused.items())
+    row.ready = replace(ready, next_response=after)
     row.table |= {"decision": KEPT, **_sizes(messages)}
     return row
 
@@ -357,12 +364,14 @@ def _turns(row: _Row) -> list[dict[str, str]]:
 def _row_of(turns: list[dict[str, str]], id: str, turn: Turn, runs: bool) -> dict[str, Any]:
     """What `to_row` would give, without making an `Interaction` of every turn."""
     prompt = [turns[i] for i in turn.history]
+    after = {} if turn.next_answer is None else {"next_completion": turns[turn.next_answer]}
     return {
         "id": id,
         "turn_id": turn.turn_id,
         "prompt": _joined(prompt) if runs else prompt,
         "completion": turns[turn.answer],
         "user_response": turns[turn.followup],
+        **after,
     }
 
 
@@ -385,8 +394,10 @@ def _redacted(ready: Interaction, texts: list[str]) -> Interaction:
     If the response was redacted, the sampled tokens go: they would tell what was replaced.
     """
     n = len(ready.prompt)
-    response, followup = texts[n : n + 2]
+    response, followup, *rest = texts[n:]
+    after = None if ready.next_response is None else rest.pop(0)
     if response != ready.response:
         ready = replace(ready, response_token_ids=None, response_logprobs=None)
-    prompt = with_texts(ready.prompt, [*texts[:n], *texts[n + 2 :]])
-    return replace(ready, prompt=tuple(prompt), response=response, followup=followup)
+    prompt = tuple(with_texts(ready.prompt, [*texts[:n], *rest]))
+    answers = dict(response=response, next_response=after)
+    return replace(ready, prompt=prompt, followup=followup, **answers)

@@ -15,7 +15,7 @@ from .config import PrepareConfig
 from .merge import DECISIONS, Choice
 from .plan import FilePlan
 from .process import Job, Shard, whole_table
-from .rules import Unused
+from .rules import ExtractionRules, Unused
 
 VERSION = 2
 """Version of the report's fields."""
@@ -79,7 +79,7 @@ def make_report(
         out=Path(config.out).name,  # without the folder: the files may move together
         sha256=digest,
         preset=config.preset,
-        rules=_plain(job.rules),
+        rules=_rules(job.rules),
         guardrails=_plain(job.guardrails),
         inputs=[_input(plan) for plan in plans],
         counts={
@@ -121,6 +121,14 @@ def most(counts: Mapping[str, int], n: int = 12) -> dict[str, int]:
     rest = ordered[n:]
     more = {f"{len(rest):,} kinds more": sum(n for _, n in rest)} if rest else {}
     return dict(ordered[:n]) | more
+
+
+def _rules(rules: ExtractionRules) -> dict[str, Any]:
+    """What is off and came later is not there: reports of older settings keep their bytes."""
+    plain = _plain(rules)
+    if not rules.next_response:
+        del plain["next_response"]
+    return plain
 
 
 def _plain(config: Any) -> dict[str, Any]:

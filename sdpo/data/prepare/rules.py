@@ -70,6 +70,8 @@ class Unused(StrEnum):
     ON_UNKNOWN = "rests on an unknown role"
     PUBLISHED_BLANK = "blank answer or follow-up"
     """As the paper's presets count it."""
+    NO_NEXT = "no answer behind the follow-up"
+    """Where that is asked for."""
 
 
 _TALKERS = {"user": "user", "assistant": "assistant"}
@@ -112,6 +114,8 @@ class ExtractionRules:
     ids: Literal["own", "conversation_id", "place"] = "own"
     """What interactions' ids begin with. own: the conversation's id or hash, or else file and row;
     conversation_id: that alone, or else the place in the order; place: always that place."""
+    next_response: bool = False
+    """Keep the answer directly behind the follow-up, too, and no interaction without one."""
     history_ends_with_user: bool = True
     history_messages: int = 5
     languages: tuple[str, ...] | None = None
@@ -187,6 +191,8 @@ class Turn(NamedTuple):
     followup: int
     turn_id: int
     """How many messages of the user and the assistant that are not blank came before the answer."""
+    next_answer: int | None = None
+    """The answer behind the follow-up, where that is kept, too."""
 
 
 class Extraction(NamedTuple):
@@ -250,6 +256,8 @@ _BEHIND = {
     **dict.fromkeys("aActP", Unused.NOT_REPLIED_TO),
 }
 """Turns after an answer that are no follow-up, and all others but u are none."""
+_NOT_ALONE = set("aActP")
+"""Turns after an answer that go on with it."""
 
 
 def _whole(conversation: Conversation, rules: ExtractionRules) -> Extraction:
@@ -275,11 +283,17 @@ def _whole(conversation: Conversation, rules: ExtractionRules) -> Extraction:
         if why is not None:
             unused[why] = unused.get(why, 0) + 1
             continue
+        after = None
+        if rules.next_response:
+            if letters[at + 2 : at + 3] != "a" or letters[at + 3 : at + 4] in _NOT_ALONE:
+                unused[Unused.NO_NEXT] = unused.get(Unused.NO_NEXT, 0) + 1
+                continue
+            after = places[at + 2]
         since = letters.index("u", reach)
         history = places[since:at] if plain else [i for i in places[since:at] if i >= 0]
         if systems:
             history = [index for before, index in systems if before <= at] + history
-        turns.append(Turn(tuple(history), places[at], places[at + 1], n))
+        turns.append(Turn(tuple(history), places[at], places[at + 1], n, after))
     return Extraction(
         dropped=None,
         messages=line.messages,
@@ -432,8 +446,12 @@ def _published(conversation: Conversation, rules: ExtractionRules) -> Extraction
             unused[Unused.NO_QUESTION] += 1
         elif rules.as_logged and not all(m.content.strip() for m in messages[i : i + 2]):
             unused[Unused.PUBLISHED_BLANK] += 1
-        else:
+        elif not rules.next_response:
             turns.append(Turn(history, i, i + 1, i))
+        elif [m.role for m in messages[i + 2 : i + 3] if m.content.strip()] == ["assistant"]:
+            turns.append(Turn(history, i, i + 1, i, i + 2))
+        else:
+            unused[Unused.NO_NEXT] += 1
     return Extraction(None, messages, turns, unused, {})
 
 

@@ -74,7 +74,8 @@ def write(
     manifest, summary = manifest_path(out), report_path(out)
     partials = {path: path.with_name(f".{path.name}.partial") for path in (manifest, summary, out)}
     try:
-        _write_rows(partials[out], _chosen(shards, choice), _schema(shards, choice))
+        schema = _schema(shards, choice, job.rules.next_response)
+        _write_rows(partials[out], _chosen(shards, choice), schema)
         _write_manifest(partials[manifest], shards, plans, choice)
         report = make_report(config, job, plans, shards, choice, sha256(partials[out]))
         text = json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n"
@@ -91,9 +92,10 @@ def write(
 # The interactions
 
 
-def _schema(shards: list[Shard], choice: Choice) -> pa.Schema:
+def _schema(shards: list[Shard], choice: Choice, next_response: bool) -> pa.Schema:
     has_tools = whole_table(shards)["has_tools"].take(pa.array(choice.kept))
-    return WITH_TOOLS if pc.any(has_tools).as_py() else INTERACTIONS
+    schema = WITH_TOOLS if pc.any(has_tools).as_py() else INTERACTIONS
+    return schema.append(pa.field("next_completion", _TURN)) if next_response else schema
 
 
 def _write_rows(partial: Path, pieces: Iterator[bytes], schema: pa.Schema) -> None:

@@ -4,7 +4,9 @@ The oracle is slow and obvious: for each message of the assistant it walks back 
 the log as it was logged. It shares nothing with the extraction.
 """
 
+import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +299,69 @@ def test_papers_presets_have_none_of_these_options(tmp_path):
             made(tmp_path, WEATHER, preset="paper-wildchat", **option)
 
 
+# The answer behind the follow-up
+
+
+def test_the_answer_behind_the_follow_up_is_kept_where_it_is_asked_for(tmp_path):
+    said = talk("uauaua") + [user("o")]
+    plain, report = made(tmp_path, said)
+    assert [i.next_response for i in plain] == [None] * 3
+    row = json.loads((tmp_path / "x.jsonl").read_text().splitlines()[0])
+    assert "next_completion" not in row and "next_response" not in report.rules
+    for name in ("y.jsonl", "z.parquet"):
+        found, report = made(tmp_path, said, name=name, next_response=True)
+        assert [(i.response, i.next_response) for i in found] == [("a1", "a3"), ("a3", "a5")]
+        assert [replace(i, next_response=None) for i in found] == plain[:2]
+        assert report.interaction_drops == {"no answer behind the follow-up": 1}
+        assert report.rules["next_response"]
+
+
+@pytest.mark.parametrize(
+    "letters, kept",
+    [
+        ("uaua", True),
+        ("uaua?", True),
+        ("uasua", True),
+        ("uau", False),
+        ("uauA", False),
+        ("uauua", False),
+        ("uauaa", False),
+        ("uauact", False),
+        ("uauI", False),
+        ("uauctau", False),
+    ],
+)
+def test_it_stands_alone_directly_behind_it(letters, kept, tmp_path):
+    found, report = made(tmp_path, talk(letters), tools="keep", next_response=True)
+    first = [i for i in found if i.turn_id == 1]
+    assert len(first) == kept
+    assert kept or report.interaction_drops["no answer behind the follow-up"] >= 1
+
+
+def test_the_papers_presets_keep_it_as_they_count_messages(tmp_path):
+    said = [user("q"), assistant("y"), user("o"), {"role": "tool", "content": "t"}, assistant("z")]
+    found, _ = made(tmp_path, said, preset="paper-wildchat", next_response=True, languages=("any",))
+    assert [(i.response, i.next_response) for i in found] == [("y", "z")], "it closes up"
+    assert not made(tmp_path, said[:3], preset="paper-wildchat", next_response=True)[0]
+
+
+def test_ready_interactions_keep_theirs_where_it_is_asked_for(tmp_path):
+    guards = GuardrailConfig(pii="regex")
+    said = [user("q"), assistant("y"), user("o"), assistant("Write to ann@example.org")]
+    (found,), _ = made(tmp_path, said, next_response=True)
+    (without,), _ = made(tmp_path, said[:3], name="w.jsonl")
+    both = [str(tmp_path / name) for name in ("x.jsonl", "w.jsonl")]
+    out = tmp_path / "again.jsonl"
+    options = dict(preset="all-turns", guardrails=guards)
+    report = prepare(PrepareConfig(inputs=(both[0],), out=str(out), next_response=True, **options))
+    assert [i.next_response for i in read_interactions(out)] == ["Write to <EMAIL_1>"]
+    assert report.pii == {"email": 1}
+    prepare(PrepareConfig(inputs=(both[0],), out=str(out), **options))
+    assert read_interactions(out) == [replace(found, next_response=None)] == [without]
+    config = PrepareConfig(inputs=(both[1],), out=str(out), next_response=True, **options)
+    assert prepare(config).interaction_drops == {"no answer behind the follow-up": 1}
+
+
 # Guardrails
 
 
@@ -388,7 +453,19 @@ def prompt_of(said: Said, i: int, tools: str) -> list[dict] | None:
     return prompt
 
 
-def rows_of(id: str, said: Said, tools: str) -> list[dict]:
+def next_of(after: Said) -> str | None:
+    """The answer directly behind the follow-up, if nothing of the assistant's goes on with it."""
+    kinds = [kind_of(m) for m in after[1:3]]
+    goes_on = said_by_no_user(after[2]) if kinds[1:] else False
+    return after[1]["content"].strip() if kinds[:1] == ["assistant"] and not goes_on else None
+
+
+def said_by_no_user(message: Any) -> bool:
+    known = isinstance(message, dict) and message["role"] in ("assistant", "tool")
+    return known or kind_of(message) in ("call", "tool")
+
+
+def rows_of(id: str, said: Said, tools: str, next_response: bool = False) -> list[dict]:
     rows = []
     for i, message in enumerate(said):
         if kind_of(message) != "assistant":
@@ -399,6 +476,10 @@ def rows_of(id: str, said: Said, tools: str) -> list[dict]:
             continue
         n = sum(kind_of(m) in ("user", "assistant") for m in said[:i])
         texts = (prompt, message["content"].strip(), after[0]["content"].strip())
+        if next_response:
+            texts = (*texts, next_of(after))
+        if texts[-1] is None:
+            continue
         rows.append({"id": f"{id}_{n}", "turn_id": n, "texts": texts})
     return rows
 
@@ -409,6 +490,8 @@ def shown(interaction: Interaction) -> dict:
         turn = turn_of(message.for_template())
         prompt.append(turn)
     texts = (prompt, interaction.response, interaction.followup)
+    if interaction.next_response is not None:
+        texts = (*texts, interaction.next_response)
     return {"id": interaction.id, "turn_id": interaction.turn_id, "texts": texts}
 
 
@@ -446,12 +529,15 @@ letters = st.builds(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(letters, min_size=20, max_size=40), st.sampled_from(["drop", "keep"]))
-def test_any_conversations(drawn, tools):
+@given(
+    st.lists(letters, min_size=20, max_size=40), st.sampled_from(["drop", "keep"]), st.booleans()
+)
+def test_any_conversations(drawn, tools, after):
     talks = [talk(each) for each in drawn]
     with tempfile.TemporaryDirectory() as name:
-        found, report = made(Path(name), *talks, [user("x")], tools=tools)
-        wanted = [row for i, said in enumerate(talks) for row in rows_of(f"c{i}", said, tools)]
+        asked = {"tools": tools, "next_response": after}
+        found, report = made(Path(name), *talks, [user("x")], **asked)
+        wanted = [r for i, said in enumerate(talks) for r in rows_of(f"c{i}", said, tools, after)]
         assert [shown(i) for i in found] == wanted
         fates = pq.read_table(manifest_path(Path(name) / "x.jsonl"))["decision"].to_pylist()
     counted = sum(report.interaction_drops.values()) + report.counts["interactions"]
