@@ -29,7 +29,7 @@ from sdpo_parallel.engine import ROW_MULTIPLE
 from sdpo_parallel.rows import Rows, Sharing
 
 from .errors import SdpoError
-from .hindsight import Encoded, Truncated
+from .hindsight import ALONE, Encoded, Reading, Truncated
 from .interactions import Interaction, conversation_of
 from .tries import Layout, join, lay_out
 
@@ -70,10 +70,12 @@ class Batch:
 
     policy: Rows
     hindsight: Rows
+    """No row at all where there is no second pass."""
     targets_N: Tensor
     """The response's token ids."""
     sequence_N: Tensor
-    """Index of the interaction, in the micro-batch, that a token belongs to."""
+    """Index of the interaction, in the micro-batch, that a token belongs to; of pairs, each
+    response counts as one, the rejected behind the preferred."""
     offset_N: Tensor
     """A token's place in its response, from 0."""
     end_N: Tensor
@@ -93,6 +95,8 @@ class Batch:
     """Slots that hold a token."""
     unshared: int
     """Tokens of all sequences of both passes, each counted whole."""
+    pairs: bool = False
+    """Responses come in pairs."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """Every tensor moved, asynchronously where the host memory is pinned."""
@@ -374,15 +378,23 @@ def collate(
     row_tokens: int,
     row_multiple: int = ROW_MULTIPLE,
     sharing: Sharing = "none",
+    reading: Reading = "hindsight",
 ) -> Batch:
-    """Examples -> one micro-batch. No examples give a batch of no tokens."""
-    encoded = [e for e, _ in examples]
+    """Examples -> one micro-batch. No examples give a batch of no tokens.
+
+    Args:
+        reading: what the examples were encoded for.
+    """
+    encoded = [e for whole, _ in examples for e in whole.sequences]
     lengths = torch.tensor([len(e.response) for e in encoded], dtype=torch.long)
     ends = [i == len(e.response) - 1 and e.ends for e in encoded for i in range(len(e.response))]
     old = [p for e in encoded for p in e.old_logprobs or ()]
     known = all(e.old_logprobs is not None for e in encoded)
     both = pairs_of(examples)
     (policy, hindsight), tokens = pack_passes(*both, row_tokens, row_multiple, sharing)
+    if reading in ALONE:
+        none = torch.empty(0, 0, dtype=torch.long)
+        hindsight = Rows(none, none, none, none, none.flatten())
     return Batch(
         policy=policy,
         hindsight=hindsight,
@@ -391,7 +403,7 @@ def collate(
         offset_N=torch.tensor([i for e in encoded for i in range(len(e.response))]).long(),
         end_N=torch.tensor(ends, dtype=torch.bool),
         old_logp_N=torch.tensor(old, dtype=torch.float32) if known else None,
-        weight_S=torch.tensor([w for _, w in examples], dtype=torch.float32),
+        weight_S=torch.tensor([w for e, w in examples for _ in e.sequences], dtype=torch.float32),
         truncated_SK=torch.tensor([e.truncated for e in encoded], dtype=torch.bool).view(
             -1, len(Truncated._fields)
         ),
@@ -400,15 +412,17 @@ def collate(
         slots=policy.tokens_BT.numel() + hindsight.tokens_BT.numel(),
         tokens=tokens,
         unshared=sum(map(_total, both)),
+        pairs=reading == "pair",
     )
 
 
 def pairs_of(examples: Sequence[Example]) -> tuple[list[Pair], list[Pair]]:
     """What the policy and the hindsight pass read: all responses behind their hindsight prompts,
-    then behind each further one; all examples have as many."""
-    policy: list[Pair] = [(e.policy, e.response) for e, _ in examples]
-    prompts = zip(*((e.hindsight, *e.further) for e, _ in examples), strict=True)
-    responses = [e.response for e, _ in examples]
+    then behind each further one; all examples have as many, or none."""
+    encoded = [e for whole, _ in examples for e in whole.sequences]
+    policy: list[Pair] = [(e.policy, e.response) for e in encoded]
+    prompts = zip(*((e.hindsight, *e.further) if e.hindsight else () for e in encoded), strict=True)
+    responses = [e.response for e in encoded]
     return policy, [pair for column in prompts for pair in zip(column, responses, strict=True)]
 
 

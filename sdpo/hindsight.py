@@ -6,7 +6,8 @@ An interaction is (x, y, o): the prompt history, the model's answer, the user's 
   hindsight pass  chat(x with o appended)        then y
 
 Both end in the *same* ids of y, tokenized once, end-of-sequence included: they are aligned by
-construction, whatever the tokenizer would merge at the border.
+construction, whatever the tokenizer would merge at the border. What SDPO is compared with reads the
+prompt alone, and maybe y', the answer behind the follow-up (`Reading`).
 """
 
 from bisect import bisect_left
@@ -42,6 +43,12 @@ TEMPLATES = {
 
 ``wish`` blames no earlier answer and names no message, so that a small model has nothing to
 apologise for or to speak of; benchmarks/LOG.md compares them."""
+
+Reading = Literal["hindsight", "response", "next", "pair"]
+"""What is read of an interaction. hindsight: y behind x, and behind x with o. response: y behind x,
+in one pass. next: y' behind x, in one pass. pair: y' and y behind x, in both passes."""
+ALONE: tuple[Reading, ...] = ("response", "next")
+"""Those without a second pass."""
 
 ONLY_A_THOUGHT = "no answer behind the thought"
 KEEP_THOUGHTS = "Remove such rows, or train on thoughts with --hindsight.thinking keep"
@@ -104,7 +111,7 @@ class Truncated(NamedTuple):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoded:
     """Token ids of one interaction: the passes read ``policy + response`` and ``hindsight +
-    response``."""
+    response``; without a ``hindsight`` there is no second pass."""
 
     id: str
     policy: tuple[int, ...]
@@ -121,6 +128,13 @@ class Encoded:
     """Of which it is a turn."""
     further: tuple[tuple[int, ...], ...] = ()
     """Other hindsight prompts behind which the response is read, where it is scored."""
+    rejected: "Encoded | None" = None
+    """The response that this one is preferred to, behind the same prompt."""
+
+    @property
+    def sequences(self) -> tuple["Encoded", ...]:
+        """This, or the preferred and the rejected one of a pair."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
 
 def resolve_template(template: str) -> str:
@@ -156,6 +170,7 @@ def encode(
     config: HindsightConfig,
     *,
     sampled_thought: bool | None = None,
+    reading: Reading = "hindsight",
 ) -> Encoded:
     """Tokens of both passes of one interaction, cut to the limits.
 
@@ -164,13 +179,50 @@ def encode(
     Args:
         sampled_thought: whether the prompt that sampled ids were sampled behind left a thinking
             block to the response; None: judged by what the ids hold.
+        reading: what the passes read.
 
     Raises:
         DataError: the response holds no text, or nothing but a thought that is to be stripped; the
-            chat template does not accept the prompt; or it cannot be shortened to the limits. The
-            interaction's id is named.
+            chat template does not accept the prompt; it cannot be shortened to the limits; or what
+            is to be read is missing. The interaction's id is named.
     """
     chat = chat_format(tokenizer, config.date)
+    read = [
+        _encoded(i, chat, config, sampled_thought, reading) for i in as_read(interaction, reading)
+    ]
+    return replace(read[0], rejected=read[1]) if reading == "pair" else read[0]
+
+
+def as_read(interaction: Interaction, reading: Reading) -> tuple[Interaction, ...]:
+    """The interaction with the response, or responses, that are read, the preferred one first.
+
+    Raises:
+        DataError: it has no response behind its follow-up, which is to be read.
+    """
+    if reading in ("hindsight", "response"):
+        return (interaction,)
+    if interaction.next_response is None:
+        problem = "missing, but the response behind the follow-up is to be trained on"
+        hint = "Prepare the log with --next-response, or choose another objective or target"
+        row = f"interaction {interaction.id}"
+        raise DataError(problem, row=row, field="next_completion", hint=hint)
+    after = replace(
+        interaction,
+        response=interaction.next_response,
+        response_token_ids=None,
+        response_logprobs=None,
+    )
+    return (after,) if reading == "next" else (after, interaction)
+
+
+def _encoded(
+    interaction: Interaction,
+    chat: ChatFormat,
+    config: HindsightConfig,
+    sampled_thought: bool | None,
+    reading: Reading,
+) -> Encoded:
+    """One response behind its prompts."""
     if interaction.response_token_ids is not None:
         response, thought = chat.sampled_ids(interaction.response_token_ids)
         thought = thought if sampled_thought is None else sampled_thought
@@ -182,10 +234,11 @@ def encode(
     if interaction.response_token_ids is None and len(response) == chat.fewest:
         raise DataError("no tokens", row=row, field="completion", hint="Remove the row")
     try:
-        policy = policy_ids(chat, interaction.prompt, config, thought=thought)
-        hindsight = hindsight_ids(
-            chat, interaction.prompt, interaction.followup, config, thought=thought
-        )
+        policy = hindsight = policy_ids(chat, interaction.prompt, config, thought=thought)
+        if reading == "hindsight":
+            hindsight = hindsight_ids(
+                chat, interaction.prompt, interaction.followup, config, thought=thought
+            )
     except DataError as error:
         raise error.at(row=row) from error.__cause__
     kept = response[: config.max_response_tokens]
@@ -194,13 +247,13 @@ def encode(
     return Encoded(
         id=interaction.id,
         policy=policy.ids,
-        hindsight=hindsight.ids,
+        hindsight=() if reading in ALONE else hindsight.ids,
         response=tuple(kept),
         old_logprobs=None if old is None else tuple(old[: len(kept)]),
         ends=len(kept) == len(response) and kept[-1] in chat.end_ids,
         truncated=Truncated(
             policy=policy.truncated,
-            hindsight=hindsight.truncated,
+            hindsight=reading == "hindsight" and hindsight.truncated,
             response=len(response) > config.max_response_tokens,
             history="history" in lost,
             followup="followup" in lost,

@@ -7,23 +7,30 @@ Shapes: N response tokens, S interactions, V vocabulary, D hidden size.
   reverse KL     KL(p || q)           forward KL     KL(q || p)           JSD
   top-K          KL(p || q) where each of p's k likeliest tokens is by itself, the others are one
 
+and what these are compared with, which reads no follow-up:
+
+  SFT            -log p(y)            DPO    -log sigmoid(beta (log ratio of y' - that of y))
+
 Every loss is the mean over an interaction's tokens, then the weighted mean over the step's
 interactions; weights are normalised over all ranks, so that local losses add up to the step's.
 docs/adding-an-objective.md adds one.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from sdpo_kernels import (
     Divergence,
+    LogProb,
     TokenStats,
     VocabShard,
     linear_forward_kl,
     linear_jsd,
+    linear_logprob,
     linear_reverse_kl,
     linear_sampled_token,
     linear_topk_divergence,
@@ -31,11 +38,15 @@ from sdpo_kernels import (
 
 from .errors import SdpoError
 
+if TYPE_CHECKING:
+    from .hindsight import Reading
+
 
 class Streams(NamedTuple):
     """Hidden states (N, D) of both passes at the response, their lm_heads (V, D), and y (N,).
 
-    A ``hindsight_lm_head_weight`` of None is the policy's own. With a ``shard`` both are this
+    A ``hindsight_lm_head_weight`` of None is the policy's own. Where no second pass is read, its
+    hidden states are the policy's, detached. With a ``shard`` both are this
     rank's rows of the vocabulary, and the gradient of ``hidden`` is partial. ``softcap`` and
     ``temperature`` are those of `LMHead`, for both passes.
     """
@@ -63,7 +74,7 @@ class Common(TypedDict):
     """Keyword arguments that every objective passes on to its kernel."""
 
     targets: Tensor
-    token_weights: Tensor
+    token_weights: Tensor | None
     chunk_bytes: int | None
     shard: VocabShard | None
     softcap: float | None
@@ -91,6 +102,13 @@ class Objective:
             raise SdpoError(f"ignore_first must not be negative, got {self.ignore_first}")
         if self.chunk_bytes is not None and self.chunk_bytes < 1:
             raise SdpoError(f"chunk_bytes must be positive, got {self.chunk_bytes}")
+        if self.reading != "hindsight" and self.hindsight_temperature != 1:
+            raise SdpoError(f"{type(self).__name__} reads no hindsight: no hindsight_temperature")
+
+    @property
+    def reading(self) -> "Reading":
+        """What it needs to be read of an interaction."""
+        return "hindsight"
 
     def per_token(self, streams: Streams, layout: Layout, common: Common) -> Divergence:
         """The kernel's call: its ``loss`` is the micro-batch's."""
@@ -201,7 +219,75 @@ class TopKReverseKL(Objective):
         return linear_topk_divergence(*streams[:4], k=min(self.k, vocabulary), **common)
 
 
-AnyObjective = SampledToken | ReverseKL | ForwardKL | JSD | TopKReverseKL
+@dataclass(frozen=True, kw_only=True)
+class SFT(Objective):
+    """-log p(y): imitates a response as it was logged. There is no hindsight pass."""
+
+    target: Literal["response", "next"] = "response"
+    """What is imitated: the response, or the one behind its follow-up (``next_completion``)."""
+
+    @property
+    def reading(self) -> "Reading":
+        return self.target
+
+    def per_token(self, streams: Streams, layout: Layout, common: Common) -> Divergence:
+        out = linear_logprob(streams.hidden, streams.lm_head_weight, **common)
+        assert out.loss is not None
+        return Divergence(-out.logp, _stats(out, out), -out.loss)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPO(Objective):
+    """Prefers the response behind the follow-up to the one before it (arXiv:2305.18290).
+
+    -log sigmoid(beta (log ratio of y' - log ratio of y)), where a response's log ratio is
+    log p - log p_reference, summed over its tokens; the reference is the frozen teacher.
+    """
+
+    beta: float = 0.1
+    """How strongly the policy is held to the reference; positive."""
+    label_smoothing: float = 0.0
+    """Share of pairs that are taken to be the wrong way round; below 0.5."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.beta > 0:
+            raise SdpoError(f"beta must be positive, got {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise SdpoError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
+
+    @property
+    def reading(self) -> "Reading":
+        return "pair"
+
+    def per_token(self, streams: Streams, layout: Layout, common: Common) -> Divergence:
+        options = Common({**common, "token_weights": None})  # they depend on both of a pair
+        ours = linear_logprob(streams.hidden, streams.lm_head_weight, **options)
+        head = streams.hindsight_lm_head_weight
+        head = streams.lm_head_weight if head is None else head
+        with torch.no_grad():
+            reference = linear_logprob(streams.hindsight_hidden, head, **options)
+        ratio_N = ours.logp - reference.logp
+        margin_P = self.margins(ratio_N, layout)
+        wrong = self.label_smoothing
+        loss_P = -(1 - wrong) * logsigmoid(margin_P) - wrong * logsigmoid(-margin_P)
+        loss = (layout.weight_S[::2] * loss_P).sum()
+        return Divergence(ratio_N, _stats(ours, reference), loss)
+
+    def margins(self, ratio_N: Tensor, layout: Layout) -> Tensor:
+        """(P,): beta (log ratio of the preferred response - that of the rejected) of each pair."""
+        ratio_N = torch.where(layout.offset_N >= self.ignore_first, ratio_N, 0)
+        ratio_S = ratio_N.new_zeros(len(layout.weight_S))
+        ratio_S = ratio_S.index_add(0, layout.sequence_N, ratio_N)
+        return self.beta * (ratio_S[::2] - ratio_S[1::2])
+
+
+def _stats(ours: LogProb, others: LogProb) -> TokenStats:
+    logps = ours.logp.detach(), others.logp.detach()
+    return TokenStats(*logps, ours.entropy, others.entropy, ours.lse, others.lse)
+
+
+AnyObjective = SampledToken | ReverseKL | ForwardKL | JSD | TopKReverseKL | SFT | DPO
 """The objectives that a training configuration may name."""
 
 

@@ -19,8 +19,8 @@ from sdpo_parallel.rows import Kept, Rows, Sharing
 
 from .batching import Batch
 from .errors import SdpoError
-from .hindsight import Truncated
-from .objective import Layout, Objective, SampledToken, Streams, total_loss
+from .hindsight import ALONE, Reading, Truncated
+from .objective import DPO, Layout, Objective, SampledToken, Streams, total_loss
 
 NEAR_ZERO = 0.01
 """Nats; a token with a smaller advantage counts as teaching nothing."""
@@ -41,8 +41,14 @@ SUMS = (
     "clipped",
     "gap",
     "gap_tokens",
+    "preferred",
+    "margin",
 )
 """What ``StepOutput.sums`` holds, in order. They add over micro-batches and ranks."""
+
+
+OF_HINDSIGHT = ("entropy/hindsight", "logp/hindsight")
+"""Metrics, beside ``advantage/*``, that runs without a hindsight pass do not have."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,8 @@ def two_pass_loss(
     """Read the responses with and without the follow-up; distil the one into the other.
 
     The hindsight pass runs second and without gradient. Where prefixes are shared and the policy
-    is its own teacher, it reads on the keys and values of the policy's pass.
+    is its own teacher, it reads on the keys and values of the policy's pass. Of an objective that
+    reads no follow-up there is no second pass (SFT), or it reads what the first does (DPO).
 
     Args:
         policy: the model in training.
@@ -70,12 +77,17 @@ def two_pass_loss(
 
     Raises:
         SdpoError: policy and teacher do not make logits alike of their lm_heads' products, or the
-            batch's rows share what they cannot read.
+            batch's rows share what they cannot read, or were not collated for the objective.
     """
     teacher = teacher or policy
-    hidden_ND, hindsight_ND = two_passes(
-        policy, batch.policy, batch.hindsight, teacher, batch.sharing
-    )
+    if objective.reading in ALONE:
+        teacher, hidden_ND = policy, policy.hidden_states(batch.policy)
+        hindsight_ND = hidden_ND.detach()
+    else:
+        _check_reading(objective, batch, other_teacher=teacher is not policy)
+        hidden_ND, hindsight_ND = two_passes(
+            policy, batch.policy, batch.hindsight, teacher, batch.sharing
+        )
     with torch.no_grad():
         other = teacher.lm_head() if teacher is not policy else None
     if (kept := own_share(policy, batch)) is not None:
@@ -95,9 +107,22 @@ def two_pass_loss(
         batch.targets_N,
         **head.options,
     )
-    layout = Layout(batch.sequence_N, batch.offset_N, batch.weight_S, batch.old_logp_N)
-    loss, stats = total_loss(objective, streams, layout)
+    loss, stats = total_loss(objective, streams, _layout(batch))
     return StepOutput(loss, _sums(objective, loss, stats, batch), stats)
+
+
+def _layout(batch: Batch) -> Layout:
+    return Layout(batch.sequence_N, batch.offset_N, batch.weight_S, batch.old_logp_N)
+
+
+def _check_reading(objective: Objective, batch: Batch, other_teacher: bool) -> None:
+    if objective.reading == "pair" and not other_teacher:
+        raise SdpoError("DPO needs a reference that is not the policy: give a frozen teacher")
+    if batch.pairs != (objective.reading == "pair") or not batch.hindsight.tokens_BT.numel():
+        raise SdpoError(
+            f"the batch was not collated for {type(objective).__name__}: encode and collate with "
+            f"reading={objective.reading!r}"
+        )
 
 
 def two_passes(
@@ -130,8 +155,10 @@ def two_passes(
 def own_share(policy: CausalModel, batch: Batch) -> tuple[Batch, Tensor] | None:
     """The part of a micro-batch whose loss this rank computes, where several ranks read the same
     one, and the indices of its tokens among the N; None: all of it."""
-    mine = policy.own_responses(batch.lengths)
-    return None if mine is None else batch.only(mine)
+    each = 2 if batch.pairs else 1
+    lengths = [sum(batch.lengths[i : i + each]) for i in range(0, len(batch.lengths), each)]
+    mine = policy.own_responses(lengths)
+    return None if mine is None else batch.only([i * each + k for i in mine for k in range(each)])
 
 
 @torch.no_grad()
@@ -140,14 +167,15 @@ def score(policy: CausalModel, batch: Batch, teacher: CausalModel | None = None)
     return two_pass_loss(policy, batch, SampledToken(), teacher).stats
 
 
-def metrics(sums: Tensor) -> dict[str, float]:
+def metrics(sums: Tensor, reading: Reading = "hindsight") -> dict[str, float]:
     """Sums over a step -> what is logged. Means are over response tokens; lengths in tokens.
 
     ``sampler/gap``, the mean |log p - log p as sampled|, is there where responses came with it.
+    What compares with hindsight is there where hindsight is read, ``preference/*`` where pairs are.
     """
     s = dict(zip(SUMS, sums.tolist(), strict=True))
     tokens, n = max(s["tokens"], 1.0), max(s["interactions"], 1.0)
-    return {
+    found = {
         "loss": s["loss"],
         "advantage/mean_abs": s["advantage_abs"] / tokens,
         "advantage/near_zero": s["advantage_near_zero"] / tokens,
@@ -162,6 +190,19 @@ def metrics(sums: Tensor) -> dict[str, float]:
         "advantage/clipped": s["clipped"] / tokens,
         **({"sampler/gap": s["gap"] / s["gap_tokens"]} if s["gap_tokens"] else {}),
     }
+    if reading == "hindsight":
+        return found
+    of_pairs = {
+        "logp/reference": found["logp/hindsight"],
+        "preference/accuracy": 2 * s["preferred"] / n,
+        "preference/margin": 2 * s["margin"] / n,
+    }
+    kept = {
+        name: value
+        for name, value in found.items()
+        if not name.startswith("advantage/") and name not in OF_HINDSIGHT
+    }
+    return kept | of_pairs if reading == "pair" else kept
 
 
 @torch.no_grad()
@@ -182,6 +223,7 @@ def _sums(objective: Objective, loss: Tensor, stats: TokenStats, batch: Batch) -
         *batch.truncated_SK.sum(0),
         _clipped(objective, stats, batch),
         *_gap(stats, batch),
+        *_preferred(objective, stats, batch),
     ]
     return torch.stack([v.to(loss.device, torch.float64) for v in values])
 
@@ -192,6 +234,15 @@ def _gap(stats: TokenStats, batch: Batch) -> tuple[Tensor, Tensor]:
     if batch.old_logp_N is None:
         return none, none
     return (stats.logp_student - batch.old_logp_N).abs().sum(), none + batch.old_logp_N.numel()
+
+
+def _preferred(objective: Objective, stats: TokenStats, batch: Batch) -> tuple[Tensor, Tensor]:
+    """How many pairs' margins are positive, and the margins' sum."""
+    none = stats.logp_student.new_zeros(())
+    if not isinstance(objective, DPO):
+        return none, none
+    margin_P = objective.margins(stats.logp_student - stats.logp_teacher, _layout(batch))
+    return (margin_P > 0).sum(), margin_P.sum()
 
 
 def _clipped(objective: Objective, stats: TokenStats, batch: Batch) -> Tensor:

@@ -1,11 +1,16 @@
 """Objectives against plain autograd of the paper's formulas in float64."""
 
+import math
+
 import pytest
 import torch
 
+from helpers.oracle import assert_as_good_as
 from sdpo.errors import SdpoError
 from sdpo.objective import (
+    DPO,
     JSD,
+    SFT,
     ForwardKL,
     Layout,
     ReverseKL,
@@ -83,6 +88,28 @@ def topk(logp, logq, k):
     return apart + p_rest * (p_rest.log() - q_rest.log())
 
 
+def log_ratios(streams, ignore_first=0):
+    """Of each sequence, log p - log q of its tokens, summed."""
+    at_y = (lp.gather(1, streams.targets[:, None])[:, 0] for lp in logps(streams))
+    p, q = (lp.split(LENGTHS) for lp in at_y)
+    return [(a[ignore_first:] - b[ignore_first:]).sum() for a, b in zip(p, q, strict=True)]
+
+
+def dpo(streams, beta=0.1, smoothing=0.0, ignore_first=0):
+    """Sequences 0 and 2 are preferred to 1 and 3."""
+    ratio, total = log_ratios(streams, ignore_first), 0.0
+    for i in (0, 2):
+        p = torch.sigmoid(beta * (ratio[i] - ratio[i + 1]))
+        total = total - WEIGHTS[i] * ((1 - smoothing) * p.log() + smoothing * (1 - p).log())
+    return total
+
+
+def sft(streams, ignore_first=0):
+    logp = logps(streams)[0].gather(1, streams.targets[:, None])[:, 0].split(LENGTHS)
+    means = [lp[ignore_first:].mean() if len(lp) > ignore_first else 0.0 for lp in logp]
+    return -sum(w * m for w, m in zip(WEIGHTS, means, strict=True))
+
+
 CASES = {
     "sampled": (SampledToken(), paper),
     "ignore first": (SampledToken(ignore_first=2), lambda s: paper(s, ignore_first=2)),
@@ -101,6 +128,14 @@ CASES = {
     "top k": (TopKReverseKL(k=5), lambda s: kl_mean(s, lambda p, q: topk(p, q, 5))),
     "top 20": (TopKReverseKL(), lambda s: kl_mean(s, lambda p, q: topk(p, q, 20))),
     "top 1": (TopKReverseKL(k=1), lambda s: kl_mean(s, lambda p, q: topk(p, q, 1))),
+    "sft": (SFT(), sft),
+    "sft, ignore first": (SFT(ignore_first=2), lambda s: sft(s, ignore_first=2)),
+    "dpo": (DPO(), dpo),
+    "dpo, smoothed": (
+        DPO(beta=0.4, label_smoothing=0.2),
+        lambda s: dpo(s, beta=0.4, smoothing=0.2),
+    ),
+    "dpo, ignore first": (DPO(ignore_first=1), lambda s: dpo(s, ignore_first=1)),
 }
 
 
@@ -117,7 +152,85 @@ def test_value_and_gradient_equal_plain_autograd(name):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["reverse", "forward", "jsd", "top k"])
+def other_mean(streams):
+    """As the mean over all tokens would have it."""
+    of_y = logps(streams)[0].gather(1, streams.targets[:, None])
+    return -of_y.mean()
+
+
+def without_reference(streams):
+    return dpo(streams._replace(hindsight_hidden=torch.zeros_like(streams.hidden)))
+
+
+MUTANTS = {
+    "sft": (other_mean, lambda s: sft(s, ignore_first=1)),
+    "dpo": (
+        without_reference,
+        lambda s: dpo(s, beta=-0.1),  # the wrong one preferred
+        lambda s: dpo(s, beta=0.1001),
+        lambda s: dpo(s, smoothing=0.01),
+        lambda s: dpo(s, ignore_first=1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_float32_is_as_good_as_plain_torch_and_mutants_are_not(name):
+    objective, formula = CASES[name]
+    exact, layout = setup()
+    single = [t.detach().float() for t in exact[:3]]
+    streams = exact._replace(hidden=single[0], lm_head_weight=single[1], hindsight_hidden=single[2])
+    streams[0].requires_grad_(), streams[1].requires_grad_()
+    exact = streams._replace(
+        **{
+            n: getattr(streams, n).detach().double().requires_grad_(n != "hindsight_hidden")
+            for n in ("hidden", "lm_head_weight", "hindsight_hidden")
+        }
+    )
+    layout = layout._replace(weight_S=layout.weight_S.float())
+
+    def gradients(loss, at):
+        return torch.autograd.grad(loss, at[:2])
+
+    ours = gradients(total_loss(objective, streams, layout)[0], streams)
+    plain = gradients(formula(streams), streams)
+    truth = gradients(formula(exact), exact)
+    wrong = [gradients(mutant(exact), exact) for mutant in MUTANTS[name]]
+    for i, out in enumerate(ours):
+        mutants = [each[i] for each in wrong]
+        assert_as_good_as(out, truth[i], plain[i], k=3, mutants=mutants)
+
+
+def test_the_policys_own_likelihood_is_all_that_sft_reads():
+    streams, layout = setup()
+    other = streams._replace(hindsight_hidden=torch.full_like(streams.hidden, float("nan")))
+    a, b = (total_loss(SFT(), s, layout)[0] for s in (streams, other))
+    assert torch.equal(a, b)
+
+
+def test_at_the_reference_itself_each_pair_costs_log_2():
+    streams, layout = setup()
+    alike = streams._replace(hindsight_hidden=streams.hidden.detach())
+    loss, _ = total_loss(DPO(), alike, layout)
+    assert loss.item() == pytest.approx((WEIGHTS[0] + WEIGHTS[2]) * math.log(2), abs=1e-12)
+    assert DPO().margins(torch.zeros(N, dtype=torch.float64), layout).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: DPO(beta=0.0), "beta must be positive, got 0.0"),
+        (lambda: DPO(label_smoothing=0.5), "label_smoothing must lie in"),
+        (lambda: DPO(hindsight_temperature=0.9), "DPO reads no hindsight"),
+        (lambda: SFT(hindsight_temperature=0.9), "SFT reads no hindsight"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make, told):
+    with pytest.raises(SdpoError, match=told):
+        make()
+
+
+@pytest.mark.parametrize("name", ["reverse", "forward", "jsd", "top k", "sft", "dpo"])
 def test_gradcheck(name):
     objective, _ = CASES[name]
     streams, layout = setup()

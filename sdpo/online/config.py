@@ -141,6 +141,10 @@ class OnlineConfig(RunConfig):
     sampled, nobody is asked and nothing is evaluated."""
 
     def __post_init__(self):
+        if self.objective.reading != "hindsight":
+            name = type(self.objective).__name__
+            raise SdpoError(f"{name} reads no follow-ups, and online runs learn from them alone")
+        super().__post_init__()
         for text in self.phases:
             parse_phase(text)
         if self.users:

@@ -26,7 +26,7 @@ from sdpo_parallel.huggingface import resolve_model
 
 from ..batching import BatchConfig
 from ..errors import SdpoError
-from ..hindsight import HindsightConfig
+from ..hindsight import ALONE, HindsightConfig
 from ..objective import AnyObjective, ReverseKL
 from .safeguards import SafeguardConfig
 from .selection import SelectConfig
@@ -69,7 +69,7 @@ class RunConfig:
     objective: AnyObjective = field(default_factory=ReverseKL)
     teacher: Annotated[Teacher, TEACHER] = field(default_factory=Live)
     """Model that reads the hindsight prompt: the policy as it is, its moving average, the weights
-    it started from, another model, or the policy held near its start."""
+    it started from, another model, or the policy held near its start. DPO's reference."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     hindsight: HindsightConfig = field(default_factory=HindsightConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -79,10 +79,22 @@ class RunConfig:
     safeguard: SafeguardConfig = field(default_factory=SafeguardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    def __post_init__(self):
+        name, reading = type(self.objective).__name__, self.objective.reading
+        if reading in ALONE and not isinstance(self.teacher, Live):
+            raise SdpoError(f"{name} has no second pass, and so no teacher: leave it out, or live")
+        if reading == "pair" and not isinstance(self.teacher, Frozen):
+            raise SdpoError(
+                f"{name} compares with a reference that stays as it is: set teacher to frozen, or "
+                "frozen:FOLDER"
+            )
+
     @property
     def max_tokens(self) -> int:
         """The longest sequence that either pass may read."""
-        return self.hindsight.max_tokens
+        if self.objective.reading == "hindsight":
+            return self.hindsight.max_tokens
+        return self.hindsight.max_prompt_tokens + self.hindsight.max_response_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,13 +57,16 @@ def load_of(config: TrainConfig, sample: Sequence[Encoded] = ()) -> Load:
     nothing is shared."""
     h, b, sharing = config.hindsight, config.batch, sharing_of(config)
     response, longest = h.max_response_tokens, config.max_tokens
-    read = Read(h.max_prompt_tokens + response, h.max_hindsight_prompt_tokens + response)
+    alone = h.max_prompt_tokens + response
+    second = {"hindsight": h.max_hindsight_prompt_tokens + response, "pair": alone}
+    read = Read(alone, second.get(config.objective.reading, 0))
     if sample:
         read = slots_read(
             sample, config, sharing, conversations=config.batch.unit == "conversation"
         )
-        response = sum(len(e.response) for e in sample)
-        longest = max(max(len(e.policy), len(e.hindsight)) + len(e.response) for e in sample)
+        read_all = [part for e in sample for part in e.sequences]
+        response = sum(len(e.response) for e in read_all)
+        longest = max(max(len(e.policy), len(e.hindsight)) + len(e.response) for e in read_all)
     tokens = max(b.micro_batch_tokens, longest)
     larger = max(read.policy, read.hindsight)
     return Load(
@@ -200,7 +203,11 @@ def _show_data(console: Console, config: TrainConfig) -> list[Encoded]:
     interactions = selection.interactions
     if config.select.selects:
         console.print(f"{config.data}: {selection}", markup=False, soft_wrap=True)
-    sample = [encode(i, tokenizer, config.hindsight) for i in interactions[:SAMPLE]]
+    reading = config.objective.reading
+    sample = [
+        encode(i, tokenizer, config.hindsight, reading=reading) for i in interactions[:SAMPLE]
+    ]
+    sequences = [part for e in sample for part in e.sequences]
     table = Table("what", "value", title="dry run", title_justify="left")
     table.columns[1].justify = "right"
     table.add_row("interactions", f"{len(interactions):,}")
@@ -210,15 +217,17 @@ def _show_data(console: Console, config: TrainConfig) -> list[Encoded]:
         table.add_row("interactions of a conversation: mean, max", sizes)
     table.add_row("steps", f"{stream.steps:,}")
     lengths = {
-        "policy prompt": [len(e.policy) for e in sample],
-        "hindsight prompt": [len(e.hindsight) for e in sample],
-        "response": [len(e.response) for e in sample],
+        "policy prompt": [len(e.policy) for e in sequences],
+        "hindsight prompt": [len(e.hindsight) for e in sequences],
+        "response": [len(e.response) for e in sequences],
     }
+    if reading != "hindsight":
+        del lengths["hindsight prompt"]
     for name, values in lengths.items():
         table.add_row(f"{name}, tokens: mean, max", f"{mean(values):,.0f}, {max(values):,}")
     for part in Truncated._fields:
-        cut = sum(getattr(e.truncated, part) for e in sample)
-        table.add_row(f"truncated, {part}", f"{cut} of {len(sample)}")
+        cut = sum(getattr(e.truncated, part) for e in sequences)
+        table.add_row(f"truncated, {part}", f"{cut} of {len(sequences)}")
     console.print(table)
     _show_shares(console, config, sample)
     return sample

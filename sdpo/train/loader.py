@@ -36,10 +36,13 @@ from ..batching import (
 from ..chat import chat_format
 from ..errors import DataError
 from ..hindsight import (
+    ALONE,
     KEEP_THOUGHTS,
     ONLY_A_THOUGHT,
     Encoded,
     HindsightConfig,
+    Reading,
+    as_read,
     encode,
     has_answer,
     resolve_template,
@@ -69,7 +72,7 @@ class Packer:
     """Interactions of a step -> this rank's micro-batches.
 
     Args:
-        sampled_thought: as `encode` takes it.
+        reading, sampled_thought: as `encode` takes them.
     """
 
     def __init__(
@@ -77,8 +80,10 @@ class Packer:
         tokenizer: PreTrainedTokenizerBase,
         hindsight: HindsightConfig,
         batch: BatchConfig,
+        reading: Reading = "hindsight",
         sampled_thought: bool | None = None,
     ):
+        self.reading: Reading = reading
         self.sampled_thought = sampled_thought
         self.tokenizer, self.hindsight, self.batch = tokenizer, hindsight, batch
         self.dp_rank, self.dp_degree, self.row_multiple = 0, 1, ROW_MULTIPLE
@@ -93,6 +98,8 @@ class Packer:
         """
         self.dp_rank, self.dp_degree = engine.ranks.dp_rank, engine.ranks.dp_degree
         self.row_multiple, self.sharing = engine.row_multiple, engine.sharing
+        if self.sharing == "keys" and self.reading in ALONE:
+            self.sharing = "tries"  # no pass reads on them
         if fixed_width:
             self.row_multiple *= -(-self.batch.row_tokens // engine.row_multiple)
 
@@ -104,15 +111,17 @@ class Packer:
         assigned = assign(examples, self.dp_degree, self.batch, *layout)
         return Step(
             micro_batches=[
-                collate(mine, self.batch.row_tokens, *layout) for mine in assigned.of(self.dp_rank)
+                collate(mine, self.batch.row_tokens, *layout, reading=self.reading)
+                for mine in assigned.of(self.dp_rank)
             ],
             tokens=assigned.tokens,
             idle=assigned.idle,
         )
 
     def _encoded(self, interaction: Interaction) -> Encoded:
-        thought = self.sampled_thought
-        return encode(interaction, self.tokenizer, self.hindsight, sampled_thought=thought)
+        thought, reading = self.sampled_thought, self.reading
+        options = self.tokenizer, self.hindsight
+        return encode(interaction, *options, sampled_thought=thought, reading=reading)
 
 
 class Loader(Packer):
@@ -127,8 +136,9 @@ class Loader(Packer):
         tokenizer: PreTrainedTokenizerBase,
         hindsight: HindsightConfig,
         batch: BatchConfig,
+        reading: Reading = "hindsight",
     ):
-        super().__init__(tokenizer, hindsight, batch)
+        super().__init__(tokenizer, hindsight, batch, reading)
         self.interactions = interactions
         self.stream = Stream((unit_of(i, batch) for i in interactions), batch)
         self.steps = self.stream.steps
@@ -168,8 +178,13 @@ def load_interactions(
             "no interactions", file=config.data, hint="Did `sdpo data prepare` keep any?"
         )
     clips = isinstance(config.objective, SampledToken) and config.objective.needs_old_logprobs
-    vocabulary = read_config(config.model)["vocab_size"]
+    vocabulary, reading = read_config(config.model)["vocab_size"], config.objective.reading
+    read: list[Interaction] = []
     for i in selection.interactions:
+        try:
+            read += as_read(i, reading)
+        except DataError as error:
+            raise error.at(file=config.data) from None
         place = {"file": config.data, "row": f"interaction {i.id}"}
         if clips and i.response_logprobs is None:
             problem = "missing, but ppo_clip and importance_clip need them"
@@ -181,7 +196,7 @@ def load_interactions(
             raise DataError(problem, field="completion_token_ids", hint=hint, **place)
     if tokenizer is not None:
         chat, thinking = chat_format(tokenizer, config.hindsight.date), config.hindsight.thinking
-        empty = [i for i in selection.interactions if not has_answer(i, chat, thinking)]
+        empty = [i for i in read if not has_answer(i, chat, thinking)]
         if empty:
             problem = f"{ONLY_A_THOUGHT} (so in {len(empty):,} rows)"
             place = {"file": config.data, "row": f"interaction {empty[0].id}"}

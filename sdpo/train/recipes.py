@@ -6,11 +6,11 @@ from typing import Literal
 
 import tyro
 
-from sdpo_parallel.config import CheckpointConfig, OptimizerConfig, ParallelConfig
+from sdpo_parallel.config import CheckpointConfig, Frozen, OptimizerConfig, ParallelConfig
 
 from ..batching import BatchConfig
 from ..hindsight import HindsightConfig
-from ..objective import JSD, ForwardKL, ReverseKL, SampledToken
+from ..objective import DPO, JSD, SFT, ForwardKL, ReverseKL, SampledToken
 from .config import TrainConfig
 
 ASK = tyro.MISSING
@@ -116,6 +116,41 @@ def paper_online(model: str = ASK, data: str = ASK, out: str = "runs/paper-onlin
     )
 
 
+def sft(model: str = ASK, data: str = ASK, out: str = "runs/sft") -> TrainConfig:
+    """Supervised fine-tuning on the logged responses: what SDPO is compared with; one pass.
+
+    ``--objective.target next`` imitates the response behind the follow-up instead.
+    """
+    return TrainConfig(model=model, data=data, out=out, objective=SFT())
+
+
+def paper_sft(model: str = ASK, data: str = ASK, out: str = "runs/paper-sft") -> TrainConfig:
+    """The paper's SFT baseline on logs: 32 interactions per step, 2 epochs, AdamW at 2e-6.
+
+    Prompt and response are cut to 2,048 tokens each, and the schedule is a cosine, as in
+    ``paper-offline``. The paper's script says 2,048 tokens; its program is not published.
+    """
+    offline = paper_offline(model, data, out)
+    return replace(offline, objective=SFT(), batch=replace(offline.batch, interactions_per_step=32))
+
+
+def dpo(model: str = ASK, data: str = ASK, out: str = "runs/dpo") -> TrainConfig:
+    """Direct preference optimization: the response behind the follow-up over the one before it.
+
+    beta 0.1, 64 pairs per step and a rate of 1e-6 as in arXiv:2305.18290, with AdamW for RMSprop
+    and a warm-up over a tenth of the run.
+    """
+    return TrainConfig(
+        model=model,
+        data=data,
+        out=out,
+        objective=DPO(beta=0.1),
+        teacher=Frozen(),
+        batch=BatchConfig(interactions_per_step=64),
+        optimizer=OptimizerConfig(lr=1e-6, schedule="constant", warmup_fraction=0.1),
+    )
+
+
 def demo(model: str = ASK, data: str = ASK, out: str = "runs/demo-toy/train") -> TrainConfig:
     """What ``sdpo demo --world toy`` trains with: reverse KL, and the rate of a tiny model."""
     return replace(
@@ -146,6 +181,9 @@ RECIPES: dict[str, Callable[..., TrainConfig]] = {
     "qwen3-8b": qwen3_8b,
     "olmo-3-7b": olmo3_7b,
     "paper-online": paper_online,
+    "sft": sft,
+    "paper-sft": paper_sft,
+    "dpo": dpo,
     "demo": demo,
     "demo-sampled-token": demo_sampled_token,
 }

@@ -264,8 +264,10 @@ class Logger(ExitStack):
             self._board.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(dict(metrics), step=step)
+        shown = {"|A|": "advantage/mean_abs", "preferred": "preference/accuracy"}
+        own = [f"{name} {metrics[at]:.3f}  " for name, at in shown.items() if at in metrics]
         line = (
-            f"loss {metrics['loss']:.4f}  |A| {metrics['advantage/mean_abs']:.3f}  "
+            f"loss {metrics['loss']:.4f}  {''.join(own)}"
             f"H {metrics['entropy/policy']:.2f}  grad {metrics['grad_norm']:.2f}  "
             f"lr {metrics['lr']:.1e}  {metrics['response_tokens_per_second']:,.0f} tok/s  "
             f"{metrics['peak_memory_gib']:.2f} GiB"

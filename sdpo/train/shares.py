@@ -7,7 +7,7 @@ from sdpo_parallel.config import Live
 from sdpo_parallel.rows import Sharing
 
 from ..batching import Example, bundles, by_conversation
-from ..hindsight import Encoded
+from ..hindsight import ALONE, Encoded
 from .config import TrainConfig
 
 
@@ -28,7 +28,8 @@ def sharing_of(config: TrainConfig) -> Sharing:
     """What rows share in a run of this config, of a model that can read shared prefixes."""
     if why_not(config):
         return "none"
-    return "keys" if isinstance(config.teacher, Live) else "tries"
+    reads_keys = isinstance(config.teacher, Live) and config.objective.reading not in ALONE
+    return "keys" if reads_keys else "tries"
 
 
 def why_not(config: TrainConfig) -> str:

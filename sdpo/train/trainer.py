@@ -170,7 +170,8 @@ def _prepare(run: RunFolder[TrainConfig]) -> Trainer:
     local = replace(local, hindsight=config.hindsight)
     tokenizer = load_tokenizer(local.model)
     selection = load_interactions(local, tokenizer)
-    loader = Loader(selection.interactions, tokenizer, config.hindsight, config.batch)
+    settings = config.hindsight, config.batch, config.objective.reading
+    loader = Loader(selection.interactions, tokenizer, *settings)
     state = RunState(loader.cursor, fingerprint(config))
     engine = build_engine(config.engine, engine_config(local, loader.steps), state)
     loader.assign_to(engine, fixed_width=config.parallel.compile != "none")
@@ -279,7 +280,7 @@ def _step(
     norm = engine.clip_gradients()
     sums = engine.sum_over_ranks(sums)
     finite = math.isfinite(norm) and math.isfinite(float(sums[0]))
-    row, per_rank = metrics(sums[:-5]), step.tokens
+    row, per_rank = metrics(sums[:-5], t.config.objective.reading), step.tokens
     lr = _update(engine, state, finite) if row["response/tokens"] else _no_update(engine, state)
     seconds = time.perf_counter() - began
     slots, tokens, unshared = (sums[-5:-2] / engine.ranks.cp_degree).tolist()

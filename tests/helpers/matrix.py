@@ -30,6 +30,9 @@ LAYOUTS: dict[int, dict[str, dict]] = {
 }
 
 LORA = {"lora": {"rank": 4}, "optimizer": {"lr": 1e-3}}
+LONG = {"hindsight": {"max_prompt_tokens": 250}}
+"""Without a hindsight prompt, as long as the sequences by which exports are compared."""
+DPO = {**LONG, "objective": {"kind": "DPO", "beta": 0.5}, "teacher": "frozen"}
 OPTIONS: dict[str, dict] = {
     "accumulation": {"batch": {"micro_batch_tokens": 256}},
     "not shared": {"batch": {"share_prefix": "none"}},
@@ -45,6 +48,10 @@ OPTIONS: dict[str, dict] = {
     "LoRA, trust region": {**LORA, "teacher": "trust-region:0.3"},
     "LoRA, ema": {**LORA, "teacher": "ema:0.5"},
     "top K": {"objective": {"kind": "TopKReverseKL", "k": 5}},
+    "DPO": DPO,
+    "SFT": {**LONG, "objective": {"kind": "SFT"}},
+    "LoRA, DPO": {**LORA, **DPO},
+    "SFT, next": {**LONG, "objective": {"kind": "SFT", "target": "next"}},
 }
 """Tried on some layouts, with one model and objective."""
 

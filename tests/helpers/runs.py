@@ -27,6 +27,10 @@ SMALL = {
 }
 
 
+OWN = ("advantage/mean_abs", "preference/margin")
+"""Metrics that some objectives have."""
+
+
 def cause(stderr: str) -> str:
     """What went wrong, without what torchrun says of it."""
     return stderr.partition("torch/distributed/elastic/multiprocessing/api.py")[0][-9000:]
@@ -97,5 +101,7 @@ def assert_same_trajectory(rows: list[dict], others: list[dict], tolerance: floa
     """Losses and gradient norms of every step agree to ``tolerance``; above 1, relative."""
     assert [r["step"] for r in rows] == [r["step"] for r in others]
     for a, b in zip(rows, others, strict=True):
-        for name in ("loss", "grad_norm", "lr", "advantage/mean_abs", "response/tokens"):
+        names = ["loss", "grad_norm", "lr", "response/tokens"]
+        names += [own for own in OWN if own in a or own in b]
+        for name in names:
             assert abs(a[name] - b[name]) <= tolerance * max(abs(a[name]), 1.0), (name, a, b)

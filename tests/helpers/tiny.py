@@ -120,9 +120,9 @@ def text(rng: random.Random, low: int, high: int) -> str:
     return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
 
 
-def make_interactions(path: Path, n: int, seed: int = 0) -> str:
-    """``n`` triples of very mixed lengths."""
-    rng = random.Random(seed)
+def make_interactions(path: Path, n: int, seed: int = 0, *, next_response: bool = False) -> str:
+    """``n`` triples of very mixed lengths; with ``next_response`` also the answers behind them."""
+    rng, more = random.Random(seed), random.Random(seed + 1)
     rows = []
     for i in range(n):
         prompt = [{"role": "user", "content": text(rng, 1, 20)}]
@@ -137,6 +137,8 @@ def make_interactions(path: Path, n: int, seed: int = 0) -> str:
                 "user_response": {"role": "user", "content": text(rng, 1, 12)},
             }
         )
+        if next_response:
+            rows[-1]["next_completion"] = text(more, 1, 30)
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     return str(path)
 

@@ -14,7 +14,8 @@ from helpers import matrix, runs, tiny
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    return tiny.make_interactions(tmp_path_factory.mktemp("data") / "i.jsonl", 22)
+    path = tmp_path_factory.mktemp("data") / "i.jsonl"
+    return tiny.make_interactions(path, 22, next_response=True)
 
 
 def train(ranks: int, cases: list[dict], models, data: str, out: Path) -> dict[str, list[dict]]:

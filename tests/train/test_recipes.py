@@ -1,8 +1,11 @@
 """Recipes hold the published settings, and the layouts that they name fit."""
 
+from dataclasses import replace
+
 import pytest
 
 from helpers import tiny
+from sdpo.objective import SFT
 from sdpo.train.dry_run import GIB, load_of, memory_per_rank
 from sdpo.train.recipes import RECIPES
 from sdpo_parallel.memory import USABLE
@@ -30,7 +33,14 @@ def test_the_papers_batches():
         assert recipe.batch.interactions_per_step == offline.batch.interactions_per_step
 
 
+def test_the_papers_baseline_differs_from_its_method_in_the_objective_and_the_batch_alone():
+    sft, sdpo = (RECIPES[n]("m", "d.jsonl", "o") for n in ("paper-sft", "paper-offline"))
+    assert sft.objective == SFT() and sft.batch.interactions_per_step == 32
+    assert (sft.optimizer.lr, sft.batch.epochs, sft.max_tokens) == (2e-6, 2, 4096)
+    assert replace(sft, objective=sdpo.objective, batch=sdpo.batch) == sdpo
+
+
 def test_the_papers_recipes_cut_as_published_and_no_others():
     cuts = {name: recipe("m", "d").hindsight.truncation for name, recipe in RECIPES.items()}
-    papers = {"paper-offline", "paper-online", "qwen3-4b", "qwen3-8b", "olmo-3-7b"}
+    papers = {"paper-offline", "paper-online", "paper-sft", "qwen3-4b", "qwen3-8b", "olmo-3-7b"}
     assert {name for name, cut in cuts.items() if cut == "paper"} == papers
