@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from .batching import collate
     from .hindsight import HindsightConfig, encode
     from .interactions import Interaction, read_interactions
-    from .objective import JSD, ForwardKL, ReverseKL, SampledToken, TopKReverseKL
+    from .objective import DPO, JSD, SFT, ForwardKL, ReverseKL, SampledToken, TopKReverseKL
     from .step import two_pass_loss
 
 __version__ = "0.2.0"
 __all__ = [
+    "DPO",
     "JSD",
+    "SFT",
     "ForwardKL",
     "HindsightConfig",
     "Interaction",

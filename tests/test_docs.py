@@ -86,11 +86,12 @@ def test_named_flags_and_commands_exist(page):
 
 @cache
 def flags(command: tuple[str, ...]) -> frozenset[str]:
-    """What `sdpo COMMAND --help` knows; recipes share theirs."""
+    """What `sdpo COMMAND --help` knows; recipes share theirs, but for their objectives'."""
     if command == ("users", "train"):  # which hands them on
         command = ("online",)
-    recipes = {("train",): "paper-offline", ("online",): "online"}
-    command += (recipes[command],) if command in recipes else ()
+    recipes = {("train",): ("paper-offline", "sft", "dpo"), ("online",): ("online",)}
+    if command in recipes:
+        return frozenset().union(*(flags((*command, recipe)) for recipe in recipes[command]))
     said = io.StringIO()
     with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
