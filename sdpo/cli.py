@@ -26,6 +26,7 @@ COMMANDS = {
         "analysis.signal:command",
         "what each follow-up says about each token of a response",
     ),
+    "signal-cases": ("analysis.cases:command", "a model's answers to look at its signal in"),
     "evaluate": ("", "what a model is worth: preference, benchmarks, alpaca, arena, report"),
     "demo": ("demo.command:main", "the whole method on a real model, on any machine"),
 }

@@ -1,13 +1,13 @@
 """Self-contained HTML pages: jinja2 templates, with matplotlib figures as inline SVG."""
 
-import io
 import re
 from pathlib import Path
 
-import matplotlib
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure
+
+from .figures import figure_bytes
 
 INK = "#010203"
 """A colour that `svg` replaces by the page's text colour, light or dark."""
@@ -22,10 +22,7 @@ def render(template: Path, **values: object) -> str:
 
 def svg(figure: Figure) -> Markup:
     """A figure as an inline <svg> without links, the same text for the same figure."""
-    out = io.StringIO()
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context({"svg.hashsalt": "sdpo"}):
-        figure.savefig(out, format="svg", metadata=nothing)
-    text = out.getvalue().partition("?>")[2].partition(">")[2]  # without XML and doctype headers
+    whole = figure_bytes(figure, ".svg").decode()
+    text = whole.partition("?>")[2].partition(">")[2]  # without XML and doctype headers
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # HTML needs none
     return Markup(text.replace(INK, "currentColor"))

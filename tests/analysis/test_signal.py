@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,10 +10,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import runs, tiny
+from sdpo.analysis.conditions import Case, iter_cases, write_cases
+from sdpo.analysis.effects import Tally
+from sdpo.analysis.figure import draw
 from sdpo.analysis.signal import coloured
 from sdpo.cli import main
 from sdpo.hindsight import hindsight_prompt
 from sdpo.interactions import read_interactions
+from sdpo.io.figures import figure_bytes
 
 
 def direct(model, tokenizer, messages, completion):
@@ -57,6 +62,78 @@ def test_signal_equals_a_direct_computation(kind, pad_is_eos, models, tmp_path):
             ("advantage", hindsight - policy),
         ):
             assert (torch.tensor(row[name]) - expected).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama-tied"])
+def test_every_condition_equals_a_direct_computation(kind, models, tmp_path):
+    """And numbers and figure are made of what is written."""
+    folder = models(kind)
+    rows = read_interactions(tiny.make_interactions(tmp_path / "i.jsonl", 20, seed=6))
+    data, out = tmp_path / "named.jsonl", tmp_path / "signal.jsonl"
+    named = {"irrelevant": "the red fox lives in paris"}
+    write_cases(data, (Case(interaction=i, followups=named, kind=i.id[-1]) for i in rows))
+    words = f"signal --model {folder} --interactions {data} --out {out} --seed 2 --rows 7"
+    words += f" --json {tmp_path / 'signal.json'} --figure {tmp_path / 'signal.svg'} --scale paper"
+    main(words.split())
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    cases = iter_cases(str(data), swap=True, by="kind", seed=2)
+    moved, tally = {}, Tally()
+    for row, case in zip(found, cases, strict=True):
+        i = case.interaction
+        _, policy = direct(model, tokenizer, i.prompt, i.response)
+        assert row["id"] == i.id and row["kind"] == i.id[-1]
+        under = {}
+        for name, text in case.texts.items():
+            noted = hindsight_prompt(i.prompt, text, "paper-offline")
+            _, hindsight = direct(model, tokenizer, noted, i.response)
+            assert row["conditions"][name]["followup"] == text
+            under[name] = row["conditions"][name]["advantage"]
+            assert (torch.tensor(under[name]) - (hindsight - policy)).abs().max() < 1e-4, name
+        assert row["advantage"] == under["own"]
+        moved |= {name: moved.get(name, 0) + sum(map(abs, a)) for name, a in under.items()}
+        tally.add(under, conversation=row["conversation"], kind=row["kind"])
+    assert len({round(total, 3) for total in moved.values()}) == 4, "conditions differ"
+
+    effects = tally.effects(2)
+    told = json.loads((tmp_path / "signal.json").read_text())
+    expected = json.loads(json.dumps(asdict(effects)))
+    assert {name: told[name] for name in expected} == expected
+    assert told["verdict"] == effects.verdict and told["dtype"] == "float32 and float32"
+    drawn = figure_bytes(draw(found[:7], scale="paper"), ".svg")
+    assert (tmp_path / "signal.svg").read_bytes() == drawn
+
+
+def test_a_killed_comparison_goes_on_and_another_seed_is_refused(models, tmp_path, capsys):
+    data = tiny.make_interactions(tmp_path / "i.jsonl", 70)
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    words = ["signal", "--model", models("qwen3"), "--interactions", data]
+    words += ["--json", str(tmp_path / "signal.json")]
+    main([*words, "--out", str(whole)])
+    numbers = (tmp_path / "signal.json").read_text()
+
+    def killed_at_the_end(*args):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("sdpo.analysis.signal._write", killed_at_the_end)
+        main([*words, "--out", str(killed)])
+    journal = tmp_path / "killed.jsonl.partial"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:40]))  # in the first chunk's middle
+    told = runs.refused(capsys, *words, "--out", killed, "--seed", "1")
+    assert "differs from this one in seed (0 then, 1 now)" in told
+    assert "compared (true then, null now)" in runs.refused(capsys, *words[:5], "--out", killed)
+    main([*words, "--out", str(killed)])
+    assert "39 of 70 interactions have been read already" in capsys.readouterr().err
+    assert killed.read_bytes() == whole.read_bytes() and not journal.exists()
+    assert (tmp_path / "signal.json").read_text() == numbers
+
+
+def test_a_figure_of_another_format_is_refused_before_anything_is_read(tmp_path, capsys):
+    words = ["signal", "--model", "none", "--interactions", "none", "--out", tmp_path / "out"]
+    assert "must end in .svg or .png" in runs.refused(capsys, *words, "--figure", "a.pdf")
 
 
 def test_colours_follow_the_sign():

@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from helpers import runs
 from real.conftest import prepared
+from sdpo.analysis.cases import AnswerOptions, signal_cases
+from sdpo.analysis.options import ReaderOptions
+from sdpo.analysis.signal import CompareOptions, read_signal
 from sdpo.batching import BatchConfig, Cursor, collate, micro_batches
 from sdpo.cli import main
 from sdpo.hindsight import Encoded, HindsightConfig, encode
@@ -118,3 +121,23 @@ def test_bfloat16_states_are_the_same_bits_packed_and_one_a_row(smollm2, encoded
                 assert torch.equal(alone[own], packed[own])
                 compared += 1
     assert compared == 5 > len(batch.tokens_BT), "several documents to a row"
+
+
+def test_a_real_models_signal_of_our_cases(smollm2, tmp_path):
+    """Answers, numbers and figure as row R8 makes them: the file says what was read, and what
+    docs/signal.md says of this model holds: what is irrelevant moves it, too."""
+    data, out = tmp_path / "cases.jsonl", tmp_path / "signal.jsonl"
+    signal_cases(smollm2, data, AnswerOptions(max_new_tokens=24))
+    figure = tmp_path / "signal.svg"
+    compare = CompareOptions(figure=str(figure), json_out=str(tmp_path / "signal.json"))
+    found = read_signal(smollm2, str(data), str(out), ReaderOptions(), compare)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert found is not None and found.interactions == len(rows) == 14
+    assert found.compared == ("irrelevant", "own") and list(found.kinds) == ["complaint", "praise"]
+    for row, i in zip(rows, read_interactions(str(data)), strict=True):
+        assert row["token_ids"] == list(i.response_token_ids or ()) and len(row["tokens"]) <= 24
+    assert found.ratio is not None and found.ratio.low > 0.5, found.verdict
+    own, none = (found.conditions[name]["mean_abs_advantage"].value for name in ("own", "none"))
+    assert own > none > 0.1
+    boxes = figure.read_text().count('id="token-')
+    assert boxes == 4 * sum(len(row["tokens"]) for row in rows[:2])

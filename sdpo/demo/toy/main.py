@@ -11,17 +11,18 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from ...analysis.conditions import Case, write_cases
 from ...cli import main as sdpo
 from ...conversations import Message
 from ...hindsight import hindsight_prompt
-from ...interactions import iter_interactions, read_interactions, write_interactions
+from ...interactions import iter_interactions, read_interactions
 from ...train.run_folder import read_metrics
 from ..folder import make_room
 from ..phases import Phases
@@ -120,19 +121,22 @@ class Demo(Phases):
         sdpo(["data", "score", *judged, "--out", str(self.folder / "scores.jsonl")])
         rng = random.Random(self.seed)
         relevant = [i for i in read_interactions(data) if world.is_correction(i.followup)]
-        irrelevant = [replace(i, followup=world.draw_irrelevant(rng)) for i in relevant]
+        irrelevant = [world.draw_irrelevant(rng) for _ in relevant]
+        pairs = zip(relevant, irrelevant, strict=True)
+        file, out = self.folder / "followups.jsonl", self.folder / "signal.jsonl"
+        write_cases(file, (Case(interaction=i, followups={"irrelevant": o}) for i, o in pairs))
+        files = ["--model", str(model), "--interactions", str(file), "--out", str(out)]
+        files += ["--json", str(out.with_suffix(".json")), "--figure", str(out.with_suffix(".svg"))]
+        limits = ["--max-prompt-tokens", "256", "--max-hindsight-prompt-tokens", "256"]
+        sdpo(["signal", *files, *limits, "--template", TEMPLATE, "--show", str(SHOWN)])
+        rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
         means, shown = {}, {}
-        for kind, interactions in (("relevant", relevant), ("irrelevant", irrelevant)):
-            file, out = (self.folder / f"{stem}-{kind}.jsonl" for stem in ("followups", "signal"))
-            write_interactions(file, interactions)
-            files = ["--model", str(model), "--interactions", str(file), "--out", str(out)]
-            limits = ["--max-prompt-tokens", "256", "--max-hindsight-prompt-tokens", "256"]
-            sdpo(["signal", *files, *limits, "--template", TEMPLATE, "--show", str(SHOWN)])
-            rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-            values = [abs(a) for row in rows for a in row["advantage"]]
+        for kind, condition in (("relevant", "own"), ("irrelevant", "irrelevant")):
+            under = [row["conditions"][condition] for row in rows]
+            values = [abs(a) for one in under for a in one["advantage"]]
             means[kind] = sum(values) / len(values)
-            followups = [i.followup for i in interactions]
-            shown[kind] = list(zip(followups, rows, strict=True))[:SHOWN]
+            pairs = zip(rows[:SHOWN], under, strict=False)
+            shown[kind] = [(u["followup"], row | {"advantage": u["advantage"]}) for row, u in pairs]
         means["irrelevant_over_relevant"] = means["irrelevant"] / means["relevant"]
         return means, shown
 
