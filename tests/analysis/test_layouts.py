@@ -138,6 +138,26 @@ def test_the_verdict_is_that_of_one_process(models, data, tmp_path):
         assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-5)
 
 
+def test_numbers_and_figure_of_two_ranks_are_those_of_one_process(models, data, tmp_path):
+    found = []
+    for name in ("transformers", "torchtitan"):
+        out = tmp_path / f"{name}.jsonl"
+        made = ["--json", str(tmp_path / f"{name}.json"), "--figure", str(tmp_path / f"{name}.svg")]
+        words = asked("signal", models("qwen3"), data, "--out", str(out), *made)
+        if name == "torchtitan":
+            runs.succeeded(sharded(2, words))
+        else:
+            main(words)
+        assert (tmp_path / f"{name}.svg").stat().st_size > 10_000
+        found.append(json.loads((tmp_path / f"{name}.json").read_text())["conditions"])
+    one, other = found
+    assert list(one) == list(other) == ["own", "swapped", "none"]
+    for condition, measures in one.items():
+        for measure in ("mean_abs_advantage", "mean_abs_advantage_first", "mean_advantage"):
+            values = other[condition][measure]
+            assert measures[measure] == pytest.approx(values, rel=1e-4, abs=1e-5), condition
+
+
 def test_an_error_of_the_main_rank_ends_all(models, data, tmp_path):
     """torchrun stops the ranks that have not said so yet."""
     (tmp_path / "file").touch()
