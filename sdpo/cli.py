@@ -28,6 +28,7 @@ COMMANDS = {
     ),
     "signal-cases": ("analysis.cases:command", "a model's answers to look at its signal in"),
     "evaluate": ("", "what a model is worth: preference, benchmarks, alpaca, arena, report"),
+    "reproduce": ("reproduce.command:command", "an experiment of the paper, end to end"),
     "demo": ("demo.command:main", "the whole method on a real model, on any machine"),
 }
 DATA_COMMANDS = {
