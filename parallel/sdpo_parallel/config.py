@@ -222,7 +222,9 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Write in the background while training goes on; the weights are copied first."""
     export_dtype: ExportDtype = "source"
-    """Dtype of the exported weights; ``source``: that of the folder the run started from."""
+    """Dtype of the exported weights; ``source``: that of the folder the run started from. bfloat16
+    loses what a small learning rate has changed by less than half of its last digit; float32 keeps
+    all."""
 
     def __post_init__(self):
         if self.interval < 1:

@@ -96,8 +96,8 @@ def _of_run(name: str | None, where: str, run: str, at: str, out: Path) -> Model
     step = _step(run, at)
     name = name or f"{Path(run).resolve().name}-{at or f'step-{step}'}"
     folder = out / "models" / f"{name}-step-{step}"
-    if not folder.is_dir():
-        export(run, out=str(folder), step=step)
+    if not folder.is_dir():  # bfloat16 would round off what a small learning rate has changed
+        export(run, out=str(folder), step=step, dtype="float32")
     return Model(name=name, where=where, model=str(folder), tokenizer=str(folder))
 
 
