@@ -209,6 +209,7 @@ def write_teacher(teacher: Teacher) -> str:
 
 
 ExportDtype = Literal["source", "float32", "bfloat16"]
+Rounding = Literal["stochastic", "nearest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,9 +223,10 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Write in the background while training goes on; the weights are copied first."""
     export_dtype: ExportDtype = "source"
-    """Dtype of the exported weights; ``source``: that of the folder the run started from. bfloat16
-    loses what a small learning rate has changed by less than half of its last digit; float32 keeps
-    all."""
+    """Dtype of the exported weights; ``source``: that of the folder the run started from."""
+    export_rounding: Rounding = "stochastic"
+    """How float32 weights become bfloat16. stochastic: with a mean that is exact; nearest: as the
+    passes round them, which loses updates smaller than half of a weight's last digit."""
 
     def __post_init__(self):
         if self.interval < 1:

@@ -251,10 +251,12 @@ class Engine(abc.ABC):
         tokenizer; or, with ``adapters``, a PEFT folder of the adapters alone.
 
         Args:
-            dtype: of the weights; None: ``checkpoint.export_dtype``.
+            dtype: of the weights, rounded to the nearest as the passes round them; None: as
+                ``checkpoint`` says.
         """
         checkpoint = self.config.checkpoint
-        checkpoint = replace(checkpoint, export_dtype=dtype or checkpoint.export_dtype)
+        if dtype is not None:
+            checkpoint = replace(checkpoint, export_dtype=dtype, export_rounding="nearest")
         config = replace(self.config, checkpoint=checkpoint)
         self.export_policy(self.policy, config, folder, adapters=adapters)
 

@@ -111,7 +111,6 @@ def train(setup: Setup, short: str, recipe: str, batch: int) -> Step:
         argv += ["--engine", "transformers", "--batch.epochs", "1", "--batch.row-tokens", "512"]
         argv += ["--hindsight.max-prompt-tokens", "256", "--hindsight.max-response-tokens", "128"]
         argv += ["--hindsight.max-hindsight-prompt-tokens", "384"]
-        argv += ["--checkpoint.export-dtype", "float32"]
     argv += ["--batch.interactions-per-step", str(4 if setup.small else batch)]
     return Step(
         name=run.name,
@@ -257,7 +256,6 @@ def online(
     config = None
     if setup.small:
         argv += ["--checkpoint.interval", "1", "--evaluate.every", "1", "--evaluate.prompts", "24"]
-        argv += ["--checkpoint.export-dtype", "float32"]
     else:
         answers = updates * batch
         cost = training(setup.parameters(short), answers * TOKENS, checkpoints=updates // 3 + 1)

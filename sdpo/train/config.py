@@ -133,6 +133,7 @@ ADDED_LATER = {
     "hindsight": {"truncation": "paper", "thinking": "strip", "date": None},
     "objective": {"hindsight_temperature": 1.0},
     "batch": {"unit": "interaction", "share_prefix": "auto"},  # equal but for rounding
+    "checkpoint": {"export_rounding": "nearest"},
 }
 """Settings that runs of earlier versions lack, as those runs behaved."""
 

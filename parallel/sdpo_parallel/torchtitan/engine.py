@@ -20,6 +20,7 @@ from ..config import EMA, LoraConfig, OptimizerConfig
 from ..engine import Engine, EngineConfig
 from ..huggingface import check_teacher, copy_assets, export_dtype, replace_folder
 from ..inference import InferenceConfig
+from ..rounding import cast
 from ..teacher import TeacherState, reshard
 from . import cpu
 from .lm_head import hold
@@ -104,7 +105,9 @@ class TorchtitanEngine(Engine):
         else:
             dtype = export_dtype(policy.folder, config.checkpoint.export_dtype)
             weights = merged_weights(policy.module, policy.lora)
-            write_hf(adapter, {name: w.to(dtype) for name, w in weights.items()}, partial)
+            rounding = config.checkpoint.export_rounding
+            cast_weights = {name: cast(w, dtype, rounding) for name, w in weights.items()}
+            write_hf(adapter, cast_weights, partial)
             if is_main:
                 copy_assets(policy.folder, str(partial), dtype)
         dist.barrier()

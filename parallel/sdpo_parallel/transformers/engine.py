@@ -43,6 +43,7 @@ from ..huggingface import (
 )
 from ..inference import Dtype, Inference, InferenceConfig
 from ..model import CausalModel, LMHead
+from ..rounding import cast
 from ..rows import Kept, Rows
 from ..teacher import TeacherState
 from .attention import NAME, Unreadable, install, uninstall, view
@@ -320,7 +321,10 @@ class TransformersEngine(Engine):
         partial = f"{folder}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         dtype = export_dtype(config.model, config.checkpoint.export_dtype)
-        weights = {name: w.to(dtype) for name, w in policy.module.state_dict().items()}
+        rounding, state = config.checkpoint.export_rounding, policy.module.state_dict()
+        # a tied head stays the same tensor as the embeddings, which is then written once
+        once = {w.data_ptr(): cast(w, dtype, rounding) for w in state.values()}
+        weights = {name: once[w.data_ptr()] for name, w in state.items()}
         policy.module.save_pretrained(partial, state_dict=weights)
         copy_assets(config.model, partial, dtype)
         replace_folder(partial, folder)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from helpers import runs, tiny
+from sdpo_parallel.rounding import cast
 from sdpo_parallel.torchtitan.models import spec_from_hf
 
 
@@ -57,6 +58,7 @@ def test_an_export_has_the_dtype_of_its_source_or_the_one_asked_for(engine, mode
     shutil.copytree(models("qwen3-tied"), source)
     AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
     data = tiny.make_interactions(tmp_path / "i.jsonl", 6)
+    weights = {}
     for asked, expected in (("source", torch.bfloat16), ("float32", torch.float32)):
         out = tmp_path / asked
         options = ["--engine", engine, "--checkpoint.export-dtype", asked]
@@ -65,3 +67,7 @@ def test_an_export_has_the_dtype_of_its_source_or_the_one_asked_for(engine, mode
         assert {p.dtype for p in model.parameters()} == {expected}
         files = [load_file(f) for f in (out / "export").glob("*.safetensors")]
         assert {t.dtype for f in files for t in f.values()} == {expected}
+        weights[asked] = {name: t for f in files for name, t in f.items()}
+    stochastic = {n: cast(t, torch.bfloat16, "stochastic") for n, t in weights["float32"].items()}
+    assert all(torch.equal(t, stochastic[name]) for name, t in weights["source"].items())
+    assert any(not torch.equal(t, weights["float32"][n].bfloat16()) for n, t in stochastic.items())
