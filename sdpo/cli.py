@@ -11,7 +11,7 @@ from .errors import SdpoError
 
 COMMANDS = {
     "data": ("", "conversation logs to interactions: prepare, inspect, validate, score, trace"),
-    "train": ("train.command:main", "train a model on interactions; under torchrun on many GPUs"),
+    "train": ("evaluate.loop:main", "train a model on interactions; under torchrun on many GPUs"),
     "online": ("online.command:main", "train a model on what users say to its own answers"),
     "serve": ("online.serving.command:serve", "start a vLLM server that online runs sample from"),
     "check-server": ("online.serving.command:check_server", "what a vLLM server lacks for a run"),
@@ -59,7 +59,7 @@ EVALUATE_COMMANDS = {
 """Name -> function in this package, and what it does."""
 GROUPS = {"data": DATA_COMMANDS, "users": USERS_COMMANDS, "evaluate": EVALUATE_COMMANDS}
 BY_THEMSELVES = (
-    "train.command:main",
+    "evaluate.loop:main",
     "online.command:main",
     "demo.command:main",
     "online.store:train",

@@ -17,6 +17,7 @@ import tyro
 import yaml
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from sdpo_parallel.huggingface import load_tokenizer
 
@@ -121,7 +122,7 @@ def command(
         data: TASK=FILE, for tasks whose data is not to come from the hub: JSON lines as the hub has
             them.
     """
-    harness = Harness(Path(out), _files(data), config)
+    harness = Harness(Path(out), data_files(data), config)
     limit = config.limit if config.limit or preset != "quick" or tasks else QUICK
     names = tasks or PRESETS[preset]
     harness.check(names)
@@ -259,28 +260,54 @@ class Harness:
         return {name: Scores(**one) for name, one in kept["scores"].items()}
 
     def _evaluate(self, model: Model, task: str, limit: int | None) -> Mapping[str, Any]:
-        config = self.config
-        if config.chat_template and not model.url:
+        if self.config.chat_template and not model.url:
             chat_format(load_tokenizer(model.tokenizer))  # an error that names the folder
         cache = self.out / "benchmarks" / model.name / "answers"
         cache.parent.mkdir(parents=True, exist_ok=True)
+        with _telling(task, model.where):
+            return self._ask(task, limit, use_cache=str(cache), **self._model(model))
+
+    def look(self, model: Any, task: str, limit: int | None) -> dict[str, Scores]:
+        """The scores of a model in this process as it is now; nothing is kept.
+
+        Args:
+            model: as `held` gives it.
+
+        Raises:
+            SdpoError: the task's data cannot be had.
+        """
+        with _telling(task, "the model in training"):
+            return scores_of(self._ask(task, limit, model=model))
+
+    def held(self, model: PreTrainedModel, folder: str) -> Any:
+        """A model in this process, as the harness wants it.
+
+        Args:
+            folder: of its tokenizer.
+        """
+        from lm_eval.models.huggingface import HFLM
+
+        make: Any = HFLM  # a registry hides its arguments
+        return make(
+            pretrained=model, tokenizer=load_tokenizer(folder), batch_size=self.config.batch
+        )
+
+    def _ask(self, task: str, limit: int | None, **model: Any) -> Mapping[str, Any]:
+        config = self.config
         more = {"max_gen_toks": config.max_new_tokens} if config.max_new_tokens else None
-        with _telling(task, model):
-            results = self._simple_evaluate(
-                **self._model(model),
-                tasks=[task],
-                num_fewshot=config.fewshot,
-                limit=limit,
-                batch_size=config.batch,
-                use_cache=str(cache),
-                apply_chat_template=config.chat_template,
-                system_instruction=config.system,
-                gen_kwargs=more,
-                task_manager=self._own if task in self.files else self._tasks,
-                bootstrap_iters=0,
-                log_samples=True,
-            )
-        return results
+        return self._simple_evaluate(
+            **model,
+            tasks=[task],
+            num_fewshot=config.fewshot,
+            limit=limit,
+            batch_size=config.batch,
+            apply_chat_template=config.chat_template,
+            system_instruction=config.system,
+            gen_kwargs=more,
+            task_manager=self._own if task in self.files else self._tasks,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
 
     def _model(self, model: Model) -> dict[str, Any]:
         """Which of the harness's classes runs a model, and its arguments."""
@@ -378,7 +405,12 @@ def _asked(path: Any) -> tuple[str, str]:
     return name, task.get(name) or "test"
 
 
-def _files(data: Sequence[str]) -> dict[str, str]:
+def data_files(data: Sequence[str]) -> dict[str, str]:
+    """What TASK=FILE says.
+
+    Raises:
+        SdpoError: there is no such file.
+    """
     found = dict[str, str]()
     for text in data:
         task, _, file = text.partition("=")
@@ -389,7 +421,7 @@ def _files(data: Sequence[str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _telling(task: str, model: Model) -> Iterator[None]:
+def _telling(task: str, where: str) -> Iterator[None]:
     """Errors of the harness as the user's: what is missing, and what to do."""
     try:
         yield
@@ -405,7 +437,7 @@ def _telling(task: str, model: Model) -> Iterator[None]:
         ) from None
     except NotImplementedError as error:
         raise SdpoError(
-            f"{model.where}: a chat server cannot run the task ({error}); give the model's folder"
+            f"{where}: a chat server cannot run the task ({error}); give the model's folder"
         ) from None
 
 

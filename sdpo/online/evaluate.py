@@ -6,9 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
+from transformers import PreTrainedTokenizerBase
+
 from ..io.files import write_text
 from .config import BrakeConfig
 from .measures import leaks
+from .prompts import Prompt
+from .sampler import Rollout
 from .users.personas import Persona
 
 
@@ -47,6 +51,26 @@ class Evaluation:
         shown = {f"evaluate/preference/{name}": rate for name, rate in self.preference.items()}
         names = "words", "finished", "leaks"
         return shown | {f"evaluate/{name}": getattr(self, name) for name in names}
+
+
+def text_of(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What was answered, without control tokens."""
+    return str(tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True)).strip()
+
+
+def answered(
+    prompts: Sequence[Prompt], rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase
+) -> list[Answer]:
+    """Each prompt's answer."""
+    return [
+        Answer(
+            prompt_id=prompt.id,
+            prompt=prompt.messages[-1].content,
+            answer=text_of(rollout, tokenizer),
+            finished=rollout.finished,
+        )
+        for prompt, rollout in zip(prompts, rollouts, strict=True)
+    ]
 
 
 def evaluation(

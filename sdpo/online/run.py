@@ -32,7 +32,7 @@ from .prompts import Prompt, read_prompts
 from .sampler import InProcessSampler, Sampler
 from .serving.config import InProcess
 from .serving.sampler import VLLMSampler
-from .snapshots import GOOD, Snapshot, find_snapshot, go_back
+from .snapshots import GOOD, Snapshot, find_snapshot, go_back, remember
 from .talk import Brake, Talk
 from .users.base import User
 from .users.config import build_user
@@ -60,7 +60,7 @@ def online(config: OnlineConfig, *, resume: bool = False) -> Path | None:
             with closing(talk):  # before what it may still write is put aside
                 finished = take_steps(trainer)
         except Brake as brake:
-            error = gone_back(engine, talk, export, brake)
+            error = gone_back(engine, talk.folder, export, brake)
             engine.close()
             raise error from None
         if finished:
@@ -70,20 +70,31 @@ def online(config: OnlineConfig, *, resume: bool = False) -> Path | None:
 
 
 def gone_back(
-    engine: Engine, talk: Talk, export: Path, brake: Brake, *, adapters: bool = False
+    engine: Engine,
+    folder: Path,
+    export: Path,
+    brake: Brake,
+    *,
+    adapters: bool = False,
+    resuming: str = "--resume, which draws other answers",
 ) -> SdpoError:
-    """Go back to the last good snapshot, export it, and say so."""
-    snapshot = find_snapshot(talk.folder, GOOD)
+    """Go back to the last good snapshot, export it, and say so.
+
+    Args:
+        folder: the run's.
+        resuming: how to go on from there.
+    """
+    snapshot = find_snapshot(folder, GOOD)
     engine.checkpoints.finish()
     engine.checkpoints.load(snapshot.step)
     engine.gather(None)  # nobody reads any more
     if engine.ranks.is_main:
-        go_back(talk.folder, snapshot)
+        go_back(folder, snapshot)
     engine.export(str(export), adapters=adapters)
     return SdpoError(
         f"{brake}: back at update {snapshot.step}, the last good snapshot, which {export} holds. "
-        "Go on from there with --resume, which draws other answers; or start another run from the "
-        "export, with a lower learning rate, or another teacher or template"
+        f"Go on from there with {resuming}; or start another run from the export, with a lower "
+        "learning rate, or another teacher or template"
     )
 
 
@@ -180,7 +191,7 @@ def join(
     if state.step == 0 and 0 not in engine.gather(engine.checkpoints.steps())[0]:
         first = Snapshot(name="phase-1", step=0, phase=1, persona=local.schedule[0].persona)
         good = replace(first, name=GOOD)
-        talk.remember([first, good])
+        remember(folder, engine, [first, good])
         engine.save(0, checkpoint_manifest(trainer, {}), wait=True)
     return trainer, talk
 

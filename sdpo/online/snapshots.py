@@ -8,7 +8,7 @@ and one at the newest evaluation that no brake objected to.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +17,8 @@ import tyro
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
+
+from sdpo_parallel.engine import Engine
 
 from ..errors import SdpoError
 from ..io.files import write_text
@@ -69,6 +71,16 @@ def find_snapshot(run: str | Path, name: str) -> Snapshot:
     return snapshots[name]
 
 
+def remember(run: str | Path, engine: Engine, named: Sequence[Snapshot]) -> None:
+    """Add snapshots, in place of others of the same names, and keep the checkpoints of all. Every
+    rank of the run calls it."""
+    names = {s.name for s in named}
+    kept = [s for s in read_snapshots(run) if s.name not in names] + list(named)
+    engine.checkpoints.pinned = {s.step for s in kept}
+    if engine.ranks.is_main:
+        write_snapshots(run, kept)
+
+
 def attempts(run: str | Path) -> int:
     """How often a run has gone back to a snapshot."""
     return len(list(Path(run).glob("undone-*")))
@@ -84,6 +96,7 @@ def go_back(run: str | Path, snapshot: Snapshot) -> Path:
         ("rollouts/update-*.parquet", lambda name: name[len("update-") : -len(".parquet")]),
         ("interactions/update-*.parquet", lambda name: name[len("update-") : -len(".parquet")]),
         ("evaluations/step-*.jsonl", lambda name: name[len("step-") : -len(".jsonl")]),
+        ("evaluations/step-*.json", lambda name: name[len("step-") : -len(".json")]),
         ("export", lambda name: str(snapshot.step + 1)),
     ]
     moved = [

@@ -33,12 +33,20 @@ from ..train.loader import Packer, Step
 from ..train.run_folder import read_metrics
 from ..train.trainer import Looked, RunState
 from .config import OnlineConfig, Phase
-from .evaluate import Answer, Evaluation, Evaluations, evaluation, tripped
+from .evaluate import (
+    Answer,
+    Evaluation,
+    Evaluations,
+    answered,
+    evaluation,
+    text_of,
+    tripped,
+)
 from .measures import leaks
 from .prompts import Order, Prompt
 from .record import Record, read_update, write_update
 from .sampler import RemoteSampler, Rollout, Sampler
-from .snapshots import GOOD, Snapshot, attempts, read_snapshots, write_snapshots
+from .snapshots import GOOD, Snapshot, attempts, read_snapshots, remember
 from .users.base import Exchange, Reply, User
 from .users.personas import Persona
 
@@ -206,7 +214,7 @@ class Talk:
             Exchange(
                 id=f"{update:06d}.{slot:04d}",
                 prompt=prompt.messages,
-                answer=self._text(rollout),
+                answer=text_of(rollout, self.tokenizer),
                 finished=rollout.finished,
             )
             for slot, (prompt, rollout) in enumerate(zip(prompts, rollouts, strict=True))
@@ -265,9 +273,6 @@ class Talk:
         """As the policy will read them in training."""
         config, thought = self.packer.hindsight, bool(self.packer.sampled_thought)
         return [policy_ids(self.chat, p.messages, config, thought=thought).ids for p in prompts]
-
-    def _text(self, rollout: Rollout) -> str:
-        return str(self.tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True)).strip()
 
     def _check_agreement(self, records: Sequence[Record]) -> None:
         """A recording's answers are of a model with this vocabulary."""
@@ -331,15 +336,7 @@ class Talk:
         greedy = self.config.evaluate.decoding == "greedy"
         seeds = [self._seed(0, slot) for slot in range(len(self.held_out))]
         rollouts = self.sampler.sample(self._ids(self.held_out), seeds, greedy=greedy)
-        answers = [
-            Answer(
-                prompt_id=p.id,
-                prompt=p.messages[-1].content,
-                answer=self._text(r),
-                finished=r.finished,
-            )
-            for p, r in zip(self.held_out, rollouts, strict=True)
-        ]
+        answers = answered(self.held_out, rollouts, self.tokenizer)
         personas = {persona.name: persona for persona in self.personas}
         now = evaluation(
             answers,
@@ -364,15 +361,7 @@ class Talk:
             nxt = self.schedule[phase].persona
             name = f"phase-{phase + 1}"
             named.append(Snapshot(name=name, step=step, phase=phase + 1, persona=nxt))
-        self.remember(named)
-
-    def remember(self, named: list[Snapshot]) -> None:
-        """Add snapshots, in place of others of the same names."""
-        names = {s.name for s in named}
-        kept = [s for s in read_snapshots(self.folder) if s.name not in names] + named
-        self.engine.checkpoints.pinned = {s.step for s in kept}
-        if self.engine.ranks.is_main:
-            write_snapshots(self.folder, kept)
+        remember(self.folder, self.engine, named)
 
     def _apart(self, row: Mapping[str, float]) -> SdpoError | None:
         """The sampler's log-probabilities are not the trainer's."""

@@ -158,7 +158,7 @@ def _take_turns(
                     stopped = next(turns, None) is None
                 except Brake as brake:
                     member.talk.close()
-                    error = gone_back(engine, member.talk, export, brake, adapters=True)
+                    error = gone_back(engine, member.talk.folder, export, brake, adapters=True)
                     problems.append(f"{member.name}: {error}")
                     going.remove((member, turns))
                     continue

@@ -16,11 +16,12 @@ import tyro
 
 from ..cli import BY_THEMSELVES, COMMANDS, DATA_COMMANDS, EVALUATE_COMMANDS
 from ..errors import SdpoError
+from ..evaluate.loop import Command
 from ..io.files import write_text
 from ..online.command import OnlineCommand
 from ..online.config import OnlineConfig
 from ..online.recipes import RECIPES as ONLINE
-from ..train.command import TrainCommand, parse
+from ..train.command import parse
 from ..train.config import TrainConfig
 from ..train.recipes import RECIPES as TRAIN
 
@@ -145,7 +146,7 @@ class Step:
         command, *rest = self.argv
         if command in ("train", "online"):
             kinds = {
-                "train": (TRAIN, TrainConfig, TrainCommand),
+                "train": (TRAIN, TrainConfig, Command),
                 "online": (ONLINE, OnlineConfig, OnlineCommand),
             }
             recipes, kind, made = kinds[command]

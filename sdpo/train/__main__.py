@@ -1,6 +1,7 @@
 """`torchrun … -m sdpo.train RECIPE …` is `sdpo train RECIPE …` on each rank."""
 
-from ..cli import run
-from .command import main
+import sys
 
-run(main)
+from ..cli import main
+
+main(["train", *sys.argv[1:]])

@@ -1,4 +1,7 @@
-"""`sdpo train RECIPE …`, and `torchrun … -m sdpo.train RECIPE …` on one node or many."""
+"""What `sdpo train RECIPE …` and its like are told: a recipe, a file of settings, and flags.
+
+`sdpo/evaluate/loop.py` adds the flags of what a run is evaluated on, and runs it.
+"""
 
 import argparse
 import sys
@@ -10,9 +13,6 @@ import tyro
 
 from ..errors import SdpoError
 from .config import AnyRun, TrainConfig, read_settings, with_settings
-from .dry_run import dry_run
-from .recipes import RECIPES
-from .trainer import train
 
 AnyCommand = TypeVar("AnyCommand")
 
@@ -33,15 +33,6 @@ class TrainCommand:
     """Memory of one GPU: --dry-run then fails if the estimate does not fit."""
     resume: bool = False
     """Continue from the newest checkpoint in --out."""
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Parse and run."""
-    command = parse(args, RECIPES, TrainConfig, TrainCommand, "train")
-    if command.dry_run:
-        dry_run(command.config, ranks=command.ranks, gpu_memory_gib=command.gpu_memory_gib)
-        return
-    train(command.config, resume=command.resume)
 
 
 def parse(

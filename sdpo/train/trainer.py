@@ -152,16 +152,20 @@ def train(config: TrainConfig, *, resume: bool = False) -> Path | None:
             Later: too many non-finite steps, a collapse, a full disk.
     """
     with RunFolder(config.out, config, resume=resume) as run:
-        trainer = _prepare(run)
-        engine, export = trainer.engine, Path(config.out) / "export"
-        finished = take_steps(trainer)
-        if finished:
-            engine.export(str(export))
-        engine.close()
+        return to_the_end(prepare(run))
+
+
+def to_the_end(t: Trainer) -> Path | None:
+    """All steps and the export; returns and raises as `train` does."""
+    export = Path(t.config.out) / "export"
+    finished = take_steps(t)
+    if finished:
+        t.engine.export(str(export))
+    t.engine.close()
     return export if finished else None
 
 
-def _prepare(run: RunFolder[TrainConfig]) -> Trainer:
+def prepare(run: RunFolder[TrainConfig]) -> Trainer:
     """Load data and weights, and go to where the newest checkpoint is."""
     local = local_models(run.config)  # the run's files keep the names as given
     inputs = run_inputs(local)

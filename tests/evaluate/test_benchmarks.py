@@ -1,7 +1,6 @@
 """`sdpo evaluate benchmarks`: the harness on tiny checkpoints, and what is made of its numbers."""
 
 import json
-import random
 
 import pytest
 
@@ -19,15 +18,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """Rows as CommonsenseQA's on the hub."""
-    path, rng = tmp_path_factory.mktemp("data") / "questions.jsonl", random.Random(0)
-    rows = []
-    for i in range(12):
-        choices = {"label": list("ABCDE"), "text": [tiny.text(rng, 1, 3) for _ in range(5)]}
-        row = {"id": str(i), "question": tiny.text(rng, 3, 9), "choices": choices}
-        rows.append(row | {"question_concept": "x", "answerKey": rng.choice("ABCDE")})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return tiny.make_questions(tmp_path_factory.mktemp("data") / "questions.jsonl", 12)
 
 
 def evaluate(models, questions, out, *options):

@@ -157,3 +157,14 @@ def make_conversations(path: Path, n: int, seed: int = 0) -> str:
             prompt = [*prompt, response, followup]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     return str(path)
+
+
+def make_questions(path: Path, n: int, seed: int = 0) -> Path:
+    """Rows as CommonsenseQA's on the hub."""
+    rng, rows = random.Random(seed), []
+    for i in range(n):
+        choices = {"label": list("ABCDE"), "text": [text(rng, 1, 3) for _ in range(5)]}
+        row = {"id": str(i), "question": text(rng, 3, 9), "choices": choices}
+        rows.append(row | {"question_concept": "x", "answerKey": rng.choice("ABCDE")})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -7,8 +7,8 @@ import pytest
 from helpers import runs
 from sdpo.cli import main
 from sdpo.errors import SdpoError
+from sdpo.evaluate import loop
 from sdpo.objective import JSD, ReverseKL, SampledToken, TopKReverseKL
-from sdpo.train import command
 from sdpo.train.config import TrainConfig, read_config, read_settings, to_json, with_settings
 from sdpo.train.recipes import RECIPES
 from sdpo_parallel.config import EMA, Frozen, Live, LoraConfig, TrustRegion
@@ -28,7 +28,7 @@ def stored(tmp_path, config: TrainConfig) -> str:
 def sdpo_train(monkeypatch):
     """`sdpo train` with these arguments: the config it would run with."""
     ran = []
-    monkeypatch.setattr(command, "train", lambda config, resume: ran.append(config))
+    monkeypatch.setattr(loop, "train", lambda config, evaluate, resume: ran.append(config))
 
     def run(*args: object) -> TrainConfig:
         main(["train", *map(str, args)])
