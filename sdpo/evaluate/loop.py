@@ -222,6 +222,7 @@ class Loop:
         remember(self.folder, engine, [s for s in known if s.step <= step] or [_good(step)])
         if step == 0 and 0 not in engine.gather(engine.checkpoints.steps())[0]:
             engine.save(0, checkpoint_manifest(t, {}), wait=True)
+            engine.restart_optimizer()  # which saving had take an empty step
 
     def _evaluate(self, step: int) -> tuple[dict[str, float], str | None]:
         """The step's metrics, and which task's score has fallen, where that is to end the run."""

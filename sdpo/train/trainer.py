@@ -192,6 +192,8 @@ def prepare(run: RunFolder[TrainConfig]) -> Trainer:
     if places:  # before resuming: drift is from the weights that the run started from
         drift = DriftMonitor(engine, loader.step(places).micro_batches)
     engine.resume()
+    if state.step == 0:  # a checkpoint of it holds an optimizer that has taken an empty step
+        engine.restart_optimizer()
     if engine.ranks.is_main:
         if config.select.selects:
             print(f"sdpo: {config.data}: {selection}", file=sys.stderr)

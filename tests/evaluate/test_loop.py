@@ -2,27 +2,32 @@
 
 import json
 import random
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
 
-from helpers import forked, kill, online, runs, tiny
+from helpers import forked, online, runs, tiny, train_killed
 from sdpo.cli import main
 from sdpo.errors import SdpoError
-from sdpo.evaluate import benchmarks
-from sdpo.evaluate.loop import LoopConfig, Loop, fallen
+from sdpo.evaluate.benchmarks import BenchmarkConfig, Harness
+from sdpo.evaluate.loop import Loop, LoopConfig
 from sdpo.evaluate.report import read_run
 from sdpo.online.config import BrakeConfig
 from sdpo.online.snapshots import read_snapshots
 
 TASK = "commonsense_qa"
+STEPS = 5
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return tiny.make_interactions(tmp_path_factory.mktemp("data") / "i.jsonl", 30)
+    folder = tmp_path_factory.mktemp("data")
+    n = STEPS * runs.SMALL["batch.interactions-per-step"]
+    return tiny.make_interactions(folder / "i.jsonl", n)
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +36,244 @@ def prompts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def questions(tmp_path_factory):
-    return tiny.make_questions(tmp_path_factory.mktemp("questions") / "questions.jsonl", 12)
+def questions(models, tmp_path_factory):
+    """Rows whose right answers are those that the model gives."""
+    folder, model = tmp_path_factory.mktemp("questions"), models("qwen3")
+    path = tiny.make_questions(folder / "questions.jsonl", 24)
+    harness = Harness(folder, {TASK: str(path)}, BenchmarkConfig())
+    held = harness.held(AutoModelForCausalLM.from_pretrained(model), model)
+    samples = harness._ask(TASK, None, model=held)["samples"][TASK]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for sample in samples:
+        likely = max(range(5), key=lambda i: sample["filtered_resps"][i][0])
+        rows[sample["doc_id"]]["answerKey"] = "ABCDE"[likely]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture(scope="module")
-def looks(prompts, questions):
-    """Flags of a run that is evaluated every second step."""
-    flags = {"prompts": prompts, "first": 4, "personas": "no_lists", "every": 2}
-    flags |= {"max-new-tokens": 8, "tasks": TASK, "data": f"{TASK}={questions}", "limit": 10}
+def held_out(prompts):
+    """Flags: prompts, every second step."""
+    flags = {"prompts": prompts, "first": 4, "personas": "no_punctuation"}
+    return words(flags | {"every": 2, "max-new-tokens": 8})
+
+
+@pytest.fixture(scope="module")
+def tasks(questions):
+    """Flags: a task, every second step."""
+    return words({"tasks": TASK, "data": f"{TASK}={questions}", "limit": 20, "every": 2})
+
+
+def words(flags):
     return [word for name, value in flags.items() for word in (f"--evaluate.{name}", str(value))]
 
 
-def test_x(data, models, looks, tmp_path):
-    bare = runs.train("reverse-kl", models("qwen3"), data, tmp_path / "a")
-    rows = runs.train("reverse-kl", models("qwen3"), data, tmp_path / "b", *looks)
-    assert [r["loss"] for r in rows] == [r["loss"] for r in bare]
-    import os
-    os.system(f"find {tmp_path}/b -maxdepth 2; cat {tmp_path}/b/evaluations.jsonl; cat {tmp_path}/b/evaluations/*.json; cat {tmp_path}/b/metrics.jsonl")
-    assert 0
+def scores(out, step):
+    return json.loads((out / "evaluations" / f"step-{step}.json").read_text())["scores"]
+
+
+def weights(folder):
+    return {
+        n: w for file in sorted(folder.glob("*.safetensors")) for n, w in load_file(file).items()
+    }
+
+
+def same(a: Path, b: Path) -> bool:
+    ours, theirs = weights(a), weights(b)
+    assert ours
+    return ours.keys() == theirs.keys() and all(torch.equal(w, theirs[n]) for n, w in ours.items())
+
+
+def checkpoints(out):
+    return {path.name for path in (out / "checkpoints").iterdir()}
+
+
+@pytest.mark.parametrize("engine", ["torchtitan", "transformers"])
+def test_a_run_is_the_same_and_shows_what_was_evaluated(
+    engine, data, models, held_out, tasks, tmp_path, monkeypatch
+):
+    evaluate, looked = Loop._evaluate, []
+
+    def watched(loop, step):
+        before = torch.get_rng_state()
+        found = evaluate(loop, step)
+        looked.append(step)
+        assert torch.equal(torch.get_rng_state(), before)
+        return found
+
+    monkeypatch.setattr(Loop, "_evaluate", watched)
+    run = "reverse-kl", models("qwen3"), data
+    options = ["--engine", engine, "--optimizer.lr", "3e-3"]
+    bare = runs.train(*run, tmp_path / "bare", *options)
+    assert not looked and not (tmp_path / "bare" / "evaluations").exists()
+    out = tmp_path / "r"
+    rows = runs.train(*run, out, *options, *held_out, *tasks)
+    assert looked == [0, 2, 4, 5] and len(rows) == STEPS
+    for name in ("loss", "grad_norm", "entropy/policy"):
+        assert [r[name] for r in rows] == [r[name] for r in bare]
+    assert same(out / "export", tmp_path / "bare" / "export")
+    assert checkpoints(out) == checkpoints(tmp_path / "bare"), "nothing can end it"
+
+    board = EventAccumulator(str(out / "tensorboard")).Reload()
+    seen = {row["step"]: row for row in online.evaluations(out)}
+    assert list(seen) == looked
+    for row in rows:
+        shown = {name: v for name, v in row.items() if name.startswith("evaluate/")}
+        if row["step"] not in seen:
+            assert not shown
+            continue
+        right = scores(out, row["step"])[TASK]["metrics"]["acc"]
+        assert len(right) == 20
+        assert shown.pop(f"evaluate/benchmark/{TASK}/acc") == sum(right) / 20
+        own = seen[row["step"]]
+        assert (
+            shown.pop("evaluate/preference/no_punctuation") == own["preference"]["no_punctuation"]
+        )
+        assert shown == {f"evaluate/{name}": own[name] for name in ("words", "finished", "leaks")}
+        answers = (out / "evaluations" / f"step-{row['step']}.jsonl").read_text().splitlines()
+        assert len(answers) == own["prompts"] == 4
+    for name in (n for n in rows[1] if n.startswith("evaluate/")):
+        values = [(event.step, event.value) for event in board.Scalars(name)]
+        assert values == [(r["step"], pytest.approx(r[name])) for r in rows if name in r]
+    assert sum(scores(out, 0)[TASK]["metrics"]["acc"]) == 20 > sum(right), "training changes it"
+    drawn = read_run(out)
+    assert [row["step"] for row in drawn.evaluations] == looked and drawn.metrics == rows
+
+
+def test_a_task_scores_as_the_exported_model_does(
+    data, models, questions, tasks, tmp_path, monkeypatch
+):
+    """And answers as long as the task says, whatever the held-out prompts' are."""
+    sums = tmp_path / "sums.jsonl"
+    rows = [{"question": tiny.text(random.Random(n), 3, 9), "answer": "#### 1"} for n in range(8)]
+    sums.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = words({"tasks": TASK}) + ["gsm8k", *words({"data": f"{TASK}={questions}"})]
+    more += [f"gsm8k={sums}", *words({"max-new-tokens": 8})]
+    lengths = []
+
+    def recorded(harness, model, task, limit):
+        generate = model.model.generate
+
+        def longer(**given):
+            out = generate(**given)
+            lengths.append(out.shape[1] - given["input_ids"].shape[1])
+            return out
+
+        monkeypatch.setattr(model.model, "generate", longer)
+        found = look(harness, model, task, limit)
+        monkeypatch.setattr(model.model, "generate", generate)
+        return found
+
+    look = Harness.look
+    monkeypatch.setattr(Harness, "look", recorded)
+    options = ["--engine", "transformers", "--optimizer.lr", "3e-3"]
+    out = tmp_path / "r"
+    runs.train("reverse-kl", models("qwen3"), data, out, *options, *tasks, *more)
+    assert max(lengths) > 8
+    argv = ["evaluate", "benchmarks", str(out / "export"), "--out", str(tmp_path / "e")]
+    argv += ["--tasks", TASK, "--data", f"{TASK}={questions}", "--limit", "20"]
+    main(argv)
+    kept = json.loads((tmp_path / "e" / "benchmarks" / "export" / f"{TASK}.json").read_text())
+    assert kept["scores"][TASK] == scores(out, STEPS)[TASK] != scores(out, 0)[TASK]
+
+
+def test_a_killed_run_on_two_ranks_has_the_same_evaluations(
+    data, models, held_out, tasks, tmp_path
+):
+    options = [*held_out, *tasks, *words({"brakes.max-words": 1e6}), "--optimizer.lr", "3e-3"]
+    run, out = ("reverse-kl", models("qwen3"), data), tmp_path / "r"
+    alone = runs.train(*run, tmp_path / "alone", *options)
+    killed = str(train_killed.__file__)
+    result = forked.run(2, killed, "3", *runs.arguments(*run, out, *options))
+    assert result.returncode and "SIGKILL" in result.stderr and not (out / "export").exists()
+    rows = runs.train(*run, out, *options, "--resume", ranks=2)
+    runs.assert_same_trajectory(alone, rows)
+    assert online.evaluations(out) == online.evaluations(tmp_path / "alone")
+    for step in (0, 2, 4, STEPS):
+        assert scores(out, step) == scores(tmp_path / "alone", step)
+    assert [s.step for s in read_snapshots(out)] == [STEPS]
+
+
+def test_a_brake_goes_back_to_the_last_good_checkpoint(data, models, held_out, tmp_path, capsys):
+    model, out = models("qwen3"), tmp_path / "r"
+    options = [*held_out, "--safeguard.probe-every", "2"]
+    high = words({"brakes.max-drift": 1e6})
+    every = ["--checkpoint.interval", "1", "--checkpoint.keep", "0"]
+    bare = runs.train("reverse-kl", model, data, tmp_path / "bare")
+    whole = runs.train("reverse-kl", model, data, tmp_path / "w", *options, *high, *every)
+    assert [r["loss"] for r in whole] == [r["loss"] for r in bare]
+    limit = (whole[1]["drift/kl"] + whole[3]["drift/kl"]) / 2
+    brake = words({"brakes.max-drift": limit})
+    argv = runs.arguments("reverse-kl", model, data, out, *options, *brake)
+    told = runs.refused(capsys, "train", *argv)
+    assert "step 4: the policy drifted by" in told and "back at update 2" in told
+    assert "--resume and other --evaluate.brakes" in told
+    main(["export", str(tmp_path / "w"), "--step", "2", "--out", str(tmp_path / "e")])
+    assert same(out / "export", tmp_path / "e")
+    assert checkpoints(out) == {"step-0", "step-2"}
+    assert [r["step"] for r in runs.read_metrics(out)] == [1, 2]
+    assert [r["step"] for r in online.evaluations(out)] == [0, 2]
+    undone = out / "undone-1"
+    assert [r["step"] for r in runs.read_metrics(undone)] == [3, 4]
+    assert (undone / "evaluations" / "step-4.jsonl").is_file()
+    assert checkpoints(undone) == {"step-4"}
+
+    rows = runs.train("reverse-kl", model, data, out, *options, *high, "--resume")
+    runs.assert_same_trajectory(whole, rows, tolerance=1e-6)
+    assert online.evaluations(out) == online.evaluations(tmp_path / "w")
+
+
+def test_a_task_that_falls_ends_the_run_where_asked(data, models, tasks, tmp_path, capsys):
+    model, lr = models("qwen3"), ["--engine", "transformers", "--optimizer.lr", "1e-2"]
+    reported = runs.train("reverse-kl", model, data, tmp_path / "w", *lr, *tasks)
+    assert reported[1][f"evaluate/benchmark/{TASK}/acc"] < 0.8
+    stop = words({"regression": "stop"})
+    argv = runs.arguments("reverse-kl", model, data, tmp_path / "r", *lr, *tasks, *stop)
+    told = runs.refused(capsys, "train", *argv)
+    assert f"step 2: {TASK}'s acc changed by -" in told and "back at update 0" in told
+    assert same(tmp_path / "r" / "export", Path(model)), "what it started from"
+    assert scores(tmp_path / "r", 0)[TASK]["metrics"]["acc"] == [1.0] * 20
+    assert (tmp_path / "r" / "undone-1" / "evaluations" / "step-2.json").is_file()
+    argv = [*argv, "--resume", *words({"regression": "report"})]
+    main(["train", *argv])
+    runs.assert_same_trajectory(reported, runs.read_metrics(tmp_path / "r"), tolerance=1e-6)
+
+
+def test_evaluations_of_something_else_are_not_mixed(data, models, held_out, tmp_path, capsys):
+    run = "reverse-kl", models("qwen3"), data, tmp_path / "r", "--engine", "transformers"
+    runs.train(*run, *held_out)
+    argv = runs.arguments(*run, *held_out, "--resume")
+    told = runs.refused(capsys, "train", *argv, *words({"first": 3}))
+    assert "settings.json: the run was evaluated with other first" in told
+    main(["train", *argv, *words({"every": 3})])
+
+
+def test_what_cannot_be_evaluated_is_refused_before_the_run_begins(
+    data, models, held_out, tmp_path, capsys
+):
+    run = runs.arguments("reverse-kl", models("qwen3"), data, tmp_path / "r")
+    for flags, says in (
+        ({"prompts": tmp_path / "gone.txt"}, "gone.txt"),
+        ({"tasks": "helaswag"}, "no task helaswag; it has hellaswag"),
+        ({"tasks": TASK, "data": f"{TASK}=gone"}, "no such file"),
+        ({"prompts": held_out[1], "personas": "poetic"}, "poetic has no rule"),
+        ({"prompts": held_out[1], "brakes.max-drift": 1.0, "every": 2}, "probe_every must divide"),
+    ):
+        assert says in runs.refused(capsys, "train", *run, *words(flags))
+        assert not (tmp_path / "r" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ({"every": 0}, "evaluate.every must be at least 1"),
+        ({"personas": ("concise",)}, "need evaluate.prompts"),
+        ({"brakes": BrakeConfig(max_words=9)}, "need evaluate.prompts"),
+        ({"prompts": "p", "brakes": BrakeConfig(preference_drop=0.1)}, "needs evaluate.personas"),
+        ({"regression": "stop"}, "need evaluate.tasks"),
+        ({"data": ("a=b",)}, "need evaluate.tasks"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(given, says):
+    with pytest.raises(SdpoError, match=says):
+        LoopConfig(**given)
