@@ -244,7 +244,8 @@ class Loop:
         answers = answered(self.prompts, rollouts, self.tokenizer)
         persona = self.personas[0].name if self.personas else ""
         where = {"step": step, "phase": 1, "persona": persona, "decoding": self.config.decoding}
-        self.seen.append(evaluation(answers, self.personas, **where))
+        before = [e for e in self.seen if e.step < step]  # a killed run may have answered already
+        self.seen = [*before, evaluation(answers, self.personas, **where)]
         if self.trainer.engine.ranks.is_main:
             self.evaluations.write(self.seen, answers)
         return self.seen[-1]

@@ -40,6 +40,8 @@ CURVES = {
     "evaluate/leaks": "answers that leak hindsight",
 }
 """What is drawn over a run's updates, beside preferences."""
+BENCHMARK = "evaluate/benchmark/"
+"""What the names of tasks' scores begin with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +268,8 @@ def curves(run: Run) -> Markup:
     """A run over its updates: preference rates, and what may be spoiled meanwhile."""
     names = {name: says for name, says in CURVES.items() if any(name in r for r in run.metrics)}
     personas = sorted({name for row in run.evaluations for name in row["preference"]})
-    panels = bool(personas) + len(names)
+    tasks = sorted({name for row in run.metrics for name in row if name.startswith(BENCHMARK)})
+    panels = bool(personas) + bool(tasks) + len(names)
     if not panels:
         return Markup("")
     figure = Figure(figsize=(3.6 * panels, 3), layout="constrained")
@@ -280,6 +283,16 @@ def curves(run: Run) -> Markup:
             ax.plot([r["step"] for r in rows], rates, "o-", color=colour, label=persona, ms=3)
         ax.set_ylim(0, 1.02)
         ax.set_title("rate of each preference", fontsize=10, color=INK)
+        ax.legend(frameon=False, fontsize=8, labelcolor=INK)
+        _over_updates(ax, borders)
+    if tasks:
+        ax = axes.pop(0)
+        for task, colour in zip(tasks, _cycle(len(tasks)), strict=True):
+            rows = [row for row in run.metrics if task in row]
+            label = task.removeprefix(BENCHMARK)
+            values = [row[task] for row in rows]
+            ax.plot([r["step"] for r in rows], values, "o-", color=colour, label=label, ms=3)
+        ax.set_title("scores of tasks", fontsize=10, color=INK)
         ax.legend(frameon=False, fontsize=8, labelcolor=INK)
         _over_updates(ax, borders)
     for ax, (name, says) in zip(axes, names.items(), strict=True):

@@ -15,7 +15,7 @@ from sdpo.cli import main
 from sdpo.errors import SdpoError
 from sdpo.evaluate.benchmarks import BenchmarkConfig, Harness
 from sdpo.evaluate.loop import Loop, LoopConfig
-from sdpo.evaluate.report import read_run
+from sdpo.evaluate.report import curves, read_run
 from sdpo.online.config import BrakeConfig
 from sdpo.online.snapshots import read_snapshots
 
@@ -138,6 +138,7 @@ def test_a_run_is_the_same_and_shows_what_was_evaluated(
     assert sum(scores(out, 0)[TASK]["metrics"]["acc"]) == 20 > sum(right), "training changes it"
     drawn = read_run(out)
     assert [row["step"] for row in drawn.evaluations] == looked and drawn.metrics == rows
+    assert "scores of tasks" in curves(drawn) and f"{TASK}/acc" in curves(drawn)
 
 
 def test_a_task_scores_as_the_exported_model_does(
@@ -246,6 +247,23 @@ def test_evaluations_of_something_else_are_not_mixed(data, models, held_out, tmp
     told = runs.refused(capsys, "train", *argv, *words({"first": 3}))
     assert "settings.json: the run was evaluated with other first" in told
     main(["train", *argv, *words({"every": 3})])
+
+
+def test_a_run_that_ends_between_answers_and_tasks_goes_on(
+    data, models, held_out, tasks, tmp_path, capsys, monkeypatch
+):
+    def gone(*_):
+        raise SdpoError("the hub is gone")
+
+    run = "reverse-kl", models("qwen3"), data, tmp_path / "r", "--engine", "transformers"
+    argv = runs.arguments(*run, *held_out, *tasks)
+    with monkeypatch.context() as patch:
+        patch.setattr(Harness, "look", gone)
+        assert "the hub is gone" in runs.refused(capsys, "train", *argv)
+    assert len(online.evaluations(tmp_path / "r")) == 1
+    main(["train", *argv, "--resume"])
+    assert [e["step"] for e in online.evaluations(tmp_path / "r")] == [0, 2, 4, STEPS]
+    assert scores(tmp_path / "r", 0)
 
 
 def test_what_cannot_be_evaluated_is_refused_before_the_run_begins(
