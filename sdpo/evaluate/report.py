@@ -33,6 +33,8 @@ COLOURS = ("#2563c9", "#d97706", "#17803d", "#b91c1c", "#7c3aed", "#0e7490")
 """Of lines, in turn; told apart on white and on black."""
 FULL = 2.0
 """Nats at which a token's colour is as strong as it gets."""
+STRONGEST = 0.6
+"""Opacity of that colour, under which text stays readable on white and on black."""
 CURVES = {
     "evaluate/words": "words of an answer",
     "entropy/policy": "entropy of the policy, nats",
@@ -213,29 +215,31 @@ def page(found: Found, title: str) -> str:
 
 
 def forest(found: Found) -> Markup:
-    """Win rates with their intervals: ties as half, and without ties, about the line of 50 %."""
+    """Win rates with their intervals: ties as half, and without ties, about the line of 50 %.
+
+    Points are elements ``half-N`` and ``rate-N`` of row N, intervals ``half-N-interval`` and
+    ``rate-N-interval``, the line is ``even``, and ``plot`` is 0 to 100 wide.
+    """
     rows = [row for report in found.preference for row in report["compared"]]
     figure = Figure(figsize=(9, 0.8 + 0.36 * len(rows)), layout="constrained")
     ax = figure.subplots()
     _plain(ax)
-    ax.axvline(50, color=INK, linewidth=1, linestyle=":")
-    for at, row in enumerate(reversed(rows)):
-        for name, shift, colour, label in (
-            ("half", 0.12, COLOURS[0], "ties as half"),
-            ("rate", -0.12, COLOURS[1], "without ties"),
-        ):
-            if (one := row["wins"][name]) is None:
-                continue
-            value, low, high = (100 * one[key] for key in ("value", "low", "high"))
-            named = label if at == 0 else None
-            ax.plot([low, high], [at + shift] * 2, color=colour, linewidth=2)
-            ax.plot(value, at + shift, "o", color=colour, label=named)
+    ax.patch.set_gid("plot")
+    ax.axvline(50, color=INK, linewidth=1, linestyle=":", gid="even")
+    for name, shift, colour, label in (
+        ("half", -0.12, COLOURS[0], "ties as half"),
+        ("rate", 0.12, COLOURS[1], "without ties"),
+    ):
+        ax.plot([], [], "o", color=colour, label=label)
+        for at, row in enumerate(rows):
+            if (one := row["wins"][name]) is not None:
+                _point(ax, one, at + shift, colour, f"{name}-{at}")
     names = [
         f"{row['persona']}: {row['first']} against {row['second']}, {row['by']}" for row in rows
     ]
-    ax.set_yticks(range(len(rows)), names[::-1], color=INK)
+    ax.set_yticks(range(len(rows)), names, color=INK)
     ax.set_xlim(0, 100)
-    ax.set_ylim(-0.6, len(rows) - 0.4)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlabel("wins, %", color=INK)
     ax.legend(
         frameon=False, fontsize=8, labelcolor=INK, ncols=2, loc="lower right", bbox_to_anchor=(1, 1)
@@ -244,24 +248,33 @@ def forest(found: Found) -> Markup:
 
 
 def changes(report: Mapping[str, Any]) -> Markup:
-    """Changes of all benchmarks with their intervals, about the line of no change."""
+    """Changes of all benchmarks with their intervals, about the line of no change.
+
+    Points are elements ``change-N`` of changed row N, and the line is ``even``.
+    """
     rows = [row for row in report["rows"] if row["change"]]
     if not rows:
         return Markup("")
     figure = Figure(figsize=(9, 0.8 + 0.3 * len(rows)), layout="constrained")
     ax = figure.subplots()
     _plain(ax)
-    ax.axvline(0, color=INK, linewidth=1, linestyle=":")
+    ax.axvline(0, color=INK, linewidth=1, linestyle=":", gid="even")
     colours = {"improved": COLOURS[2], "regressed": COLOURS[3], "unchanged": COLOURS[0]}
-    for at, row in enumerate(reversed(rows)):
-        value, low, high = (100 * row["change"][key] for key in ("value", "low", "high"))
-        colour = colours[row["verdict"]]
-        ax.plot([low, high], [at] * 2, color=colour, linewidth=2)
-        ax.plot(value, at, "o", color=colour)
+    for at, row in enumerate(rows):
+        _point(ax, row["change"], at, colours[row["verdict"]], f"change-{at}")
     names = [f"{row['task']} {row['metric']}, {row['model']}" for row in rows]
-    ax.set_yticks(range(len(rows)), names[::-1], color=INK)
+    ax.set_yticks(range(len(rows)), names, color=INK)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlabel("change, points", color=INK)
     return svg(figure)
+
+
+def _point(ax: Axes, estimate: Mapping[str, float], at: float, colour: str, gid: str) -> None:
+    """An estimate in percent, with its interval; whole where it lies on the plot's edge."""
+    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
+    common = {"color": colour, "clip_on": False}
+    ax.plot([low, high], [at] * 2, linewidth=2, gid=f"{gid}-interval", **common)
+    ax.plot(value, at, "o", gid=gid, **common)
 
 
 def curves(run: Run) -> Markup:
@@ -334,7 +347,7 @@ def spans(row: Mapping[str, Any]) -> list[tuple[str, float, str]]:
     for token, advantage in zip(row["tokens"], row["advantage"], strict=True):
         strength = min(abs(advantage) / FULL, 1.0)
         colour = "34, 160, 70" if advantage > 0 else "210, 40, 40"
-        found.append((token, advantage, f"background: rgba({colour}, {0.75 * strength:.2f})"))
+        found.append((token, advantage, f"background: rgba({colour}, {STRONGEST * strength:.2f})"))
     return found
 
 

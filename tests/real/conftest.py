@@ -1,11 +1,11 @@
-"""make test-real   (what assets.py builds, from PyPI and npm)"""
+"""make test-real   (what assets.py builds, from PyPI, npm and apt)"""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from real.assets import ROOT
+from real.assets import ROOT, browser
 from sdpo.cli import main
 
 
@@ -32,6 +32,21 @@ def smollm2() -> str:
 def vllm() -> str:
     """Path of the program."""
     return part("vllm/bin/vllm")
+
+
+@pytest.fixture(scope="session")
+def nltk_data() -> str:
+    """Folder that NLTK_DATA is to name."""
+    return part("nltk")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of the program; the test fails where there is none."""
+    found = browser()
+    if found is None:
+        pytest.fail("no chromium is on the PATH: `make test-real` installs it, as root")
+    return found
 
 
 @pytest.fixture(scope="session")
