@@ -35,6 +35,8 @@ FULL = 2.0
 """Nats at which a token's colour is as strong as it gets."""
 STRONGEST = 0.6
 """Opacity of that colour, under which text stays readable on white and on black."""
+ACROSS = 3
+"""Panels of curves beside each other."""
 CURVES = {
     "evaluate/words": "words of an answer",
     "entropy/policy": "entropy of the policy, nats",
@@ -285,8 +287,11 @@ def curves(run: Run) -> Markup:
     panels = bool(personas) + bool(tasks) + len(names)
     if not panels:
         return Markup("")
-    figure = Figure(figsize=(3.6 * panels, 3), layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    across, down = min(panels, ACROSS), -(-panels // ACROSS)
+    figure = Figure(figsize=(3.6 * across, 3 * down), layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    for ax in axes[panels:]:
+        ax.remove()
     borders = _borders(run.evaluations)
     if personas:
         ax = axes.pop(0)
@@ -308,7 +313,7 @@ def curves(run: Run) -> Markup:
         ax.set_title("scores of tasks", fontsize=10, color=INK)
         ax.legend(frameon=False, fontsize=8, labelcolor=INK)
         _over_updates(ax, borders)
-    for ax, (name, says) in zip(axes, names.items(), strict=True):
+    for ax, (name, says) in zip(axes, names.items(), strict=False):  # some panels are left over
         # a step without a response to train on has no entropy
         rows = [row for row in run.metrics if name in row and row.get("response/tokens") != 0]
         ax.plot([row["step"] for row in rows], [row[name] for row in rows], color=INK)

@@ -21,7 +21,10 @@ def render(template: Path, **values: object) -> str:
 
 
 def svg(figure: Figure) -> Markup:
-    """A figure as an inline <svg> without links, the same text for the same figure."""
+    """A figure as an inline <svg> without links, on the page's own ground, the same text for the
+    same figure."""
+    for part in (figure, *figure.axes):
+        part.set_facecolor("none")
     whole = figure_bytes(figure, ".svg").decode()
     text = whole.partition("?>")[2].partition(">")[2]  # without XML and doctype headers
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # HTML needs none

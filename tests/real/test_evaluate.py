@@ -1,5 +1,6 @@
 """Evaluations of a real model, and their page in a real browser."""
 
+import io
 import json
 import os
 import re
@@ -10,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from transformers import AutoModelForCausalLM
 
 from helpers import online, runs
@@ -321,23 +324,32 @@ CONTRASTS = """() => {
 }"""
 
 
+def commonest(png: bytes) -> str:
+    """The colour of most pixels."""
+    pixels = (255 * imread(io.BytesIO(png))[..., :3]).round().astype(int).reshape(-1, 3)
+    colours, counts = np.unique(pixels, axis=0, return_counts=True)
+    return "rgb({}, {}, {})".format(*colours[counts.argmax()])
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_texts_can_be_read(browser, report, scheme):
     with shown(browser, report, color_scheme=scheme) as page:
         found = page.evaluate(CONTRASTS)
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        for figure in page.locator("figure svg").all():
+            assert commonest(figure.screenshot()) == ground, "letters stand on the page's colour"
     assert sum(in_figure for _, _, in_figure, _ in found) > 100 < len(found)
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
     assert [row for row in found if row[0] < 4.5] == []
 
 
 def test_the_page_prints_with_its_figures(browser, report):
-    with shown(browser, report, viewport={"width": 718, "height": 1000}) as page:
+    with shown(browser, report, viewport={"width": 480, "height": 700}) as page:
         page.emulate_media(media="print")
         cut = "[...document.querySelectorAll('.wide')].filter(e => e.scrollWidth > e.clientWidth)"
         assert page.evaluate(f"{cut}.length") == 0, "paper does not scroll"
-        whole = page.pdf(format="A4")
+        whole = page.pdf(format="A5")
         page.evaluate("document.querySelectorAll('svg').forEach(e => e.remove())")
-        bare = page.pdf(format="A4")
+        bare = page.pdf(format="A5")
     assert whole.startswith(b"%PDF") and len(re.findall(rb"/Type\s*/Page\b", whole)) > 1
     assert len(whole) > len(bare) + 5_000
