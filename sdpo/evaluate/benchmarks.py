@@ -26,7 +26,7 @@ from ..chat import chat_format
 from ..errors import SdpoError
 from ..io.files import sha256, write_text
 from .intervals import Estimate, mean, ratio
-from .models import Model, find_models
+from .models import Model, find_model, same_names_refused
 from .preference import told
 
 FILE = "benchmarks.json"
@@ -126,8 +126,15 @@ def command(
     limit = config.limit if config.limit or preset != "quick" or tasks else QUICK
     names = tasks or PRESETS[preset]
     harness.check(names)
-    found = find_models(models, Path(out))
     scores, problems = dict[str, dict[str, Scores]](), list[str]()
+    found = list[Model]()
+    for text in models:
+        try:
+            found = same_names_refused([*found, find_model(text, Path(out))])
+        except SdpoError as error:
+            if text == models[0]:  # nothing to compare with
+                raise
+            problems.append(str(error))
     for model in found:
         scores[model.name] = {}
         for task in names:

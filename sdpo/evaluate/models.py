@@ -63,7 +63,15 @@ def find_models(texts: Sequence[str], out: Path) -> list[Model]:
     Raises:
         SdpoError: there is no such model, checkpoint or snapshot, or two have the same name.
     """
-    models = [find_model(text, out) for text in texts]
+    return same_names_refused([find_model(text, out) for text in texts])
+
+
+def same_names_refused(models: list[Model]) -> list[Model]:
+    """The models themselves.
+
+    Raises:
+        SdpoError: two have the same name.
+    """
     names = [model.name for model in models]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise SdpoError(f"two models are called {twice}: put NAME= before one of them")

@@ -146,14 +146,14 @@ def offline_steps(
     steps = [prepare(setup, preset)]
     tasks = ("ifeval",) if setup.small else ("ifeval", "mmlu_pro")
     for short in shorts:
-        runs = [train(setup, short, recipe, batch) for batch in _batches(setup, recipe)]
+        runs = [train(setup, short, recipe, batch) for batch in _batches(setup)]
         models = [f"base={setup.model(short)}", *(f"{r.name}={r.makes}" for r in runs)]
         steps += [*runs, benchmarks(setup, f"{short}-benchmarks", models, tasks)]
     return steps
 
 
-def _batches(setup: Setup, recipe: str) -> tuple[int, ...]:
-    return (32,) if setup.small or recipe == "paper-sft" else (32, 128)
+def _batches(setup: Setup) -> tuple[int, ...]:
+    return (32,) if setup.small else (32, 128)
 
 
 def _shorts(setup: Setup, *shorts: str) -> tuple[str, ...]:
@@ -169,7 +169,10 @@ def r2(setup: Setup) -> list[Step]:
 
 
 def r3(setup: Setup) -> list[Step]:
-    return offline_steps(setup, ("qwen3-4b",), "paper-sft")
+    runs = [train(setup, "qwen3-4b", recipe, 32) for recipe in ("paper-offline", "paper-sft")]
+    models = [f"base={setup.model('qwen3-4b')}", *(f"{run.name}={run.makes}" for run in runs)]
+    tasks = ("ifeval",) if setup.small else ("ifeval", "mmlu_pro")
+    return [prepare(setup), *runs, benchmarks(setup, "qwen3-4b-benchmarks", models, tasks)]
 
 
 def r4(setup: Setup) -> list[Step]:
@@ -197,7 +200,7 @@ def _offline_targets(
     for (task, metric), (before, after) in published.items():
         says = f"{short}, {task}"
         targets.append(Target(f"{says}, base", before, bench(out, task, metric, "base")))
-        for batch in _batches(setup, recipe):
+        for batch in _batches(setup):
             run = f"{short}-{recipe}-{batch}"
             read = bench(out, task, metric, run)
             targets.append(Target(f"{says}, {recipe}, batch {batch}", after, read))
@@ -218,8 +221,17 @@ def r2_targets(setup: Setup) -> list[Target]:
 
 
 def r3_targets(setup: Setup) -> list[Target]:
-    published = {IFEVAL: (81.9, 73.2), MMLU: (58.1, 51.2)}
-    return _offline_targets(setup, "qwen3-4b", "paper-sft", published)
+    out = setup.out / "qwen3-4b-benchmarks"
+    published = {
+        "base": (81.9, 58.1),
+        "qwen3-4b-paper-offline-32": (83.2, 58.0),
+        "qwen3-4b-paper-sft-32": (73.2, 51.2),
+    }
+    return [
+        Target(f"{task}, {model}", value, bench(out, task, metric, model))
+        for model, values in published.items()
+        for (task, metric), value in zip((IFEVAL, MMLU), values, strict=True)
+    ]
 
 
 def r4_targets(setup: Setup) -> list[Target]:
@@ -490,7 +502,10 @@ ROWS: dict[str, Row] = {
     ),
     "R2": Row(says="table 3: Qwen3-8B on WildChat", needs=("log",), steps=r2, targets=r2_targets),
     "R3": Row(
-        says="table 4: SFT on the same responses", needs=("log",), steps=r3, targets=r3_targets
+        says="table 4: Qwen3-4B, SDPO and SFT on the same responses",
+        needs=("log",),
+        steps=r3,
+        targets=r3_targets,
     ),
     "R4": Row(
         says="table 6: what Qwen3-8B knows, before and after R1",

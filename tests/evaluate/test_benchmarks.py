@@ -92,6 +92,17 @@ def test_a_task_that_is_missing_and_data_that_cannot_be_had(pair, questions, tmp
     assert "gone.jsonl: no such file" in capsys.readouterr().err
 
 
+def test_a_model_that_is_gone_spoils_nothing_else(pair, questions, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evaluate([*pair, str(tmp_path / "gone")], questions, tmp_path / "out")
+    assert "gone: no such model folder" in capsys.readouterr().err
+    report = json.loads((tmp_path / "out" / "benchmarks.json").read_text())
+    assert [row["model"] for row in report["rows"]] == ["base", "after"]
+    with pytest.raises(SystemExit):
+        evaluate([str(tmp_path / "gone"), *pair], questions, tmp_path / "none")
+    assert not (tmp_path / "none" / "benchmarks.json").exists()
+
+
 def test_a_chat_server_cannot_compare_choices(questions, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate(["http://127.0.0.1:9/v1#m"], questions, tmp_path)
