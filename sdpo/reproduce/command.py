@@ -5,6 +5,7 @@ sdpo reproduce R6 --miniature --out runs/r6
 """
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -59,7 +60,8 @@ def command(
         held_out: file of prompts to evaluate with.
         user: URL#MODEL of the model that plays the users; "": users by rule.
         judge: URL#MODEL, or the folder, of the model that judges.
-        gpus: processes of a training run, one for each GPU of the machine.
+        gpus: processes of a training run, one for each GPU of the machine; a miniature has two, on
+            CPU cores.
         data: TASK=FILE of benchmarks, where the hub cannot be reached.
     """
     found = find_row(row)
@@ -71,7 +73,7 @@ def command(
         missing = [name for name in missing if name == "log"]
         small = model or ("SmolLM2" if dry_run else smollm2())
         prompts, held_out = _own_prompts(folder, prompts, held_out, dry_run)
-        user, judge, gpus = "", "", 1
+        user, judge, gpus = "", "", min(2, os.cpu_count() or 1)
     setup = Setup(
         out=folder,
         small=small,

@@ -116,7 +116,7 @@ def train(setup: Setup, short: str, recipe: str, batch: int) -> Step:
         name=run.name,
         argv=tuple(argv),
         makes=run / "export",
-        gpus=setup.gpus,
+        gpus=1 if setup.small else setup.gpus,
         cost=training(setup.parameters(short), INTERACTIONS * TOKENS * epochs, checkpoints=3),
     )
 
@@ -267,7 +267,8 @@ def online(
     batch, cost = (16 if recipe.endswith("tldr") else 32), Cost()
     config = None
     if setup.small:
-        argv += ["--checkpoint.interval", "1", "--evaluate.every", "1", "--evaluate.prompts", "24"]
+        argv += ["--evaluate.every", "1", "--evaluate.prompts", "24"]
+        argv += ["--checkpoint.interval", str(phases[0][1])]  # each takes gigabytes
     else:
         answers = updates * batch
         cost = training(setup.parameters(short), answers * TOKENS, checkpoints=updates // 3 + 1)
@@ -397,9 +398,7 @@ def r6_targets(setup: Setup) -> list[Target]:
                 100,
                 reached(run, old, 0.9, per_update=per_update),
             ),
-            Target(
-                f"share of answers still {old} at the end", None, curve(run, old, first + second)
-            ),
+            Target(f"answers still {old} at the end, %", None, curve(run, old, first + second)),
         ]
     return targets
 
