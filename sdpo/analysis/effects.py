@@ -36,7 +36,7 @@ MEASURES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A mean over interactions, or a ratio of two, and its 95% interval."""
+    """A mean, or a ratio of two, and the interval in which it lies at level 0.95."""
 
     value: float
     low: float

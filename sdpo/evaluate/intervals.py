@@ -11,19 +11,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..analysis.effects import Estimate
+
 DRAWS = 10_000
 LEVEL = 0.95
 
 Outcome = Literal["win", "loss", "tie"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A number and the interval in which it lies at level 0.95."""
-
-    value: float
-    low: float
-    high: float
 
 
 def mean(values: ArrayLike, *, seed: int = 0) -> Estimate:
