@@ -21,6 +21,7 @@ from sdpo_parallel.huggingface import load_tokenizer
 from ..chat import chat_format
 from ..conversations import Message
 from ..errors import SdpoError
+from ..online.evaluate import text_of
 from ..online.sampler import InProcessSampler, SamplingConfig
 from ..online.users.asking import Ask, Asker
 from ..online.users.calls import Call, Calls, Outcome, Spent
@@ -178,8 +179,7 @@ class Local:
         seeds = [(int(key[:15], 16) ^ self.config.seed) for key, _ in asks]
         rollouts = self._sampler().sample(prompts, seeds, greedy=not self.config.temperature)
         for (key, _), number, prompt, out in zip(asks, numbers, prompts, rollouts, strict=True):
-            text = self._tokenizer.decode(list(out.token_ids), skip_special_tokens=True)
-            said = _whole(str(text), not out.finished).text
+            said = _whole(text_of(out, self._tokenizer), not out.finished).text
             read, written = len(prompt), len(out.token_ids)
             assert number is not None and said is not None  # no limit was given
             self.calls.end(number, Outcome("said", read + written, read, written, None, said))
