@@ -33,6 +33,15 @@ def build_inference(name: EngineName, config: InferenceConfig) -> Inference:
     return _engine(name).build_inference(config)
 
 
+def check_support(name: EngineName, config: EngineConfig, ranks: int) -> None:
+    """Refuse what the engine would refuse on so many ranks; of the model config.json is read alone.
+
+    Raises:
+        SdpoError: the engine is not installed, or the config does not fit the model or the ranks.
+    """
+    _engine(name).check_support(config, ranks)
+
+
 def export_checkpoint(
     name: EngineName, config: EngineConfig, step: int | None, out: str, *, adapters: bool = False
 ) -> None:

@@ -79,7 +79,7 @@ def read_config(folder: str) -> dict:
     """config.json of a model folder.
 
     Raises:
-        SdpoError: the folder, its config.json or its safetensors are missing or unreadable.
+        SdpoError: the folder or its config.json is missing or unreadable.
     """
     path = Path(folder)
     if not path.is_dir():
@@ -90,9 +90,17 @@ def read_config(folder: str) -> dict:
         raise SdpoError(f"{folder}: no config.json; is this a Hugging Face model?") from None
     except json.JSONDecodeError as error:
         raise SdpoError(f"{folder}/config.json: not valid JSON ({error})") from error
-    if not any(path.glob("*.safetensors")):
-        raise SdpoError(f"{folder}: no *.safetensors; save the model with save_pretrained")
     return config
+
+
+def check_weights(folder: str) -> None:
+    """Refuse a model folder without weights.
+
+    Raises:
+        SdpoError: it has no safetensors.
+    """
+    if not any(Path(folder).glob("*.safetensors")):
+        raise SdpoError(f"{folder}: no *.safetensors; save the model with save_pretrained")
 
 
 def check_length(folder: str, longest: int | None, max_tokens: int) -> None:

@@ -49,7 +49,7 @@ def command(
     Steps that are done are not done again: the same command goes on where it was.
 
     Args:
-        row: R1 to R9, as docs/evaluation.md lists them.
+        row: R1 to R9, as docs/reproduce.md lists them.
         out: folder of everything; None: runs/ROW.
         dry_run: show the steps, what each takes at most, and what is missing; run nothing.
         miniature: the same way with SmolLM2-135M-Instruct, users by rule and a few updates, on a

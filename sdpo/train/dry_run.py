@@ -20,6 +20,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sdpo_kernels import default_chunk_bytes, default_grad_bytes
+from sdpo_parallel.build import check_support
 from sdpo_parallel.config import Frozen, ParallelConfig
 from sdpo_parallel.huggingface import load_tokenizer
 from sdpo_parallel.memory import USABLE, Load, ModelShape, estimate, host_bytes, kept_bytes
@@ -30,6 +31,7 @@ from ..hindsight import Encoded, Truncated, encode
 from .config import TrainConfig, local_models, to_json
 from .loader import load_interactions
 from .shares import Read, sharing_of, slots_read, why_not
+from .trainer import engine_config
 
 SAMPLE = 512
 """Interactions tokenized to estimate lengths and truncation."""
@@ -175,12 +177,14 @@ def dry_run(config: TrainConfig, *, ranks: int, gpu_memory_gib: float | None = N
     """Print the resolved config, the data, the model and the memory estimate.
 
     Raises:
-        SdpoError: the estimate is more than fits ``gpu_memory_gib``; raised last.
+        SdpoError: the engine does not compute the model, or not on so many ranks; or, raised last,
+            the estimate is more than fits ``gpu_memory_gib``.
     """
     console = Console()
     console.print_json(json.dumps(to_json(config)))
     config = local_models(config)
     ModelShape.from_config(config.model)  # names what is missing
+    check_support(config.engine, engine_config(config, total_steps=1), ranks)
     sample: list[Encoded] = []
     if any(Path(config.model).glob("*.safetensors")):
         sample = _show_data(console, config)

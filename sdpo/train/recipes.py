@@ -72,7 +72,7 @@ def qwen3_8b(model: str = ASK, data: str = ASK, out: str = "runs/qwen3-8b") -> T
 
 
 def olmo3_7b(model: str = ASK, data: str = ASK, out: str = "runs/olmo-3-7b") -> TrainConfig:
-    """The paper's Olmo-3-7B runs on logs: the transformers engine, one device of 141 GB or more.
+    """The paper's Olmo-3-7B runs on logs: the transformers engine, one device of 180 GB or more.
 
     The paper starts from two checkpoints, ``--model allenai/Olmo-3-7B-Instruct-SFT`` and
     ``--model allenai/Olmo-3-7B-Instruct-DPO``. torchtitan has no Olmo 3 model yet, and so no layout

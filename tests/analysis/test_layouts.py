@@ -171,7 +171,7 @@ def test_an_error_of_the_main_rank_ends_all(models, data, tmp_path):
 def test_transformers_refuses_ranks_and_layouts(models, data, tmp_path, capsys):
     words = asked("signal", models("qwen3"), data, "--out", str(tmp_path / "out"))
     result = forked.run(2, "-m", "sdpo", *words)
-    assert "runs on one device, and torchrun started 2 ranks" in result.stderr
+    assert "runs on one device, and here are 2 ranks" in result.stderr
     told = runs.refused(capsys, *words, "--parallel.tensor", "2")
     assert "parallel.tensor=2: the transformers engine runs on one device" in told
     assert not list(tmp_path.iterdir())

@@ -1,9 +1,12 @@
 """The paper's rows: every command is one of ours, and numbers are found where they lie."""
 
 import json
+from pathlib import Path
 
 import pytest
+from transformers import Olmo3Config
 
+from helpers import tiny
 from sdpo.cli import main
 from sdpo.errors import SdpoError
 from sdpo.reproduce import results
@@ -21,6 +24,27 @@ def test_a_dry_run_of_every_row(row, miniature, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir()), "a dry run leaves nothing"
     if not miniature and find_row(row).needs:
         assert "still to be named" in out
+
+
+@pytest.mark.parametrize("row", ["R1", "R2", "R3", "R4"])
+def test_runs_on_logs_fit_the_machines_that_they_are_for(row, tmp_path, capsys):
+    """Eight GPUs of 80 GB, and for Olmo 3 one of 180: by the dry run of each command itself."""
+    steps = find_row(row).steps(Setup(out=tmp_path, gpus=8))
+    runs = [step for step in steps if step.argv[0] == "train"]
+    assert runs
+    for step in runs:
+        argv = list(step.argv)
+        name = argv[argv.index("--model") + 1]
+        folder = tmp_path / Path(name).name
+        if "Olmo-3" in name:  # whose other sizes are transformers' defaults
+            config = Olmo3Config(vocab_size=100_278, max_position_embeddings=65_536)
+            config.save_pretrained(folder)
+        else:
+            tiny.make_shape(folder, folder.name.lower())
+        argv[argv.index("--model") + 1] = str(folder)
+        memory = 80 if step.gpus == 8 else 180
+        main([*argv, "--dry-run", "--ranks", str(step.gpus), "--gpu-memory-gib", str(memory)])
+        assert "memory alone" in capsys.readouterr().out
 
 
 def test_what_a_row_needs_is_asked_for(tmp_path, monkeypatch, capsys):

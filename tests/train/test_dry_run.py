@@ -13,6 +13,10 @@ from sdpo.train.config import TrainConfig
 from sdpo.train.dry_run import layouts
 from sdpo_parallel.config import ParallelConfig
 
+LIMITS = ["--hindsight.max-prompt-tokens", "400", "--hindsight.max-hindsight-prompt-tokens", "500"]
+LIMITS += ["--hindsight.max-response-tokens", "400"]
+"""Of sequences, so that they fit the tiny models."""
+
 
 @pytest.fixture
 def qwen3_8b(tmp_path):
@@ -57,7 +61,7 @@ def test_a_step_of_one_interaction_or_of_one_conversation(models, tmp_path, caps
     steps = {}
     for unit in ("interaction", "conversation"):
         options = ["--data", data, "--batch.unit", unit, "--batch.interactions-per-step", "1"]
-        main([*dry(models("qwen3")), *options])
+        main([*dry(models("qwen3")), *LIMITS, *options])
         shown = capsys.readouterr().out
         found = re.search(r"steps\s*│\s*(\d+)", shown)
         assert found, shown
@@ -145,8 +149,7 @@ def test_what_the_data_shares(models, tmp_path, capsys):
         rows = re.findall(r"(?:no prefixes|by interaction|by conversation) *│(.*)│.*x │", text)
         return [[int(n.replace(",", "")) for n in row.split("│")] for row in rows]
 
-    limits = ("--hindsight.max-prompt-tokens", "400", "--hindsight.max-hindsight-prompt-tokens")
-    arguments = ["--model", models("qwen3"), "--data", data, "--dry-run", *limits, "500"]
+    arguments = ["--model", models("qwen3"), "--data", data, "--dry-run", *LIMITS]
     text = shown()
     whole, alone, together = reads(text)
     for policy, hindsight, saved, cost in (whole, alone, together):
@@ -169,3 +172,26 @@ def test_keys_that_do_not_fit_are_told_how_to_do_without(qwen3_8b, run, capsys):
     out, err = capsys.readouterr()
     assert "9.00 GiB between the policy's pass" in out  # 147,456 bytes of each of 65,536 tokens
     assert "kept keys and values 9.0" in err and "batch.share_prefix none" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ((), "model_type 'gpt2' has no torchtitan model here (qwen3 and llama have)"),
+        (("--engine", "transformers", "--ranks", 8), "runs on one device, and here are 8 ranks"),
+        (("--engine", "transformers", "--parallel.tensor", 2), "parallel.tensor=2"),
+    ],
+)
+def test_what_the_engine_would_refuse_is_refused(options, says, tmp_path, run, capsys):
+    GPT2Config(bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        run(str(tmp_path), *options)
+    assert says in capsys.readouterr().err
+
+
+def test_sequences_longer_than_the_model_are_refused(qwen3_8b, run, capsys):
+    longer = ("--hindsight.max-prompt-tokens", 40_000)
+    for engine in ("torchtitan", "transformers"):
+        with pytest.raises(SystemExit):
+            run(qwen3_8b, *longer, "--engine", engine)
+        assert "max_position_embeddings=40960: lower the limits" in capsys.readouterr().err

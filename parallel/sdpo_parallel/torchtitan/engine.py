@@ -18,7 +18,13 @@ from torch.distributed.checkpoint.stateful import Stateful
 from ..checkpoints import PATIENCE
 from ..config import EMA, LoraConfig, OptimizerConfig
 from ..engine import Engine, EngineConfig
-from ..huggingface import check_teacher, copy_assets, export_dtype, replace_folder
+from ..huggingface import (
+    check_length,
+    check_teacher,
+    copy_assets,
+    export_dtype,
+    replace_folder,
+)
 from ..inference import InferenceConfig
 from ..rounding import cast
 from ..teacher import TeacherState, reshard
@@ -32,6 +38,7 @@ from torchtitan.distributed import utils as dist_utils  # noqa: E402
 from .inference import TorchtitanInference  # noqa: E402
 from .mesh import Mesh, check_layout  # noqa: E402
 from .model import TorchtitanModel  # noqa: E402
+from .models import spec_from_hf  # noqa: E402
 from .weights import AdapterState, merged_weights, peft_weights, whole, write_hf, write_peft  # noqa: E402
 
 
@@ -63,6 +70,15 @@ class TorchtitanEngine(Engine):
         if self.ranks.cp_degree > 1:
             return "context parallelism splits rows"
         return f"attention {self.mesh.attention.backend} reads whole sequences"
+
+    @staticmethod
+    def check_support(config: EngineConfig, ranks: int) -> None:
+        spec: Any = spec_from_hf(config.model, lora=config.lora)
+        check_length(config.model, spec.model.max_seq_len, config.max_tokens)
+        check_layout(config.model, config.parallel, ranks)
+        if config.teacher_folder is not None:
+            check_layout(config.teacher_folder, config.parallel, ranks)
+            check_teacher(config.teacher_folder, config.model)
 
     @staticmethod
     def build_policy(config: EngineConfig) -> TorchtitanModel:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..branches import plan
 from ..config import LoraConfig
-from ..huggingface import check_finite, check_length, check_tied
+from ..huggingface import check_finite, check_length, check_tied, check_weights
 from ..model import CausalModel, LMHead
 from ..rows import Kept, Rows, Sight
 from . import cpu
@@ -66,6 +66,7 @@ class TorchtitanModel(CausalModel):
         # an override makes flex what is asked for
         backend = "flex" if self.by_sdpa else self.attention
         self.spec = spec_from_hf(folder, attention=backend, lora=lora)
+        check_weights(folder)
         if self.spec.model.enable_weight_tying:  # pyright: ignore
             check_tied(folder)
         check_length(folder, self.spec.model.max_seq_len, max_tokens)  # pyright: ignore

@@ -35,6 +35,7 @@ from ..huggingface import (
     check_finite,
     check_length,
     check_teacher,
+    check_weights,
     copy_assets,
     export_dtype,
     read_config,
@@ -241,6 +242,7 @@ def load_model(
             its config ties to the embeddings and that differs from them.
     """
     read_config(folder)
+    check_weights(folder)
     disable_progress_bar()
     device, auto = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
     dtype = auto if dtype == "auto" else dtype
@@ -278,11 +280,7 @@ class TransformersEngine(Engine):
     """
 
     def __init__(self, config: EngineConfig, state: Stateful):
-        _refuse_layouts(config.parallel, config.lora)
-        longest = read_config(config.model).get("max_position_embeddings")
-        check_length(config.model, longest, config.max_tokens)
-        if config.teacher_folder is not None:
-            check_teacher(config.teacher_folder, config.model)
+        self.check_support(config, _world_size())
         policy = self.build_policy(config)
         if not policy.packs:
             name = type(policy.module).__name__
@@ -299,12 +297,20 @@ class TransformersEngine(Engine):
         super().__init__(config, policy, teacher, optimizer, _Named(module, optimizer), state)
 
     @staticmethod
+    def check_support(config: EngineConfig, ranks: int) -> None:
+        _refuse_layouts(config.parallel, config.lora, ranks)
+        longest = read_config(config.model).get("max_position_embeddings")
+        check_length(config.model, longest, config.max_tokens)
+        if config.teacher_folder is not None:
+            check_teacher(config.teacher_folder, config.model)
+
+    @staticmethod
     def build_policy(config: EngineConfig) -> TransformersModel:
         return _load(config, config.model, "float32")
 
     @staticmethod
     def build_inference(config: InferenceConfig) -> Inference:
-        _refuse_layouts(config.parallel, LoraConfig())
+        _refuse_layouts(config.parallel, LoraConfig(), _world_size())
         passes, liger = config.layout.compute_dtype, config.parallel.liger
         model = load_model(config.model, dtype=config.dtype, compute_dtype=passes, liger=liger)
         return Inference(model, model.module.device)
@@ -361,12 +367,17 @@ class _Named:
         set_optimizer_state_dict(self.module, self.optimizer, state_dict)
 
 
-def _refuse_layouts(parallel: ParallelConfig, lora: LoraConfig) -> None:
+def _world_size() -> int:
+    """How many ranks torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _refuse_layouts(parallel: ParallelConfig, lora: LoraConfig, ranks: int) -> None:
     """Refuse what only the torchtitan engine can do."""
-    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    if ranks > 1:
         raise SdpoError(
-            f"the transformers engine runs on one device, and torchrun started {world} ranks: "
-            "start it without torchrun, or use --engine torchtitan"
+            f"the transformers engine runs on one device, and here are {ranks} ranks: start it "
+            "without torchrun, or use --engine torchtitan"
         )
     for name, off in {"replicate": 1, "tensor": 1, "context": 1, "cpu_offload": False}.items():
         if (value := getattr(parallel, name)) != off:
