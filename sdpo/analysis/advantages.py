@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -33,6 +32,7 @@ from ..chat import chat_format, today
 from ..errors import DataError
 from ..hindsight import Encoded, encode, hindsight_ids
 from ..interactions import Interaction
+from ..io.progress import progress
 from ..step import two_passes
 from .journal import Journal
 from .options import ReaderOptions
@@ -256,9 +256,6 @@ def read_into(
 
     done, date = place.on_main(start)
     reader.config = replace(reader.config, date=date)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeRemainingColumn(), disable=not place.ranks.is_main) as bar:
-        task = bar.add_task(says, total=total, completed=done)
-        todo = islice(asked, done, None)
-        for readings in reader.chunks(todo, lambda count: bar.advance(task, count)):
+    with progress(says, total, done=done, shown=place.ranks.is_main) as tell:
+        for readings in reader.chunks(islice(asked, done, None), tell):
             place.on_main(lambda readings=readings: journal.append(map(row, readings)))

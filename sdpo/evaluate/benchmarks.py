@@ -146,7 +146,7 @@ def command(
         "kind": "benchmarks",
         "sdpo": __version__,
         "lm_eval": harness.version,
-        "models": [asdict(model) | {"identity": model.identity()} for model in found],
+        "models": [asdict(model) | {"identity": model.identity} for model in found],
         "settings": asdict(config) | {"limit": limit, "preset": None if tasks else preset},
         "data": {task: {"file": f, "sha256": sha256(f)} for task, f in harness.files.items()},
         "rows": [asdict(row) for row in compare(scores)],
@@ -242,7 +242,7 @@ class Harness:
         """
         path = self.out / "benchmarks" / model.name / f"{task}.json"
         header = {
-            "model": model.identity(),
+            "model": model.identity,
             "task": task,
             "limit": limit,
             "settings": {k: v for k, v in asdict(self.config).items() if k in _DECIDE},

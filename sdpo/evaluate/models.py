@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from sdpo_parallel.fingerprints import fingerprints
@@ -46,8 +47,9 @@ class Model:
     model: str
     tokenizer: str = ""
 
+    @cached_property
     def identity(self) -> dict[str, str]:
-        """What tells it from others: files' hashes, or the server's address and name.
+        """What tells it from others: files' hashes, or the server's address and name; read once.
 
         What stands behind a server's name can change unseen.
         """

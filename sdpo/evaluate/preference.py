@@ -142,7 +142,7 @@ def command(
     report = {
         "kind": "preference",
         "sdpo": __version__,
-        "models": [asdict(model) | {"identity": model.identity()} for model in pair],
+        "models": [asdict(model) | {"identity": model.identity} for model in pair],
         "judges": [asdict(model) | {"spent": spent.get(model.name)} for model in judge_models],
         "prompts": {"file": prompts, "sha256": sha256(prompts), "count": len(asked)},
         "settings": {"system": system, "talk": asdict(talk), "judging": asdict(judging)},

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sdpo_parallel.config import ParallelConfig
 from sdpo_parallel.engine import Ranks
@@ -21,6 +20,7 @@ from sdpo_parallel.huggingface import load_tokenizer
 from ..chat import chat_format
 from ..conversations import Message
 from ..errors import SdpoError
+from ..io.progress import progress
 from ..online.evaluate import text_of
 from ..online.sampler import InProcessSampler, SamplingConfig
 from ..online.users.asking import Ask, Asker
@@ -142,7 +142,7 @@ class Local:
         self.model, self.config, self.offline = model, config, offline
         self.calls = Calls(book)
         self._loaded: InProcessSampler | None = None
-        self._identity = model.identity()
+        self._identity = model.identity
         self._tokenizer = load_tokenizer(model.tokenizer)
         self._chat = chat_format(self._tokenizer)
 
@@ -253,10 +253,8 @@ def _known(missing: int, asks: Sequence[Question], model: Model, book: Calls) ->
 
 def _watched(items: Sequence[T], size: int, says: str) -> Iterator[Sequence[T]]:
     """Parts of ``size``, with a progress bar."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeRemainingColumn(), disable=not items) as bar:
-        task = bar.add_task(says, total=len(items))
+    with progress(says, len(items), shown=bool(items)) as tell:
         for start in range(0, len(items), size):
             some = items[start : start + size]
             yield some
-            bar.advance(task, len(some))
+            tell(len(some))

@@ -6,14 +6,9 @@ import pytest
 
 from helpers import tiny
 from sdpo.cli import main
+from sdpo.evaluate import models
 from sdpo.evaluate.benchmarks import Scores, compare, scores_of, verdict
 from sdpo.evaluate.intervals import Estimate, mean
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    return [tiny.make_model(folder / name, seed=n) for n, name in enumerate(("base", "after"))]
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +16,17 @@ def questions(tmp_path_factory):
     return tiny.make_questions(tmp_path_factory.mktemp("data") / "questions.jsonl", 12)
 
 
-def evaluate(models, questions, out, *options):
-    argv = ["evaluate", "benchmarks", *models, "--tasks", "commonsense_qa", "--out", str(out)]
+def evaluate(pair, questions, out, *options):
+    argv = ["evaluate", "benchmarks", *pair, "--tasks", "commonsense_qa", "--out", str(out)]
     main([*argv, "--data", f"commonsense_qa={questions}", *options])
     return json.loads((out / "benchmarks.json").read_text())
 
 
 def test_models_are_compared_prompt_by_prompt(pair, questions, tmp_path, monkeypatch):
+    hashed, fingerprints = [], models.fingerprints
+    monkeypatch.setattr(models, "fingerprints", lambda f: [hashed.append(f), fingerprints(f)][1])
     report = evaluate(pair, questions, tmp_path)
+    assert hashed == pair, "a model's files are hashed once"
     base, after = report["rows"]
     assert (base["model"], after["model"]) == ("base", "after") and base["prompts"] == 12
     kept = [

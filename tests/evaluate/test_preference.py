@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from helpers import online, tiny
+from helpers import online
 from helpers.openai_server import Answer, serving
 from sdpo.cli import main
 from sdpo.errors import SdpoError
@@ -13,12 +13,6 @@ from sdpo.evaluate.models import find_model, find_models
 from sdpo.online.sampler import InProcessSampler
 
 SHORT = ["--talk.max-new-tokens", "12"]
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    return [tiny.make_model(folder / name, seed=n) for n, name in enumerate(("after", "before"))]
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +34,12 @@ def test_rules_decide_and_the_books_know_the_answers(pair, prompts, tmp_path, mo
     report = evaluate(pair, prompts, tmp_path)
     assert [row["by"] for row in report["compared"]] == ["rule", "rule"]
     pairs = rows(tmp_path)
-    assert len(pairs) == 12 and pairs[0]["answers"].keys() == {"after", "before"}
+    assert len(pairs) == 12 and pairs[0]["answers"].keys() == {"base", "after"}
     for row in report["compared"]:
         outcomes = [p["outcomes"]["rule"] for p in pairs if p["persona"] == row["persona"]]
         assert row["wins"]["wins"] == outcomes.count("win")
         assert row["wins"]["losses"] == outcomes.count("loss")
-    assert report["style"]["after"]["answers"] == 6
+    assert report["style"]["base"]["answers"] == 6
     assert "no_punctuation" in capsys.readouterr().out
 
     def forbidden(*args, **kwargs):
@@ -62,7 +56,7 @@ def test_rules_decide_and_the_books_know_the_answers(pair, prompts, tmp_path, mo
 def test_offline_says_what_is_missing(pair, prompts, tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate(pair, prompts, tmp_path, "--offline")
-    assert "6 of 6 answers of after are not in it" in capsys.readouterr().err
+    assert "6 of 6 answers of base are not in it" in capsys.readouterr().err
     assert not (tmp_path / "preference.json").exists()
 
 
@@ -107,14 +101,14 @@ def test_two_judges_and_the_oracle(pair, prompts, tmp_path):
     assert len(by) == 2 * 3 * 2
     pairs = rows(tmp_path)
     for persona in ("no_punctuation", "concise"):
-        told = f"before told {persona}"
-        assert by[persona, "longer", told]["second"] == "before"
-        unsure = by[persona, "unsure", "after"]
+        told = f"after told {persona}"
+        assert by[persona, "longer", told]["second"] == "after"
+        unsure = by[persona, "unsure", "base"]
         assert unsure["unread"] == 1 and unsure["wins"]["coverage"] == 0
-        sure = by[persona, "longer", "after"]
+        sure = by[persona, "longer", "base"]
         assert sure["unread"] == 0 and sure["wins"]["coverage"] > 0.5
-        for pair_ in (p for p in pairs if p["persona"] == persona and "after" in p["answers"]):
-            lengths = [len(pair_["answers"][name]["text"]) for name in ("after", "before")]
+        for pair_ in (p for p in pairs if p["persona"] == persona and "base" in p["answers"]):
+            lengths = [len(pair_["answers"][name]["text"]) for name in ("base", "after")]
             if abs(lengths[0] - lengths[1]) > 30:  # a cut answer has a remark
                 won = "win" if lengths[0] > lengths[1] else "loss"
                 assert pair_["outcomes"]["longer"] == won
@@ -169,8 +163,8 @@ def test_runs_and_their_snapshots(models, prompts, tmp_path):
     online.online(models("qwen3"), prompts, run, phases=("no_lists:1", "no_emojis:1"))
     newest, snapshot = find_models([str(run), f"second={run}@phase-2"], tmp_path)
     assert newest.name == "run-step-2" and snapshot.name == "second"
-    assert newest.identity() != snapshot.identity()
-    assert find_model(f"{run}@step-1", tmp_path).identity() == snapshot.identity()
+    assert newest.identity != snapshot.identity
+    assert find_model(f"{run}@step-1", tmp_path).identity == snapshot.identity
     with pytest.raises(SdpoError, match="nothing is called 'phase-9'; there are: .*phase-2"):
         find_model(f"{run}@phase-9", tmp_path)
     shutil.rmtree(run / "checkpoints" / "step-1")
@@ -181,7 +175,7 @@ def test_runs_and_their_snapshots(models, prompts, tmp_path):
 
 
 def test_models_are_named_and_told_apart(pair, tmp_path):
-    with pytest.raises(SdpoError, match="two models are called after"):
+    with pytest.raises(SdpoError, match="two models are called base"):
         find_models([pair[0], pair[0]], tmp_path)
     server = find_model("http://127.0.0.1:8000/v1#qwen", tmp_path)
     assert (server.url, server.model, server.name) == ("http://127.0.0.1:8000/v1", "qwen", "qwen")
