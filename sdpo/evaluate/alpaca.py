@@ -7,7 +7,8 @@ Files have AlpacaEval's formats, plain or compressed:
     outputs      [{"dataset", "instruction", "output", "generator"}, …], and where it is known
                  "finished", whether an output ended by itself
     annotations  [{"instruction", "output_1", "generator_1", "output_2", "generator_2",
-                 "preference"}, …], where 1 is the reference and 2 the model
+                 "preference"}, …], where 1 is the reference and 2 the model, and where it is known
+                 "annotator", the judge
 
 All numbers are computed by the package alpaca_eval (extra `eval`) and have the leaderboard's names.
 
@@ -43,6 +44,7 @@ from ..io.files import sha256, write_text, written_whole
 from .files import SameName, finished_of, read_by
 from .style import Style, add_style, comparison
 
+BENCHMARK = "AlpacaEval 2"
 GAMED = Path(__file__).with_name("gamed.csv.gz")
 """The gamed baselines, in the format of the hub's df_gamed.csv."""
 ASKED = 64
@@ -162,6 +164,11 @@ def read_annotations(path: str | Path, reference: Outputs, model: Outputs) -> li
     return list(rows.values())
 
 
+def judges_of(verdicts: Sequence[dict[str, Any]]) -> list[str]:
+    """Whose verdicts they are; empty where they do not say."""
+    return sorted({row["annotator"] for row in verdicts} - {""})
+
+
 def _verdict(row: dict[str, Any], reference: Output, model: Output) -> dict[str, Any]:
     ours = {"instruction": reference.instruction}
     for field in ("generator", "output"):
@@ -178,7 +185,8 @@ def _verdict(row: dict[str, Any], reference: Output, model: Output) -> dict[str,
                 hint = "Give the outputs that were judged"
             raise bad(f"{field}_{side}", problem, hint)
         ours |= {f"{field}_1": first, f"{field}_2": second}
-    return ours | {"preference": _preference(row.get("preference"))}
+    judge = as_text(row.get("annotator") or "", "annotator")
+    return ours | {"preference": _preference(row.get("preference")), "annotator": judge}
 
 
 def _preference(value: Any) -> float:
@@ -297,12 +305,13 @@ def command(
     model = read_outputs(outputs, of=base)
     if judge_by:
         judge(annotations, base, model, judge_by)
-    rate = win_rate(read_annotations(annotations, base, model), model)
+    verdicts = read_annotations(annotations, base, model)
+    rate, judges = win_rate(verdicts, model), judges_of(verdicts)
     styles = model.style(), base.style()
-    _show(rate, (model.generator, base.generator), styles)
+    _show(rate, (model.generator, base.generator), styles, judges)
     if out is not None:
-        report: dict[str, Any] = {"benchmark": "AlpacaEval 2", "model": model.generator}
-        report |= {"reference": base.generator, **asdict(rate)}
+        report: dict[str, Any] = {"benchmark": BENCHMARK, "model": model.generator}
+        report |= {"reference": base.generator, "judges": judges, **asdict(rate)}
         report["style"] = {"model": asdict(styles[0]), "reference": asdict(styles[1])}
         files = {"outputs": outputs, "reference": reference, "annotations": annotations}
         report["sha256"] = {name: sha256(path) for name, path in files.items()}
@@ -310,8 +319,11 @@ def command(
             json.dump(report, file, indent=2, allow_nan=False)
 
 
-def _show(rate: WinRate, names: Sequence[str], styles: Sequence[Style]) -> None:
-    table = comparison(f"AlpacaEval 2, {rate.n_total} verdicts", names)
+def _show(
+    rate: WinRate, names: Sequence[str], styles: Sequence[Style], judges: Sequence[str]
+) -> None:
+    by = f", judged by {', '.join(judges)}" if judges else ""
+    table = comparison(f"{BENCHMARK}, {rate.n_total} verdicts{by}", names)
 
     def both(name: str, percent: float, error: float) -> None:
         table.add_row(name, *(f"{p:.2f} ± {error:.2f}" for p in (percent, 100 - percent)))

@@ -38,6 +38,7 @@ from ..io.files import sha256, written_whole
 from .files import SameName, finished_of, read_by
 from .style import Style, add_style, comparison
 
+BENCHMARK = "Arena-Hard v2"
 BASELINES = {
     "hard_prompt": "o3-mini-2025-01-31",
     "creative_writing": "gemini-2.0-flash-001",
@@ -429,7 +430,7 @@ def command(
     scores = evaluate(asked, model, baselines, judgments)
     _show(model.model, scores)
     if out is not None:
-        report: dict[str, Any] = {"benchmark": "Arena-Hard v2", "model": model.model}
+        report: dict[str, Any] = {"benchmark": BENCHMARK, "model": model.model}
         report["scores"] = [asdict(s) for s in scores]
         read = {"questions": questions, "answers": answers, **files}
         hashes = {name: sha256(path) for name, path in read.items()}
@@ -442,7 +443,7 @@ def _show(model: str, scores: Sequence[Score]) -> None:
     names = [
         f"{s.category.replace('_', ' ')}\n{name}" for s in scores for name in (model, s.baseline)
     ]
-    table = comparison(f"Arena-Hard v2, judged by {', '.join(scores[0].judges)}", names)
+    table = comparison(f"{BENCHMARK}, judged by {', '.join(scores[0].judges)}", names)
     rates = [r for s in scores for r in (s.win_rate, 100 - s.win_rate)]
     table.add_row("win rate, %", *(f"{rate:.1f}" for rate in rates))
     sides = [i for s in scores for i in ((s.low, s.high), (100 - s.high, 100 - s.low))]

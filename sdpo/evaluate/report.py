@@ -9,8 +9,8 @@ the rest is made.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from .. import __version__
 from ..errors import SdpoError
 from ..io.files import write_text
 from ..io.html import INK, render, svg
-from . import preference
+from . import alpaca, arena, preference
+from .boards import NUMBERS, boards
 from .preference import told
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -64,12 +65,29 @@ class Run:
     kept: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Some pairs of answers of a game.
+
+    Attributes:
+        first, second: who answered.
+        played: pairs of answers of the whole game.
+        pairs: rows of pairs.jsonl.
+    """
+
+    persona: str
+    first: str
+    second: str
+    played: int
+    pairs: list[dict[str, Any]]
+
+
 @dataclass(kw_only=True)
 class Found:
     """What the report is made of."""
 
     preference: list[dict[str, Any]] = field(default_factory=list)
-    pairs: list[dict[str, Any]] = field(default_factory=list)
+    games: list[Samples] = field(default_factory=list)
     benchmarks: list[dict[str, Any]] = field(default_factory=list)
     rates: list[dict[str, Any]] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
@@ -91,7 +109,8 @@ def command(
         sources: folders or files of other evaluations, folders of runs, rows of sdpo signal.
         out: folder for report.html and report.json.
         title: of the page.
-        samples: pairs of answers, and coloured answers, that the page shows.
+        samples: pairs of answers of each comparison, and coloured answers, that the page shows; the
+            pairs are of all its games, at least one of each.
     """
     found = Found()
     for source in sources:
@@ -147,13 +166,34 @@ def _add_file(found: Found, file: Path, samples: int) -> None:
             found.preference.append(report)
             pairs = file.with_name(preference.PAIRS)
             if pairs.is_file():
-                found.pairs += islice(_lines(pairs), samples)
+                found.games += games_of(pairs, samples)
         case {"kind": "benchmarks"}:
             found.benchmarks.append(report)
-        case {"benchmark": str()}:
+        case {"benchmark": alpaca.BENCHMARK | arena.BENCHMARK}:
+            report["source"] = str(file)
+            boards([report])  # fails here, where the file is named
             found.rates.append(report)
         case _:
             raise SdpoError(f"{file.name} is no report of an evaluation")
+
+
+def games_of(file: Path, samples: int) -> list[Samples]:
+    """The first pairs of each game in a file of pairs, as many of each.
+
+    Args:
+        samples: pairs of all games together; with more games than that, one of each.
+    """
+    if not samples:
+        return []
+    found = list[Samples]()
+    game = groupby(_lines(file), lambda row: (row["persona"], *row["answers"]))
+    for (persona, first, second), rows in game:
+        pairs = list(islice(rows, samples))
+        played = len(pairs) + sum(1 for _ in rows)
+        one = Samples(persona=persona, first=first, second=second, played=played, pairs=pairs)
+        found.append(one)
+    each = max(samples // max(len(found), 1), 1)
+    return [replace(one, pairs=one.pairs[:each]) for one in found]
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -211,6 +251,8 @@ def page(found: Found, title: str) -> str:
         forest=forest(found) if found.preference else "",
         curves=[(run, curves(run)) for run in found.runs],
         changes=[changes(report) for report in found.benchmarks],
+        boards=boards(found.rates),
+        numbers=NUMBERS,
         told=told,
         spans=spans,
     )

@@ -1,6 +1,5 @@
 """AlpacaEval: the published verdicts on gemma-7b-it, whole, in part and spoiled."""
 
-import gzip
 import json
 import math
 import random
@@ -10,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from helpers import runs
+from helpers.leaderboards import alpaca_arguments, alpaca_verdicts, side, write_json
 from sdpo.cli import main
 from sdpo.errors import DataError, SdpoError
 from sdpo.evaluate import alpaca
 
-PUBLISHED = Path(__file__).parent / "published" / "alpaca_annotations.json.gz"
 LEADERBOARD = {  # its row of gemma-7b-it
     "win_rate": 6.937294379677018,
     "standard_error": 0.7869665731853178,
@@ -30,7 +29,7 @@ LENGTH_CONTROLLED = 10.425760403690134
 
 @pytest.fixture(scope="module")
 def published() -> list[dict]:
-    return json.loads(gzip.decompress(PUBLISHED.read_bytes()))
+    return alpaca_verdicts()
 
 
 @pytest.fixture
@@ -39,52 +38,31 @@ def few(published) -> list[dict]:
     return [dict(row) for row in published[:6]]
 
 
-def side(rows: list[dict], number: int) -> list[dict]:
-    """The outputs of the reference (1) or of the model (2)."""
-    names = {"output": f"output_{number}", "generator": f"generator_{number}"}
-    return [
-        {"dataset": row["dataset"], "instruction": row["instruction"]}
-        | {name: row[field] for name, field in names.items()}
-        for row in rows
-    ]
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    text = json.dumps(rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return str(path)
-
-
 def outputs(tmp_path: Path, rows: list[dict]) -> tuple[alpaca.Outputs, alpaca.Outputs]:
     """Of the reference and of the model, in files."""
-    base = alpaca.read_outputs(write(tmp_path / "reference.json.gz", side(rows, 1)))
-    return base, alpaca.read_outputs(write(tmp_path / "model.json", side(rows, 2)), of=base)
-
-
-def arguments(tmp_path: Path, rows: list[dict], verdicts: list[dict]) -> list[str]:
-    return [
-        *("evaluate", "alpaca", "--reference", write(tmp_path / "r.json.gz", side(rows, 1))),
-        *("--outputs", write(tmp_path / "m.json", side(rows, 2))),
-        *("--annotations", write(tmp_path / "a.json", verdicts)),
-    ]
+    base = alpaca.read_outputs(write_json(tmp_path / "reference.json.gz", side(rows, 1)))
+    return base, alpaca.read_outputs(write_json(tmp_path / "model.json", side(rows, 2)), of=base)
 
 
 def rate(tmp_path: Path, rows: list[dict], verdicts: list[dict]) -> alpaca.WinRate:
     base, model = outputs(tmp_path, rows)
-    path = write(tmp_path / "annotations.json", verdicts)
+    path = write_json(tmp_path / "annotations.json", verdicts)
     return alpaca.win_rate(alpaca.read_annotations(path, base, model), model)
 
 
 def test_published_verdicts_give_the_leaderboards_row(published, tmp_path, capsys):
     out = tmp_path / "report.json"
-    main([*arguments(tmp_path, published, published), "--out", str(out)])
+    named = [row | {"annotator": "gpt-4-turbo"} for row in published]
+    main([*alpaca_arguments(tmp_path, published, named), "--out", str(out)])
     report = json.loads(out.read_text())
     assert {name: report[name] for name in LEADERBOARD} == pytest.approx(LEADERBOARD)
     assert report["length_controlled_winrate"] == pytest.approx(LENGTH_CONTROLLED, abs=0.01)
     assert report["style"]["model"]["characters"] == pytest.approx(1115.97, abs=0.01)
     assert report["style"]["reference"]["characters"] > 2000
+    assert report["judges"] == ["gpt-4-turbo"]
     shown = capsys.readouterr().out
-    assert "gemma-7b-it" in shown and "gpt4_1106_preview" in shown
+    assert "judged by gpt-4-turbo" in shown and "gemma-7b-it" in shown
+    assert "gpt4_1106_preview" in shown
     assert "10.43 ± 0.48" in shown and "93.06 ± 0.79" in shown
 
 
@@ -109,7 +87,7 @@ def test_other_instructions_have_no_length_controlled_win_rate(few, tmp_path, ca
     assert found.length_controlled_winrate is None and found.lc_standard_error is None
     mean = sum(row["preference"] - 1 for row in few) / len(few)
     assert found.win_rate == pytest.approx(100 * mean)
-    main(arguments(tmp_path, few, few))
+    main(alpaca_arguments(tmp_path, few, few))
     assert "no length-controlled win rate" in capsys.readouterr().out
 
 
@@ -155,7 +133,7 @@ def test_spoiled_verdicts_are_refused(name, few, published, tmp_path):
     spoil, item, field, says = SPOILED[name]
     base, model = outputs(tmp_path, published[:6])
     spoil(few)
-    path = write(tmp_path / "spoiled.json", few)
+    path = write_json(tmp_path / "spoiled.json", few)
     with pytest.raises(DataError) as error:
         alpaca.read_annotations(path, base, model)
     assert str(error.value).startswith(f"{path}, item {item} (counted from 0), field `{field}`: ")
@@ -163,13 +141,13 @@ def test_spoiled_verdicts_are_refused(name, few, published, tmp_path):
 
 
 def test_missing_verdicts_are_refused(few, tmp_path, capsys):
-    refused = runs.refused(capsys, *arguments(tmp_path, few, few[:3] + few[5:]))
+    refused = runs.refused(capsys, *alpaca_arguments(tmp_path, few, few[:3] + few[5:]))
     assert "a.json, field `instruction`: 2 of 6 rows are missing, first that of " in refused
     assert few[3]["instruction"][:20] in refused
 
 
 def test_swapped_files_are_refused(few, tmp_path, capsys):
-    said = arguments(tmp_path, few, few)
+    said = alpaca_arguments(tmp_path, few, few)
     said[2], said[4] = said[4], said[2]
     assert "wrong way round" in runs.refused(capsys, *said)
 
@@ -191,7 +169,7 @@ def test_bad_outputs_are_refused(name, few, tmp_path):
     base, _ = outputs(tmp_path, few)
     rows = side(few, 2)
     spoil(rows)
-    path = write(tmp_path / "bad.json", rows)
+    path = write_json(tmp_path / "bad.json", rows)
     with pytest.raises(DataError, match="bad.json") as error:
         alpaca.read_outputs(path, of=base)
     assert says in str(error.value)
@@ -228,10 +206,13 @@ likes_the_first:
 def test_alpaca_evals_own_judges_can_be_asked(published, tmp_path, capsys):
     few = published[:30]
     config = judge_config(tmp_path / "likes_the_first")
-    said = [*arguments(tmp_path, few, few), "--judge", str(config)]
+    said = [*alpaca_arguments(tmp_path, few, few), "--judge", str(config)]
     assert "a.json exists; replay it without --judge" in runs.refused(capsys, *said)
     (tmp_path / "a.json").unlink()
     main(said)
+    base, model = outputs(tmp_path, few)
+    read = alpaca.read_annotations(tmp_path / "a.json", base, model)
+    assert alpaca.judges_of(read) == ["likes_the_first"]
     judged = json.loads((tmp_path / "a.json").read_text())
     verdicts = [row["preference"] for row in judged]
     assert len(verdicts) == 30 and set(verdicts) == {1, 2}  # which is first is drawn

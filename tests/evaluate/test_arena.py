@@ -8,92 +8,18 @@ import numpy as np
 import pytest
 
 from helpers import runs
+from helpers.leaderboards import ARENA_O3, ArenaFiles
 from sdpo.cli import main
 from sdpo.errors import DataError, SdpoError
 from sdpo.evaluate import arena
-from sdpo.evaluate.arena import Answer, Pair
+from sdpo.evaluate.arena import Pair
 
-PUBLISHED = Path(__file__).parent / "published"
-QUESTIONS = PUBLISHED / "arena_questions.json.gz"
-O3 = PUBLISHED / "arena_answers.json.gz"
 HARD, WRITING = 8, 6
-TEXT = "My final verdict is tie: [[A=B]]. No, after all it is: [[{}]]."
-
-
-def game(prompt: str, a: str, b: str, verdict: str | None) -> dict:
-    """As gen_judgment.py writes it."""
-    given = (
-        f"<|User Prompt|>\n{prompt}\n\n<|The Start of Assistant A's Answer|>\n{a}\n"
-        "<|The End of Assistant A's Answer|>\n\n<|The Start of Assistant B's Answer|>\n"
-        f"{b}\n<|The End of Assistant B's Answer|>"
-    )
-    said = "I cannot tell." if verdict is None else TEXT.format(verdict)
-    messages = [{"role": "system", "content": "Judge."}, {"role": "user", "content": given}]
-    return {"score": verdict, "judgment": {"answer": said}, "prompt": messages}
-
-
-class Files:
-    """A model's answers, those of the baselines, and judgments; the first game of a question says
-    `first`, the second `second`."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.questions = arena.read_questions(QUESTIONS)
-        self.asked = list(self.questions.by_uid.values())
-        self.ours = {q.uid: f"**Short** answer {i}." for i, q in enumerate(self.asked)}
-        self.answers = self.write_answers("ours", self.ours)
-        writing = {q.uid: f"A poem, {i}." for i, q in enumerate(self.asked)}
-        self.gemini = self.write_answers("gemini-2.0-flash-001", writing)
-        rows = json.loads(gzip.decompress(O3.read_bytes()))
-        o3 = {row["uid"]: row["messages"][-1]["content"]["answer"] for row in rows}
-        self.theirs = {"hard_prompt": o3, "creative_writing": writing}
-
-    def write_answers(self, model: str, texts: dict[str, str]) -> str:
-        path = self.folder / f"{model}.jsonl"
-        rows = [Answer(uid=uid, text=text, finished=True) for uid, text in texts.items()]
-        arena.write_answers(path, model, self.questions, rows)
-        return str(path)
-
-    def judgment(self, uid: str, first: str | None, second: str | None) -> dict:
-        question = self.questions.by_uid[uid]
-        ours, theirs = self.ours[uid], self.theirs[question.category][uid]
-        baseline = arena.BASELINES[question.category]
-        row = {"uid": uid, "category": question.category, "judge": "gpt-4.1", "model": "ours"}
-        games = [
-            game(question.prompt, theirs, ours, first),
-            game(question.prompt, ours, theirs, second),
-        ]
-        return row | {"baseline": baseline, "games": games}
-
-    def judgments(self, first: str | None = "B>A", second: str | None = "A>B") -> list[dict]:
-        return [self.judgment(q.uid, first, second) for q in self.asked]
-
-    def write(self, rows: list[dict], name: str = "judged.jsonl") -> str:
-        path = self.folder / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(path)
-
-    def arguments(self, *judgments: str) -> list[str]:
-        return [
-            *("evaluate", "arena", "--questions", str(QUESTIONS), "--answers", self.answers),
-            *("--hard-prompt", str(O3), "--creative-writing", self.gemini),
-            *("--judgments", *judgments),
-        ]
-
-    def read(self, rows: list[dict]) -> dict[str, Pair]:
-        uids = [q.uid for q in self.asked]
-        model = arena.read_answers(self.answers, self.questions, uids)
-        baselines = {
-            "hard_prompt": arena.read_answers(O3, self.questions, uids),
-            "creative_writing": arena.read_answers(self.gemini, self.questions, uids),
-        }
-        _, found = arena.read_judgments(self.write(rows), self.questions, uids, model, baselines)
-        return found
 
 
 @pytest.fixture
-def files(tmp_path) -> Files:
-    return Files(tmp_path)
+def files(tmp_path) -> ArenaFiles:
+    return ArenaFiles(tmp_path)
 
 
 def test_the_command_scores_each_category(files, tmp_path, capsys, monkeypatch):
@@ -248,7 +174,7 @@ def test_answers_are_read_as_written(files):
     read = arena.read_answers(files.answers, files.questions, uids, "ours")
     assert {uid: answer.text for uid, answer in read.by_uid.items()} == files.ours
     row = json.loads(Path(files.answers).read_text().splitlines()[0])
-    published = json.loads(gzip.decompress(O3.read_bytes()))[0]
+    published = json.loads(gzip.decompress(ARENA_O3.read_bytes()))[0]
     assert row.keys() - {"finished"} == published.keys() - {"metadata"}
     assert row["messages"][0] == published["messages"][0]
 

@@ -1,6 +1,7 @@
 """Evaluations of a real model, and their page in a real browser."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from matplotlib.image import imread
 from transformers import AutoModelForCausalLM
 
 from helpers import online, runs
+from helpers.leaderboards import ArenaFiles, alpaca_arguments, alpaca_verdicts
 from sdpo.cli import main
 from sdpo.demo import smollm2 as demo
 from sdpo.evaluate.judging import outcome_of, read_verdict
@@ -190,11 +192,35 @@ def signal(preference, smollm2, folder) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def report(benchmarks, preference, signal, models, folder) -> Path:
+def alpaca(folder) -> dict[str, Any]:
+    """AlpacaEval's report of gemma-7b-it, from its published verdicts."""
+    own = folder / "alpaca"
+    own.mkdir()
+    rows = [row | {"annotator": "weighted_alpaca_eval_gpt4_turbo"} for row in alpaca_verdicts()]
+    main([*alpaca_arguments(own, rows, rows), "--out", str(own / "report" / "alpaca.json")])
+    return json.loads((own / "report" / "alpaca.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def arena(folder) -> list[dict[str, Any]]:
+    """Arena-Hard's reports of two models, of which one wins every game and one draws each."""
+    found = list[dict[str, Any]]()
+    for model, said in (("winner", ("B>A", "A>B")), ("drawer", ("A=B", "A=B"))):
+        own = folder / "arena" / model
+        own.mkdir(parents=True)
+        files = ArenaFiles(own, model)
+        out = folder / "arena" / f"{model}.json"
+        main([*files.arguments(files.write(files.judgments(*said))), "--out", str(out)])
+        found.append(json.loads(out.read_text(encoding="utf-8")))
+    return found
+
+
+@pytest.fixture(scope="module")
+def report(benchmarks, preference, alpaca, arena, signal, models, folder) -> Path:
     """The page of all of these, and of a run of two phases."""
     prompts = online.make_prompts(folder / "prompts.txt", 12)
     online.online(models("qwen3"), prompts, folder / "run", phases=("no_lists:2", "no_emojis:2"))
-    names = ("benchmarks", "preference", "run", "signal.jsonl")
+    names = ("benchmarks", "preference", "alpaca/report", "arena", "run", "signal.jsonl")
     sources = [str(folder / name) for name in names]
     main(["evaluate", "report", *sources, "--out", str(folder / "report")])
     return folder / "report" / "report.html"
@@ -244,7 +270,7 @@ def test_figures_and_tables_are_drawn_and_nothing_sticks_out(browser, report, wi
             assert figure.is_visible()
             drawn = figure.bounding_box()
             assert drawn["width"] > 300 and drawn["height"] > 60
-        assert page.locator("table").count() >= 6
+        assert page.locator("table.board").count() == 2 and page.locator("table").count() >= 10
         assert all(table.is_visible() for table in page.locator("table").all())
         sticks_out = """() => [...document.querySelectorAll('body *')].filter(e =>
           !e.closest('.wide') && e.getBoundingClientRect().right > innerWidth
@@ -282,6 +308,52 @@ def test_points_lie_where_the_values_say(browser, report, preference, benchmarks
             x, _ = middle(box(page, f"figure.changes #change-{number}"))
             change = row["change"]["value"]
             assert (x < none - 1, x > none + 1) == (change < 0, change > 0)
+
+
+def cells(page, heading: str) -> list[list[str]]:
+    """What is drawn of the first table after a heading, row by row."""
+    table = page.locator(f"#{heading} + .wide table.board")
+    return [row.locator("th, td").all_inner_texts() for row in table.locator("tr").all()]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_benchmarks_of_others_are_tables(browser, report, alpaca, arena, width):
+    with shown(browser, report, viewport={"width": width, "height": 900}) as page:
+        head, gemma = (dict(enumerate(row)) for row in cells(page, "alpaca"))
+        told = {head[at]: text for at, text in gemma.items()}
+        assert (told["model"], told["compared with"]) == (alpaca["model"], alpaca["reference"])
+        assert told["judged by"] == "weighted_alpaca_eval_gpt4_turbo"
+        assert told["win rate, %"] == f"{alpaca['win_rate']:.2f} ± {alpaca['standard_error']:.2f}"
+        head, *rows = cells(page, "arena")
+        told = [dict(zip(head, row, strict=True)) for row in rows]
+        assert [(row["model"], row["category"], row["win rate, %"]) for row in told] == [
+            ("drawer", "hard prompt", "50.0 [50.0, 50.0]"),
+            ("winner", "hard prompt", "100.0 [100.0, 100.0]"),
+            ("drawer", "creative writing", "50.0 [50.0, 50.0]"),
+            ("winner", "creative writing", "100.0 [100.0, 100.0]"),
+        ]
+        assert {one["model"] for one in arena} == {row["model"] for row in told}
+        for table in page.locator("table.board").all():
+            edges = [cell.bounding_box() for cell in table.locator("tr").first.locator("th").all()]
+            for one, other in itertools.pairwise(edges):
+                assert one["x"] + one["width"] <= other["x"] + 1, "columns stand beside each other"
+
+
+def test_samples_are_of_both_games(browser, report, folder):
+    with shown(browser, report) as page:
+        headings = page.locator("#samples ~ h3").all_inner_texts()
+        said = page.locator("#samples ~ table.pairs .answer").all_inner_texts()
+        counts = page.locator("#samples ~ h3 + p.note").all_inner_texts()
+        heights = [h.bounding_box()["y"] for h in page.locator("#samples ~ h3").all()]
+        tables = [t.bounding_box()["y"] for t in page.locator("#samples ~ table.pairs").all()]
+    assert headings == ["concise: again against base", "concise: base told concise against base"]
+    assert counts == [f"{COUNT // 2} of {COUNT} prompts."] * 2
+    assert sum(y < heights[1] for y in tables) == len(tables) // 2 == COUNT // 2
+    rows = pairs(folder)
+    chosen = [*rows[: COUNT // 2], *rows[COUNT : COUNT + COUNT // 2]]
+    texts = [answer["text"] for row in chosen for answer in row["answers"].values()]
+    assert [" ".join(text.split()) for text in said] == [" ".join(t.split()) for t in texts]
+    assert said[-2] != said[-1], "told to be concise it says something else"
 
 
 def test_tokens_are_green_or_red_as_hindsight_says(browser, report, signal):
