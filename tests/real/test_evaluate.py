@@ -319,11 +319,14 @@ def cells(page, heading: str) -> list[list[str]]:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_benchmarks_of_others_are_tables(browser, report, alpaca, arena, width):
     with shown(browser, report, viewport={"width": width, "height": 900}) as page:
-        head, gemma = (dict(enumerate(row)) for row in cells(page, "alpaca"))
-        told = {head[at]: text for at, text in gemma.items()}
+        told = dict(zip(*cells(page, "alpaca"), strict=True))
         assert (told["model"], told["compared with"]) == (alpaca["model"], alpaca["reference"])
         assert told["judged by"] == "weighted_alpaca_eval_gpt4_turbo"
         assert told["win rate, %"] == f"{alpaca['win_rate']:.2f} ± {alpaca['standard_error']:.2f}"
+        assert told["length-controlled win rate, %"].startswith("10.4")
+        wide = page.locator("#alpaca + .wide").bounding_box()
+        rate = page.locator("#alpaca + .wide td").nth(1).bounding_box()
+        assert rate["x"] + rate["width"] < wide["x"] + wide["width"], "seen without scrolling"
         head, *rows = cells(page, "arena")
         told = [dict(zip(head, row, strict=True)) for row in rows]
         assert [(row["model"], row["category"], row["win rate, %"]) for row in told] == [
