@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ import pytest
 import torch
 from peft import LoraConfig as Peft
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -47,6 +48,7 @@ TEXTS = (
 RANK = 8
 NEAR = 1e-3
 """Nats between the server's and transformers' log-probabilities, in float32."""
+SPOILT = "model.layers.9.mlp.down_proj.weight"
 COMMON = ["--sampling.temperature", "1.0", "--batch.interactions-per-step", "6"]
 COMMON += ["--sampling.max-new-tokens", "24", "--hindsight.max-hindsight-prompt-tokens", "400"]
 COMMON += ["--hindsight.max-prompt-tokens", "300", "--evaluate.prompts", "0"]
@@ -136,6 +138,21 @@ class Engine:
         self.model.save_pretrained(folder)
 
 
+class Spoiler(Engine):
+    """Exports a model without one of its tensors, or with another in its place."""
+
+    def __init__(self, model, instead: Tensor | None = None):
+        super().__init__(model)
+        self.instead = {} if instead is None else {SPOILT: instead}
+
+    def export(self, folder, **how):
+        super().export(folder, **how)
+        path = Path(folder) / "model.safetensors"
+        tensors = load_file(path)
+        del tensors[SPOILT]
+        path.write_bytes(save(tensors | self.instead, {"format": "pt"}))
+
+
 def model_of(folder, seed=0, size=0.0):
     """A folder's model, moved a little, so that it says other things in as good English."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -151,11 +168,18 @@ def adapted(folder, seed):
     torch.manual_seed(seed)
     config = Peft(r=RANK, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
     model = get_peft_model(model_of(folder), config).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name and seed:
-                p.normal_(0, 0.08)
+    if seed:
+        redraw(model, seed)
     return model
+
+
+@torch.no_grad()
+def redraw(model, seed) -> None:
+    """Let the model's adapter say other things."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.normal_(0, 0.08, generator=generator)
 
 
 @torch.no_grad()
@@ -289,6 +313,47 @@ def test_trap_5_a_server_survives_a_folder_that_it_cannot_load(server, smollm2, 
     call(server, "load_weights", Path(smollm2), "default", None)
 
 
+def test_trap_6_weights_with_a_hole_or_of_another_shape_are_never_sent(
+    server, smollm2, chat, prompts, tmp_path
+):
+    first, other = (model_of(smollm2, seed=seed, size=0.03) for seed in (3, 4))
+    sampler = made(server, Engine(first), smollm2, tmp_path / "run", chat)
+
+    def answers():  # one by one: what else is in a batch moves last bits
+        return [sampler.sample([prompt], [0], greedy=True)[0] for prompt in prompts]
+
+    answers()  # fills the prefix cache
+    before, orders = answers(), given(server)
+    assert [r.token_ids for r in before] == [greedy(first, p, 24) for p in prompts]
+    shape = r"is \(3, 5\), where .* has \(576, 1536\)"
+    for spoiler, says in (
+        (Spoiler(other), "is missing"),
+        (Spoiler(other, torch.zeros(3, 5)), shape),
+    ):
+        with pytest.raises(SdpoError, match=f"{SPOILT} {says}"):
+            sampler.update(spoiler, 1)  # pyright: ignore
+        assert given(server) == orders
+        assert answers() == before
+    sampler.close()
+
+    # what comes of it otherwise: status 200, and a mixture of both answers
+    Spoiler(other).export(tmp_path / "hole", adapters=False, dtype="float32")
+    call(server, "load_weights", tmp_path / "hole", "hole", None)
+    sampling = {"max_tokens": 24, "temperature": 0.0, "logprobs": 0}
+    out = call(server, "generate", call(server, "base")[0], prompts[-1], sampling)
+    there = torch.tensor(out.logprobs)
+    not_other = (logprobs(other, prompts[-1], out.token_ids) - there).abs().max()
+    other.get_parameter(SPOILT).data.copy_(first.get_parameter(SPOILT))
+    assert (logprobs(other, prompts[-1], out.token_ids) - there).abs().max() < NEAR < not_other
+    call(server, "load_weights", Path(smollm2), "default", None)
+
+
+def given(server: Process) -> int:
+    """Orders that a server has had, by its log: all but questions."""
+    lines = server.log.read_text().splitlines()
+    return sum('"POST /' in line and "/generate " not in line for line in lines)
+
+
 def test_adapters_of_three_users_and_the_base_in_one_batch(server, smollm2, prompts, tmp_path):
     models = {f"user{seed}@1": adapted(smollm2, seed) for seed in range(4)}  # 0: as the base
     for name, model in models.items():
@@ -323,6 +388,59 @@ def test_adapters_after_each_update(server, smollm2, chat, prompts, tmp_path):
     assert len(call(server, "adapters")) == 1
     sampler.close()
     assert call(server, "adapters") == {}
+
+
+Answer = tuple[tuple[int, ...], Tensor]
+"""Token ids, and their log-probabilities."""
+
+
+def same(one: Answer, other: Answer) -> bool:
+    """Both come from the same weights."""
+    return one[0] == other[0] and bool((one[1] - other[1]).abs().max() < NEAR)
+
+
+def test_trap_3_more_adapters_than_a_server_holds(server, smollm2, chat, prompts, tmp_path):
+    """Each is asked when the server has thrown it out, and reads its folder again; the folder of a
+    version goes when its name has gone, and no earlier."""
+    holds = int(call(server, "settings")["lora_config"]["max_cpu_loras"])
+    model, long = adapted(smollm2, 1), prompts[-1]
+    samplers: list[VLLMSampler] = []
+    due: dict[int, Answer] = {}
+
+    def answers_as_it_should(user: int) -> None:
+        (r,) = samplers[user].sample([long], [0], greedy=True)
+        assert same((r.token_ids, torch.tensor(r.logprobs)), due[user]), (user, r.versions)
+
+    def learns(user: int, version: int) -> None:
+        redraw(model, seed=1000 * version + user)
+        ids = greedy(model, long, 24)
+        due[user] = ids, logprobs(model, long, ids)
+        if version:
+            samplers[user].update(Engine(model), version)  # pyright: ignore
+        else:
+            out = tmp_path / str(user)
+            samplers.append(made(server, Engine(model), smollm2, out, chat, patience=20.0))
+        answers_as_it_should(user)
+
+    users = range(holds + 2)
+    for user in users:
+        learns(user, 0)
+    for version in (1, 2):
+        for user in users[:2]:
+            learns(user, version)
+    assert not any(same(*pair) for pair in combinations(due.values(), 2))
+    for user in users:  # the one that was asked least recently
+        answers_as_it_should(user)
+
+    named = call(server, "adapters")
+    assert named == {s.sent[-1].label: str(s.sent[-1].folder) for s in samplers}
+    assert all((Path(folder) / "adapter_model.safetensors").is_file() for folder in named.values())
+    for user, s in enumerate(samplers):
+        kept = (1, 2) if user < 2 else (0,)  # the newest, and the one before
+        assert {f.name for f in s.versions.root.iterdir()} == {f"{s.run}-{v}" for v in kept}
+    for s in samplers:
+        s.close()
+    assert call(server, "adapters") == {} and not list(tmp_path.glob("*/serving"))
 
 
 def test_a_run_goes_on_while_its_server_is_killed_and_started_again(server, smollm2, tmp_path):
