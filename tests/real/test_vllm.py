@@ -199,10 +199,10 @@ def greedy(model, prompt, n):
     return tuple(out[0, len(prompt) :].tolist())
 
 
-def made(server, engine, folder, out, chat, **settings) -> VLLMSampler:
+def made(server, engine, folder, out, chat, *, tokens=24, **settings) -> VLLMSampler:
     adapters = isinstance(engine.model, PeftModel)
     config = SimpleNamespace(
-        sampling=SamplingConfig(max_new_tokens=24),
+        sampling=SamplingConfig(max_new_tokens=tokens),
         model=folder,
         out=str(out),
         parallel=ParallelConfig(),
@@ -399,11 +399,14 @@ def same(one: Answer, other: Answer) -> bool:
     return one[0] == other[0] and bool((one[1] - other[1]).abs().max() < NEAR)
 
 
-def test_trap_3_more_adapters_than_a_server_holds(server, smollm2, chat, prompts, tmp_path):
+def test_trap_3_more_adapters_than_a_server_holds(server, smollm2, chat, tmp_path):
     """Each is asked when the server has thrown it out, and reads its folder again; the folder of a
     version goes when its name has gone, and no earlier."""
     holds = int(call(server, "settings")["lora_config"]["max_cpu_loras"])
-    model, long = adapted(smollm2, 1), prompts[-1]
+    model = adapted(smollm2, 1)
+    text = "It rained, and the river rose a little more. " * 12 + "Why?"
+    long = list(chat.prompt_ids([Message("user", text)]))
+    assert 128 < len(long) < 256, "a whole block of the prefix cache, and some"
     samplers: list[VLLMSampler] = []
     due: dict[int, Answer] = {}
 
@@ -413,13 +416,14 @@ def test_trap_3_more_adapters_than_a_server_holds(server, smollm2, chat, prompts
 
     def learns(user: int, version: int) -> None:
         redraw(model, seed=1000 * version + user)
-        ids = greedy(model, long, 24)
+        ids = greedy(model, long, 8)
         due[user] = ids, logprobs(model, long, ids)
         if version:
             samplers[user].update(Engine(model), version)  # pyright: ignore
         else:
+            settings = {"tokens": 8, "patience": 20.0}
             out = tmp_path / str(user)
-            samplers.append(made(server, Engine(model), smollm2, out, chat, patience=20.0))
+            samplers.append(made(server, Engine(model), smollm2, out, chat, **settings))
         answers_as_it_should(user)
 
     users = range(holds + 2)
