@@ -12,7 +12,7 @@ from .errors import SdpoError
 COMMANDS = {
     "data": ("", "conversation logs to interactions: prepare, inspect, validate, score, trace"),
     "train": ("evaluate.loop:main", "train a model on interactions; under torchrun on many GPUs"),
-    "online": ("online.command:main", "train a model on what users say to its own answers"),
+    "online": ("evaluate.tasks:online", "train a model on what users say to its own answers"),
     "serve": ("online.serving.command:serve", "start a vLLM server that online runs sample from"),
     "check-server": ("online.serving.command:check_server", "what a vLLM server lacks for a run"),
     "users": ("", "many users of one model: list, add, train, rollback, export, forget"),
@@ -44,7 +44,7 @@ DATA_COMMANDS = {
 USERS_COMMANDS = {
     "list": ("online.store:show", "who there is, and how far they are"),
     "add": ("online.store:add", "a user, and the phases that they go through"),
-    "train": ("online.store:train", "all users, in turn, as sdpo online does one"),
+    "train": ("evaluate.tasks:train_users", "all users, in turn, as sdpo online does one"),
     "rollback": ("online.store:rollback", "put a user back to a snapshot"),
     "export": ("online.store:export", "a user's adapters, as a PEFT folder"),
     "forget": ("online.store:forget", "remove all that there is of a user"),
@@ -60,9 +60,9 @@ EVALUATE_COMMANDS = {
 GROUPS = {"data": DATA_COMMANDS, "users": USERS_COMMANDS, "evaluate": EVALUATE_COMMANDS}
 BY_THEMSELVES = (
     "evaluate.loop:main",
-    "online.command:main",
+    "evaluate.tasks:online",
     "demo.command:main",
-    "online.store:train",
+    "evaluate.tasks:train_users",
 )
 """Their arguments depend on a recipe or world: they parse them."""
 

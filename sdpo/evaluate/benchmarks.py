@@ -25,6 +25,7 @@ from .. import __version__
 from ..chat import chat_format
 from ..errors import SdpoError
 from ..io.files import sha256, write_text
+from ..online.tasks import data_files
 from .intervals import Estimate, mean, ratio
 from .models import Model, find_model, same_names_refused
 from .preference import told
@@ -410,21 +411,6 @@ def _asked(path: Any) -> tuple[str, str]:
     task = load_yaml(path, resolve_func=False)
     name = "test_split" if task.get("test_split") else "validation_split"
     return name, task.get(name) or "test"
-
-
-def data_files(data: Sequence[str]) -> dict[str, str]:
-    """What TASK=FILE says.
-
-    Raises:
-        SdpoError: there is no such file.
-    """
-    found = dict[str, str]()
-    for text in data:
-        task, _, file = text.partition("=")
-        if not file or not Path(file).is_file():
-            raise SdpoError(f"--data {text}: no such file; it is TASK=FILE")
-        found[task] = file
-    return found
 
 
 @contextlib.contextmanager

@@ -10,12 +10,9 @@ so many steps, and after the last one. A run's losses are the same with and with
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from transformers import GenerationConfig
+from typing import Literal
 
 from sdpo_parallel.huggingface import load_tokenizer
 
@@ -23,13 +20,14 @@ from ..chat import chat_format
 from ..errors import SdpoError
 from ..hindsight import policy_ids
 from ..io.files import sha256, write_text
-from ..online.config import BrakeConfig
+from ..online.config import BrakeConfig, TasksConfig
 from ..online.evaluate import Evaluation, Evaluations, answered, evaluation, tripped
 from ..online.prompts import read_prompts
 from ..online.run import gone_back
 from ..online.sampler import InProcessSampler, SamplingConfig
 from ..online.snapshots import GOOD, Snapshot, read_snapshots, remember
 from ..online.talk import Brake, first_entropy
+from ..online.tasks import asked, data_files
 from ..online.users.personas import load_persona
 from ..train.command import TrainCommand, parse
 from ..train.config import TrainConfig, to_json
@@ -37,14 +35,14 @@ from ..train.dry_run import dry_run
 from ..train.recipes import RECIPES
 from ..train.run_folder import RunFolder
 from ..train.trainer import Looked, Trainer, checkpoint_manifest, prepare, to_the_end
-from .benchmarks import BenchmarkConfig, Harness, Row, Scores, compare, data_files
+from .tasks import Tasks
 
 FREE = ("kind", "brakes", "every", "regression", "batch")
 """Settings that do not change what a policy scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig:
+class LoopConfig(TasksConfig):
     """What a run is evaluated on while it trains. It needs a copy of the model on each rank."""
 
     prompts: str | None = None
@@ -58,26 +56,16 @@ class LoopConfig:
     """The likeliest answer, or one drawn at temperature 1."""
     max_new_tokens: int = 256
     """Longer answers to prompts are cut; those to tasks are as long as the task says."""
-    tasks: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness (extra ``eval``), such as ifeval. The main rank answers."""
-    limit: int | None = 100
-    """Ask so many prompts of each task, from its beginning; None: all."""
-    data: tuple[str, ...] = ()
-    """TASK=FILE, for tasks whose data is not to come from the hub: JSON lines as the hub has
-    them."""
     every: int = 50
     """Steps between evaluations; there is one before the first and after the last step, too. One
     must take less time than safeguard.stall-seconds."""
     batch: int = 16
     """Prompts that a rank answers at a time."""
-    regression: Literal["stop", "report"] = "report"
-    """Whether the run goes back and ends where a task's score is below the first evaluation's, with
-    an interval of its change that excludes zero. The level, 0.95, is each comparison's own: of many
-    some are beyond it by chance."""
     brakes: BrakeConfig = field(default_factory=BrakeConfig)
 
     def __post_init__(self):
-        for name in ("first", "limit", "every", "batch", "max_new_tokens"):
+        super().__post_init__()
+        for name in ("first", "every", "batch", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SdpoError(f"evaluate.{name} must be at least 1, got {value}")
@@ -85,8 +73,6 @@ class LoopConfig:
             raise SdpoError("evaluate.personas and evaluate.brakes need evaluate.prompts")
         if self.brakes.preference_drop is not None and not self.personas:
             raise SdpoError("evaluate.brakes.preference_drop needs evaluate.personas")
-        if not self.tasks and (self.data or self.regression == "stop"):
-            raise SdpoError("evaluate.data and evaluate.regression need evaluate.tasks")
 
     @property
     def any(self) -> bool:
@@ -108,11 +94,28 @@ class Command(TrainCommand):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Parse and run."""
-    command = parse(args, RECIPES, TrainConfig, Command, "train")
+    command = parse(args, RECIPES, TrainConfig, Command, "train", evaluate=LoopConfig())
     if command.dry_run:
+        if command.evaluate.any:
+            print(told(command.evaluate))
         dry_run(command.config, ranks=command.ranks, gpu_memory_gib=command.gpu_memory_gib)
         return
     train(command.config, command.evaluate, resume=command.resume)
+
+
+def told(config: LoopConfig) -> str:
+    """What a run will be evaluated on, and how often, for a dry run.
+
+    Raises:
+        SdpoError: the prompts or a task's data cannot be read.
+    """
+    parts = [asked(config)] if config.tasks else []
+    if config.prompts is not None:
+        count = len(read_prompts(config.prompts)[: config.first])
+        personas = f" ({', '.join(config.personas)})" if config.personas else ""
+        parts.insert(0, f"{count:,} prompts of {config.prompts}{personas}")
+    when = f"before the first step, every {config.every} steps and after the last"
+    return f"evaluated {when}: {'; '.join(parts)}"
 
 
 def train(config: TrainConfig, evaluate: LoopConfig, *, resume: bool = False) -> Path | None:
@@ -158,7 +161,8 @@ class Loop:
             raise SdpoError(
                 f"evaluate.personas: {ruleless[0]} has no rule, so that a judge is needed"
             )
-        self.tasks = Tasks(config, self.folder / "evaluations") if config.tasks else None
+        answers = self.folder / "evaluations"
+        self.tasks = Tasks(config, answers, config.batch) if config.tasks else None
         self.evaluations = Evaluations(self.folder)
         self.seen: list[Evaluation] = []
 
@@ -177,7 +181,7 @@ class Loop:
         self.sampler = InProcessSampler(sampling, engine, folder, chat, parallel)
         self.seen = engine.on_main(lambda: self.evaluations.read(step))
         tasks = self.tasks
-        known = tasks is None or engine.on_main(lambda: tasks.first(step) is not None)
+        known = tasks is None or engine.on_main(lambda: tasks.known(step))
         if not known or (self.prompts and not self.seen):
             self._evaluate(step)
         if config.stops:
@@ -227,15 +231,13 @@ class Loop:
     def _evaluate(self, step: int) -> tuple[dict[str, float], str | None]:
         """The step's metrics, and which task's score has fallen, where that is to end the run."""
         engine, metrics, why = self.trainer.engine, dict[str, float](), None
-        devices = [engine.device] if engine.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):  # the harness sets a seed, dropout draws
-            self.sampler.update(engine, step)
-            if self.prompts:
-                metrics |= self._answer(step).metrics()
-            if (tasks := self.tasks) is not None:
-                rows = engine.on_main(lambda: tasks.look(self.sampler, engine.config.model, step))
-                metrics |= {f"evaluate/benchmark/{r.task}/{r.metric}": r.score.value for r in rows}
-                why = fallen(rows) if self.config.regression == "stop" else None
+        self.sampler.update(engine, step)
+        if self.prompts:
+            metrics |= self._answer(step).metrics()
+        if (tasks := self.tasks) is not None:
+            folder = engine.config.model
+            scores, why = engine.on_main(lambda: tasks.look(self.sampler, folder, step))
+            metrics |= scores
         return metrics, why
 
     def _answer(self, step: int) -> Evaluation:
@@ -253,73 +255,3 @@ class Loop:
 
 def _good(step: int) -> Snapshot:
     return Snapshot(name=GOOD, step=step, phase=1, persona="")
-
-
-class Tasks:
-    """The harness's tasks, asked of a model while it trains; ``step-N.json`` of a folder has each
-    evaluation's scores, of every prompt.
-
-    Raises:
-        SdpoError: the harness is not installed, or does not have a task.
-    """
-
-    def __init__(self, config: LoopConfig, folder: Path):
-        self.config, self.folder = config, folder
-        files, settings = data_files(config.data), BenchmarkConfig(batch=config.batch)
-        self.harness = Harness(folder, files, settings)
-        self.harness.check(config.tasks)
-        self.lm: Any = None
-
-    def first(self, step: int) -> dict[str, Scores] | None:
-        """The scores of the first evaluation up to a step, which later ones are compared with."""
-        numbers = [path.stem.removeprefix("step-") for path in self.folder.glob("step-*.json")]
-        there = [int(n) for n in numbers if n.isdigit() and int(n) <= step]
-        if not there:
-            return None
-        kept = json.loads((self.folder / f"step-{min(there)}.json").read_text(encoding="utf-8"))
-        return {task: Scores(**scores) for task, scores in kept["scores"].items()}
-
-    def look(self, sampler: InProcessSampler, folder: str, step: int) -> list[Row]:
-        """What the sampler's model scores, beside what it did at first; written down. On the main
-        rank.
-
-        Args:
-            folder: of its tokenizer.
-        """
-        model, own = sampler.model, sampler.model.generation_config
-        self.lm = self.lm or self.harness.held(model, folder)
-        model.generation_config = _generation(folder, model.config)  # not the sampler's limits
-        try:
-            limit = self.config.limit
-            found = [self.harness.look(self.lm, task, limit) for task in self.config.tasks]
-        finally:
-            model.generation_config = own
-        scores = {name: one for some in found for name, one in some.items()}
-        name, base = f"step-{step}", self.first(step - 1)
-        rows = compare(({} if base is None else {"at first": base}) | {name: scores})
-        rows = [row for row in rows if row.model == name]
-        report = {
-            "lm_eval": self.harness.version,
-            "rows": [asdict(row) for row in rows],
-            "scores": {task: asdict(one) for task, one in scores.items()},
-        }
-        write_text(self.folder / f"{name}.json", json.dumps(report) + "\n")
-        return rows
-
-
-def _generation(folder: str, config: Any) -> GenerationConfig:
-    """What transformers would give to a model that it loads from the folder."""
-    if (Path(folder) / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(folder)
-    return GenerationConfig.from_model_config(config)
-
-
-def fallen(rows: Sequence[Row]) -> str | None:
-    """Which scores are below those at first, with intervals that exclude zero."""
-    told = [
-        f"{row.task}'s {row.metric} changed by {100 * row.change.value:.1f} points, "
-        f"[{100 * row.change.low:.1f}, {100 * row.change.high:.1f}]"
-        for row in rows
-        if row.verdict == "regressed" and row.change is not None
-    ]
-    return "; ".join(told) + " (evaluate.regression stop)" if told else None

@@ -1,6 +1,7 @@
 """`torchrun … -m sdpo.online RECIPE …` is `sdpo online RECIPE …` on each rank."""
 
-from ..cli import run
-from .command import main
+import sys
 
-run(main)
+from ..cli import main
+
+main(["online", *sys.argv[1:]])

@@ -1,4 +1,7 @@
-"""`sdpo online RECIPE …`, and `torchrun … -m sdpo.online RECIPE …` on one node or many."""
+"""What `sdpo online RECIPE …` is told, and what it would ask for.
+
+`sdpo/evaluate/tasks.py` runs it, as it has the tasks that a run may be evaluated on.
+"""
 
 import json
 from collections.abc import Sequence
@@ -15,6 +18,8 @@ from .config import OnlineConfig
 from .prompts import read_prompts
 from .recipes import RECIPES
 from .run import online, split
+from .talk import due
+from .tasks import MakeTasks, asked
 from .users.personas import load_persona
 
 
@@ -32,13 +37,13 @@ class OnlineCommand:
     """Continue from the newest checkpoint in --out."""
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Parse and run."""
+def main(args: Sequence[str] | None = None, tasks: MakeTasks | None = None) -> None:
+    """Parse and run; ``tasks`` as `online` takes it."""
     command = parse(args, RECIPES, OnlineConfig, OnlineCommand, "online")
     if command.dry_run:
         dry_run(command.config)
         return
-    online(command.config, resume=command.resume)
+    online(command.config, resume=command.resume, tasks=tasks)
 
 
 def dry_run(config: OnlineConfig) -> None:
@@ -58,9 +63,11 @@ def dry_run(config: OnlineConfig) -> None:
         answers = phase.updates * per_update
         table.add_row(str(number), persona.name, rule, str(phase.updates), f"{answers:,}")
     console.print(table)
-    looks = 1 + sum(-(-p.updates // config.evaluate.every) for p in config.schedule)
+    looks = 1 + sum(due(config, update) for update in range(1, config.updates + 1))
     sampled = config.updates * per_update + looks * len(held_out)
     console.print(
         f"{len(training):,} prompts to train on, {len(held_out):,} held out; {sampled:,} answers "
         f"in all, at most {sampled * config.sampling.max_new_tokens:,} tokens"
     )
+    if config.evaluate.tasks:
+        console.print(f"{asked(config.evaluate)} at each of {looks:,} evaluations")

@@ -68,11 +68,35 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Prompts that are held out of training, on which the policy is looked at between updates."""
+class TasksConfig:
+    """Tasks that a policy is asked while it trains."""
+
+    tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness (extra ``eval``), such as ifeval. The main rank answers."""
+    limit: int | None = 100
+    """Ask so many prompts of each task, from its beginning; None: all."""
+    data: tuple[str, ...] = ()
+    """TASK=FILE, for tasks whose data is not to come from the hub: JSON lines as the hub has
+    them."""
+    regression: Literal["stop", "report"] = "report"
+    """Whether the run goes back and ends where a task's score is below the first evaluation's, with
+    an interval of its change that excludes zero. The level, 0.95, is each comparison's own: of many
+    some are beyond it by chance."""
+
+    def __post_init__(self):
+        if self.limit is not None and self.limit < 1:
+            raise SdpoError(f"evaluate.limit must be at least 1, got {self.limit}")
+        if not self.tasks and (self.data or self.regression == "stop"):
+            raise SdpoError("evaluate.data and evaluate.regression need evaluate.tasks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(TasksConfig):
+    """Prompts that are held out of training, and tasks, on which the policy is looked at between
+    updates. Where vLLM servers answer, they answer tasks, too."""
 
     prompts: int = 64
-    """How many, drawn from the prompts' file with the run's seed; 0: no evaluation."""
+    """How many, drawn from the prompts' file with the run's seed; 0: none."""
     every: int = 4
     """Updates between evaluations; there is one before the first update and at each phase's end,
     too."""
@@ -80,6 +104,7 @@ class EvaluateConfig:
     """The likeliest answer, or one drawn as in training."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.prompts < 0 or self.every < 1:
             raise SdpoError("evaluate.prompts must be >= 0 and evaluate.every at least 1")
 

@@ -34,14 +34,20 @@ from .serving.config import InProcess
 from .serving.sampler import VLLMSampler
 from .snapshots import GOOD, Snapshot, find_snapshot, go_back, remember
 from .talk import Brake, Talk
+from .tasks import MakeTasks, Tasks, build_tasks, data_files
 from .users.base import User
 from .users.config import build_user
 from .users.personas import load_persona
 
 
-def online(config: OnlineConfig, *, resume: bool = False) -> Path | None:
+def online(
+    config: OnlineConfig, *, resume: bool = False, tasks: MakeTasks | None = None
+) -> Path | None:
     """Run to the end; returns the exported Hugging Face folder, ``out/export``, or None where a
     signal asked for an early, resumable end.
+
+    Args:
+        tasks: what asks the config's tasks: `sdpo.evaluate.tasks.Tasks`.
 
     Raises:
         SdpoError: the config, model or prompts cannot be used; raised before the first update.
@@ -51,10 +57,11 @@ def online(config: OnlineConfig, *, resume: bool = False) -> Path | None:
     if config.users:
         from .together import together  # which takes turns at what is here
 
-        return together(config, resume=resume)
+        return together(config, resume=resume, tasks=tasks)
     with RunFolder(config.out, config, resume=resume) as run:
         local = local_models(run.config)  # the run's files keep the names as given
-        trainer, talk = join(build_base(local), run, local)
+        own = build_tasks(local, tasks)
+        trainer, talk = join(build_base(local), run, local, tasks=own)
         engine, export = trainer.engine, Path(config.out) / "export"
         try:
             with closing(talk):  # before what it may still write is put aside
@@ -131,6 +138,8 @@ def build_base(config: OnlineConfig) -> Base:
     prompts, held_out = split(read_prompts(config.prompts, config.system), config)
     data = sha256(config.prompts)
     inputs = run_inputs(config) | {"prompts": data}
+    files = data_files(config.evaluate.data if config.replay is None else ())
+    inputs |= {f"evaluate.data of {task}": sha256(file) for task, file in files.items()}
     tokenizer = load_tokenizer(config.model)
     state = RunState(Cursor(len(prompts), config.batch.seed), data)
     engine = build_engine(config.engine, engine_config(config, config.updates), state)
@@ -141,7 +150,11 @@ def build_base(config: OnlineConfig) -> Base:
 
 
 def join(
-    base: Base, run: RunFolder[OnlineConfig], local: OnlineConfig, sampler: Sampler | None = None
+    base: Base,
+    run: RunFolder[OnlineConfig],
+    local: OnlineConfig,
+    sampler: Sampler | None = None,
+    tasks: Tasks | None = None,
 ) -> tuple[Trainer, Talk]:
     """A run of the engine's model: its users, a first look at the policy, and on to where its
     newest checkpoint is.
@@ -149,6 +162,7 @@ def join(
     Args:
         local: the run's config with models as local folders.
         sampler: what it samples from; None: what its config names.
+        tasks: what else it is evaluated on.
     """
     engine = base.engine
     state = base.new_state(local)
@@ -181,8 +195,10 @@ def join(
         users,
         base.prompts,
         base.held_out if sampler is not None else [],
+        tasks,
     )
     drift = _drift(engine, packer, talk) if talk.held_out else None
+    talk.first_scores()
     engine.resume()
     if engine.ranks.is_main:
         run.open(state.step)

@@ -129,9 +129,28 @@ class RemoteSampler(Sampler, Protocol):
     """Updates that may be made meanwhile; 0: none."""
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, greedy: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        greedy: bool = False,
+        limits: Sequence[int] = (),
     ) -> list[Rollout]:
-        """What ``sample`` gives, on the main rank alone and in any thread."""
+        """What ``sample`` gives, on the main rank alone and in any thread.
+
+        Args:
+            limits: tokens at which each answer is cut; none: the config's for all.
+        """
+        ...
+
+
+@runtime_checkable
+class LocalSampler(Sampler, Protocol):
+    """One that answers in this process."""
+
+    @property
+    def model(self) -> Any:
+        """The model of transformers that answers, with the weights of its ``version``."""
         ...
 
 

@@ -31,6 +31,7 @@ from . import snapshots
 from .command import main as online
 from .config import parse_user
 from .snapshots import find_snapshot, read_snapshots
+from .tasks import MakeTasks
 
 NAME = "users.json"
 FORGETTING = ".forgetting-"
@@ -84,8 +85,11 @@ def add(
     write_text(Path(store) / NAME, json.dumps(users | {name: phases}, indent=2) + "\n")
 
 
-def train(args: Sequence[str]) -> None:
+def train(args: Sequence[str], tasks: MakeTasks | None = None) -> None:
     """``STORE RECIPE …``: `sdpo online` for all users of a store, each from where it is.
+
+    Args:
+        tasks: as `sdpo.online.run.online` takes it.
 
     Raises:
         SdpoError: as `sdpo.online.together.together` does.
@@ -97,7 +101,7 @@ def train(args: Sequence[str]) -> None:
     if not (users := read_users(store)):
         raise SdpoError(f"{store}: no users; add one with `sdpo users add {store} NAME PHASE…`")
     named = [f"{name}={','.join(phases)}" for name, phases in users.items()]
-    online([*rest, "--out", store, "--resume", "--users", *named])
+    online([*rest, "--out", store, "--resume", "--users", *named], tasks)
 
 
 def show(store: tyro.conf.Positional[str], /) -> None:

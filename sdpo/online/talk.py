@@ -47,6 +47,7 @@ from .prompts import Order, Prompt
 from .record import Record, read_update, write_update
 from .sampler import RemoteSampler, Rollout, Sampler
 from .snapshots import GOOD, Snapshot, attempts, read_snapshots, remember
+from .tasks import Tasks
 from .users.base import Exchange, Reply, User
 from .users.personas import Persona
 
@@ -75,6 +76,11 @@ def place_of(schedule: Sequence[Phase], update: int) -> Place:
     raise ValueError(f"update {update} is beyond the schedule's {before}")
 
 
+def due(config: OnlineConfig, update: int) -> bool:
+    """The policy is evaluated after an update."""
+    return update % config.evaluate.every == 0 or place_of(config.schedule, update).is_last
+
+
 class Said(NamedTuple):
     """What was said in an update, and when: seconds of one clock."""
 
@@ -95,7 +101,7 @@ class Talk:
         state: where the run is; the trainer moves it on.
         personas: one for each phase.
         users: one for each phase on the main rank, where nothing is replayed.
-        sampler, held_out: None and empty where a recording is replayed.
+        sampler, held_out, tasks: None, empty and None where a recording is replayed.
     """
 
     config: OnlineConfig
@@ -110,6 +116,7 @@ class Talk:
     users: Sequence[User]
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt]
+    tasks: Tasks | None = None
 
     def __post_init__(self):
         self.schedule, self.steps = self.config.schedule, self.config.updates
@@ -300,6 +307,12 @@ class Talk:
             self._evaluate(0)
         return self.engine.on_main(lambda: self.evaluations.answers_at(0))
 
+    def first_scores(self) -> None:
+        """What the policy scores on tasks before its first update. To be called before the run goes
+        on from a checkpoint."""
+        if (tasks := self.tasks) is not None and not self.engine.on_main(lambda: tasks.known(0)):
+            self._scores(tasks, 0)
+
     def resumed(self) -> None:
         """The run is where its newest checkpoint is."""
         step = self.state.step
@@ -316,19 +329,35 @@ class Talk:
         if why := self._apart(row):
             return Looked({}, why_end=why)
         place = place_of(self.schedule, step)
-        due = step % self.config.evaluate.every == 0 or place.is_last
         metrics: dict[str, float] = {}
-        if due and self.held_out and self.sampler is not None:
+        if due(self.config, step) and (self.held_out or self.tasks is not None):
             began = time.perf_counter()
-            self.sampler.update(self.engine, step)
-            now = self._evaluate(step)
-            metrics = now.metrics() | {"seconds/evaluate": time.perf_counter() - began}
-            if why := tripped(self.config.brakes, self.seen, row, self.first_entropy):
+            metrics, why = self._all(step, row)
+            metrics["seconds/evaluate"] = time.perf_counter() - began
+            if why:
                 return Looked(metrics, keep=True, why_end=Brake(f"update {step}: {why}"))
         elif not place.is_last:
             return Looked({})
         self._keep(step, place)
         return Looked(metrics, keep=True)
+
+    def _all(self, step: int, row: Mapping[str, float]) -> tuple[dict[str, float], str | None]:
+        """Metrics of all that is evaluated, and why the run must go back."""
+        assert self.sampler is not None
+        self.sampler.update(self.engine, step)
+        metrics, why, fallen = dict[str, float](), None, None
+        if self.held_out:
+            metrics |= self._evaluate(step).metrics()
+            why = tripped(self.config.brakes, self.seen, row, self.first_entropy)
+        if self.tasks is not None:
+            scores, fallen = self._scores(self.tasks, step)
+            metrics |= scores
+        return metrics, why or fallen
+
+    def _scores(self, tasks: Tasks, step: int) -> tuple[dict[str, float], str | None]:
+        sampler, folder = self.sampler, self.config.model
+        assert sampler is not None
+        return self.engine.on_main(lambda: tasks.look(sampler, folder, step))
 
     def _evaluate(self, step: int) -> Evaluation:
         assert self.sampler is not None

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sdpo_parallel.engine import Engine, Seat
 
@@ -25,6 +26,7 @@ from .run import Base, build_base, gone_back, join
 from .sampler import InProcessSampler, Rollout
 from .serving.config import InProcess
 from .talk import Brake, Talk
+from .tasks import MakeTasks, Tasks, build_tasks
 
 
 @dataclass
@@ -79,6 +81,12 @@ class Turns:
         """Of this user's weights; -1: it has another's."""
         return self._version if self.shared.holder is self else -1
 
+    @property
+    def model(self) -> Any:
+        """With this user's weights."""
+        assert self.shared.holder is self
+        return self.shared.sampler.model
+
     def update(self, engine: Engine, version: int) -> None:
         self.shared.sampler.update(engine, version)
         self.shared.holder, self._version = self, version
@@ -93,7 +101,7 @@ class Turns:
         pass
 
 
-def together(config: OnlineConfig, *, resume: bool) -> Path | None:
+def together(config: OnlineConfig, *, resume: bool, tasks: MakeTasks | None = None) -> Path | None:
     """Run all users' schedules to their ends; returns the folder that theirs are in, or None where
     a signal asked for an early, resumable end. Each user's adapters are exported as a PEFT folder.
 
@@ -107,10 +115,11 @@ def together(config: OnlineConfig, *, resume: bool) -> Path | None:
             own = config.of_user(text)
             kept = resume and (Path(own.out) / "config.json").is_file()
             runs.append(stack.enter_context(RunFolder(own.out, own, resume=kept)))
+        own = [build_tasks(run.config, tasks) for run in runs]
         base = build_base(local_models(config.of_user(config.users[0])))
         engine, start = base.engine, base.engine.seat()
         shared = _shared_sampler(config, base)
-        members = [_member(base, run, start, shared) for run in runs]
+        members = [_member(base, *each, start, shared) for each in zip(runs, own, strict=True)]
         for member in members:
             stack.callback(member.talk.close)
         finished, problems = _take_turns(config, engine, members)
@@ -130,13 +139,19 @@ def _shared_sampler(config: OnlineConfig, base: Base) -> Shared | None:
     return Shared(InProcessSampler(*parts))
 
 
-def _member(base: Base, run: RunFolder[OnlineConfig], start: Seat, shared: Shared | None) -> Member:
+def _member(
+    base: Base,
+    run: RunFolder[OnlineConfig],
+    tasks: Tasks | None,
+    start: Seat,
+    shared: Shared | None,
+) -> Member:
     engine, local = base.engine, local_models(run.config)
     engine.take(start)
     own = Turns(shared) if shared is not None else None
     if own is not None:
         own.update(engine, 0)
-    trainer, talk = join(base, run, local, own)
+    trainer, talk = join(base, run, local, own, tasks)
     seat, pinned = engine.seat(), engine.checkpoints.pinned
     return Member(Path(run.config.out).name, trainer, talk, seat, pinned)
 

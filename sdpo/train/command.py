@@ -7,12 +7,12 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from ..errors import SdpoError
-from .config import AnyRun, TrainConfig, read_settings, with_settings
+from .config import AnyRun, TrainConfig, read_settings, with_settings, with_table
 
 AnyCommand = TypeVar("AnyCommand")
 
@@ -39,19 +39,22 @@ def parse(
     args: Sequence[str] | None,
     recipes: Mapping[str, Callable[..., AnyRun]],
     kind: type[AnyRun],
-    command: Callable[[AnyRun], AnyCommand],
+    command: Callable[..., AnyCommand],
     name: str,
+    **beside: Any,
 ) -> AnyCommand:
     """A command that begins with a recipe, from its arguments; None: the process's.
 
     Args:
         kind: of the recipes' configs.
-        command: made from a config.
+        command: made from a config, and ``beside``.
         name: ``sdpo``'s, for usage and errors.
+        beside: the command's other settings, which a file has in tables of these names.
     """
-    configs, args = starting_points(sys.argv[1:] if args is None else args, recipes, kind, name)
+    args = sys.argv[1:] if args is None else args
+    configs, args, beside = starting_points(args, recipes, kind, name, **beside)
     says = {recipe: (made.__doc__ or "").partition("\n")[0] for recipe, made in recipes.items()}
-    choices = {recipe: (says.get(recipe, ""), command(c)) for recipe, c in configs.items()}
+    choices = {r: (says.get(r, ""), command(config, **beside)) for r, config in configs.items()}
     return tyro.extras.overridable_config_cli(choices, prog=f"sdpo {name}", args=args)
 
 
@@ -60,14 +63,16 @@ def starting_points(
     recipes: Mapping[str, Callable[..., AnyRun]],
     kind: type[AnyRun],
     command: str,
-) -> tuple[dict[str, AnyRun], list[str]]:
-    """The configs that flags then override, by name, and the remaining arguments.
+    **beside: Any,
+) -> tuple[dict[str, AnyRun], list[str], dict[str, Any]]:
+    """The configs that flags then override, by name; the remaining arguments; and ``beside``.
 
     Without ``--config`` these are the recipes; with it, the one config that the file gives.
 
     Args:
         kind: of the configs.
         command: ``sdpo``'s, for errors.
+        beside: settings that are no part of a config, and are tables of the file.
 
     Raises:
         SdpoError: the file cannot be used, or neither it nor the command line names a recipe.
@@ -76,8 +81,10 @@ def starting_points(
     parser.add_argument("--config")
     found, rest = parser.parse_known_args(args)
     if found.config is None:
-        return {name: recipe() for name, recipe in recipes.items()}, rest
+        return {name: recipe() for name, recipe in recipes.items()}, rest, beside
     settings = read_settings(found.config)
+    for name, base in beside.items():
+        beside[name] = with_table(base, settings.pop(name, {}), found.config, name)
     recipe = settings.pop("recipe", None)
     if rest and rest[0] in recipes:
         recipe, *rest = rest
@@ -92,4 +99,4 @@ def starting_points(
             f'{found.config}: {problem}; write recipe = "NAME" there, or `sdpo {command} NAME '
             f"--config {found.config}`, NAME being one of {known}"
         )
-    return {name: config}, [name, *rest]
+    return {name: config}, [name, *rest], beside

@@ -107,6 +107,7 @@ class TrainConfig(RunConfig):
 
 
 AnyRun = TypeVar("AnyRun", bound=RunConfig)
+AnyTable = TypeVar("AnyTable")
 
 
 def local_models(config: AnyRun) -> AnyRun:
@@ -128,19 +129,27 @@ def to_json(config: Any) -> Any:
     return list(config) if isinstance(config, tuple) else config
 
 
-ADDED_LATER = {
-    "select": to_json(SelectConfig()),
+ADDED_TO_ALL: dict[str, Any] = {
     "hindsight": {"truncation": "paper", "thinking": "strip", "date": None},
     "objective": {"hindsight_temperature": 1.0},
     "batch": {"unit": "interaction", "share_prefix": "auto"},  # equal but for rounding
     "checkpoint": {"export_rounding": "nearest"},
 }
-"""Settings that runs of earlier versions lack, as those runs behaved."""
+ADDED_LATER: dict[str, dict[str, Any]] = {
+    "TrainConfig": ADDED_TO_ALL | {"select": to_json(SelectConfig())},
+    "OnlineConfig": ADDED_TO_ALL
+    | {
+        "users": [],
+        "sampler": {"kind": "InProcess"},
+        "evaluate": {"tasks": [], "limit": 100, "data": [], "regression": "report"},
+    },
+}
+"""Settings that runs of earlier versions lack, by kind of run, as those runs behaved."""
 
 
 def completed(settings: dict[str, Any]) -> dict[str, Any]:
     """What a run's config.json says, with the settings that an earlier version did not know."""
-    return _filled(settings, ADDED_LATER) if settings.get("kind") == "TrainConfig" else settings
+    return _filled(settings, ADDED_LATER.get(str(settings.get("kind")), {}))
 
 
 def _filled(settings: dict[str, Any], by: dict[str, Any]) -> dict[str, Any]:
@@ -214,6 +223,15 @@ def with_settings(
     """
     kind = kind if base is None else type(base)
     return _built(kind, settings if base else completed(settings), base, where)
+
+
+def with_table(base: AnyTable, settings: Any, where: str, table: str) -> AnyTable:
+    """``base`` with what a config file says in one of its tables.
+
+    Raises:
+        SdpoError: as `with_settings` does.
+    """
+    return _built(type(base), settings, base, where, table)
 
 
 def _built(kind: Any, value: Any, base: Any, where: str, *path: str) -> Any:

@@ -168,6 +168,8 @@ RESUMABLE = (
     "prompts",  # so is theirs
     "safeguard",
     "brakes",
+    "evaluate.data",  # its content is compared instead
+    "evaluate.regression",
     "sampling.batch",
     "sampling.max_gap",
     "sampler.urls",

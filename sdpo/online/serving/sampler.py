@@ -152,11 +152,17 @@ class VLLMSampler:
         return self.on_main(lambda: self.answers(prompts, seeds, greedy=greedy))
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, greedy: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        greedy: bool = False,
+        limits: Sequence[int] = (),
     ) -> list[Rollout]:
+        limits = limits or [self.config.max_new_tokens] * len(prompts)
         jobs = [
-            _Job(i, prompt, self._sampling(seed, greedy))
-            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+            _Job(i, prompt, self._sampling(seed, greedy) | {"max_tokens": limit})
+            for i, (prompt, seed, limit) in enumerate(zip(prompts, seeds, limits, strict=True))
         ]
         found = self.thread.do(self._all(jobs))
         return [found[i] for i in range(len(prompts))]
@@ -238,7 +244,6 @@ class VLLMSampler:
             "frequency_penalty": 0.0,
             "repetition_penalty": 1.0,
             "seed": seed % 2**63,
-            "max_tokens": config.max_new_tokens,
             "min_tokens": 0,
             "stop_token_ids": sorted(self.end_ids),
             "ignore_eos": False,
