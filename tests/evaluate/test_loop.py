@@ -8,18 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM
 
 from helpers import forked, online, runs, tiny, train_killed
+from helpers.online import TASK
 from sdpo.cli import main
 from sdpo.errors import SdpoError
-from sdpo.evaluate.benchmarks import BenchmarkConfig, Harness
+from sdpo.evaluate import loop
+from sdpo.evaluate.benchmarks import Harness
 from sdpo.evaluate.loop import Loop, LoopConfig
 from sdpo.evaluate.report import curves, read_run
 from sdpo.online.config import BrakeConfig
 from sdpo.online.snapshots import read_snapshots
+from sdpo.train.config import to_json
 
-TASK = "commonsense_qa"
 STEPS = 5
 
 
@@ -36,40 +37,16 @@ def prompts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def questions(models, tmp_path_factory):
-    """Rows whose right answers are those that the model gives."""
-    folder, model = tmp_path_factory.mktemp("questions"), models("qwen3")
-    path = tiny.make_questions(folder / "questions.jsonl", 24)
-    harness = Harness(folder, {TASK: str(path)}, BenchmarkConfig())
-    held = harness.held(AutoModelForCausalLM.from_pretrained(model), model)
-    samples = harness._ask(TASK, None, model=held)["samples"][TASK]
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    for sample in samples:
-        likely = max(range(5), key=lambda i: sample["filtered_resps"][i][0])
-        rows[sample["doc_id"]]["answerKey"] = "ABCDE"[likely]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture(scope="module")
 def held_out(prompts):
     """Flags: prompts, every second step."""
     flags = {"prompts": prompts, "first": 4, "personas": "no_punctuation"}
-    return words(flags | {"every": 2, "max-new-tokens": 8})
+    return online.evaluated(flags | {"every": 2, "max-new-tokens": 8})
 
 
 @pytest.fixture(scope="module")
 def tasks(questions):
     """Flags: a task, every second step."""
-    return words({"tasks": TASK, "data": f"{TASK}={questions}", "limit": 20, "every": 2})
-
-
-def words(flags):
-    return [word for name, value in flags.items() for word in (f"--evaluate.{name}", str(value))]
-
-
-def scores(out, step):
-    return json.loads((out / "evaluations" / f"step-{step}.json").read_text())["scores"]
+    return online.evaluated({"tasks": TASK, "data": f"{TASK}={questions}", "limit": 20, "every": 2})
 
 
 def weights(folder):
@@ -122,7 +99,7 @@ def test_a_run_is_the_same_and_shows_what_was_evaluated(
         if row["step"] not in seen:
             assert not shown
             continue
-        right = scores(out, row["step"])[TASK]["metrics"]["acc"]
+        right = online.scores(out, row["step"])[TASK]["metrics"]["acc"]
         assert len(right) == 20
         assert shown.pop(f"evaluate/benchmark/{TASK}/acc") == sum(right) / 20
         own = seen[row["step"]]
@@ -135,7 +112,7 @@ def test_a_run_is_the_same_and_shows_what_was_evaluated(
     for name in (n for n in rows[1] if n.startswith("evaluate/")):
         values = [(event.step, event.value) for event in board.Scalars(name)]
         assert values == [(r["step"], pytest.approx(r[name])) for r in rows if name in r]
-    assert sum(scores(out, 0)[TASK]["metrics"]["acc"]) == 20 > sum(right), "training changes it"
+    assert sum(online.scores(out, 0)[TASK]["metrics"]["acc"]) == 20 > sum(right), "it changes"
     drawn = read_run(out)
     assert [row["step"] for row in drawn.evaluations] == looked and drawn.metrics == rows
     assert "scores of tasks" in curves(drawn) and f"{TASK}/acc" in curves(drawn)
@@ -148,8 +125,9 @@ def test_a_task_scores_as_the_exported_model_does(
     sums = tmp_path / "sums.jsonl"
     rows = [{"question": tiny.text(random.Random(n), 3, 9), "answer": "#### 1"} for n in range(8)]
     sums.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = words({"tasks": TASK}) + ["gsm8k", *words({"data": f"{TASK}={questions}"})]
-    more += [f"gsm8k={sums}", *words({"max-new-tokens": 8})]
+    more = [*online.evaluated({"tasks": TASK}), "gsm8k"]
+    more += [*online.evaluated({"data": f"{TASK}={questions}"}), f"gsm8k={sums}"]
+    more += online.evaluated({"max-new-tokens": 8})
     lengths = []
 
     def recorded(harness, model, task, limit):
@@ -175,13 +153,14 @@ def test_a_task_scores_as_the_exported_model_does(
     argv += ["--tasks", TASK, "--data", f"{TASK}={questions}", "--limit", "20"]
     main(argv)
     kept = json.loads((tmp_path / "e" / "benchmarks" / "export" / f"{TASK}.json").read_text())
-    assert kept["scores"][TASK] == scores(out, STEPS)[TASK] != scores(out, 0)[TASK]
+    assert kept["scores"][TASK] == online.scores(out, STEPS)[TASK] != online.scores(out, 0)[TASK]
 
 
 def test_a_killed_run_on_two_ranks_has_the_same_evaluations(
     data, models, held_out, tasks, tmp_path
 ):
-    options = [*held_out, *tasks, *words({"brakes.max-words": 1e6}), "--optimizer.lr", "3e-3"]
+    brake = online.evaluated({"brakes.max-words": 1e6})
+    options = [*held_out, *tasks, *brake, "--optimizer.lr", "3e-3"]
     run, out = ("reverse-kl", models("qwen3"), data), tmp_path / "r"
     alone = runs.train(*run, tmp_path / "alone", *options)
     killed = str(train_killed.__file__)
@@ -191,20 +170,20 @@ def test_a_killed_run_on_two_ranks_has_the_same_evaluations(
     runs.assert_same_trajectory(alone, rows)
     assert online.evaluations(out) == online.evaluations(tmp_path / "alone")
     for step in (0, 2, 4, STEPS):
-        assert scores(out, step) == scores(tmp_path / "alone", step)
+        assert online.scores(out, step) == online.scores(tmp_path / "alone", step)
     assert [s.step for s in read_snapshots(out)] == [STEPS]
 
 
 def test_a_brake_goes_back_to_the_last_good_checkpoint(data, models, held_out, tmp_path, capsys):
     model, out = models("qwen3"), tmp_path / "r"
     options = [*held_out, "--safeguard.probe-every", "2"]
-    high = words({"brakes.max-drift": 1e6})
+    high = online.evaluated({"brakes.max-drift": 1e6})
     every = ["--checkpoint.interval", "1", "--checkpoint.keep", "0"]
     bare = runs.train("reverse-kl", model, data, tmp_path / "bare")
     whole = runs.train("reverse-kl", model, data, tmp_path / "w", *options, *high, *every)
     assert [r["loss"] for r in whole] == [r["loss"] for r in bare]
     limit = (whole[1]["drift/kl"] + whole[3]["drift/kl"]) / 2
-    brake = words({"brakes.max-drift": limit})
+    brake = online.evaluated({"brakes.max-drift": limit})
     argv = runs.arguments("reverse-kl", model, data, out, *options, *brake)
     told = runs.refused(capsys, "train", *argv)
     assert "step 4: the policy drifted by" in told and "back at update 2" in told
@@ -228,14 +207,14 @@ def test_a_task_that_falls_ends_the_run_where_asked(data, models, tasks, tmp_pat
     model, lr = models("qwen3"), ["--engine", "transformers", "--optimizer.lr", "1e-2"]
     reported = runs.train("reverse-kl", model, data, tmp_path / "w", *lr, *tasks)
     assert reported[1][f"evaluate/benchmark/{TASK}/acc"] < 0.8
-    stop = words({"regression": "stop"})
+    stop = online.evaluated({"regression": "stop"})
     argv = runs.arguments("reverse-kl", model, data, tmp_path / "r", *lr, *tasks, *stop)
     told = runs.refused(capsys, "train", *argv)
     assert f"step 2: {TASK}'s acc changed by -" in told and "back at update 0" in told
     assert same(tmp_path / "r" / "export", Path(model)), "what it started from"
-    assert scores(tmp_path / "r", 0)[TASK]["metrics"]["acc"] == [1.0] * 20
+    assert online.scores(tmp_path / "r", 0)[TASK]["metrics"]["acc"] == [1.0] * 20
     assert (tmp_path / "r" / "undone-1" / "evaluations" / "step-2.json").is_file()
-    argv = [*argv, "--resume", *words({"regression": "report"})]
+    argv = [*argv, "--resume", *online.evaluated({"regression": "report"})]
     main(["train", *argv])
     runs.assert_same_trajectory(reported, runs.read_metrics(tmp_path / "r"), tolerance=1e-6)
 
@@ -244,9 +223,9 @@ def test_evaluations_of_something_else_are_not_mixed(data, models, held_out, tmp
     run = "reverse-kl", models("qwen3"), data, tmp_path / "r", "--engine", "transformers"
     runs.train(*run, *held_out)
     argv = runs.arguments(*run, *held_out, "--resume")
-    told = runs.refused(capsys, "train", *argv, *words({"first": 3}))
+    told = runs.refused(capsys, "train", *argv, *online.evaluated({"first": 3}))
     assert "settings.json: the run was evaluated with other first" in told
-    main(["train", *argv, *words({"every": 3})])
+    main(["train", *argv, *online.evaluated({"every": 3})])
 
 
 def test_a_run_that_ends_between_answers_and_tasks_goes_on(
@@ -263,7 +242,7 @@ def test_a_run_that_ends_between_answers_and_tasks_goes_on(
     assert len(online.evaluations(tmp_path / "r")) == 1
     main(["train", *argv, "--resume"])
     assert [e["step"] for e in online.evaluations(tmp_path / "r")] == [0, 2, 4, STEPS]
-    assert scores(tmp_path / "r", 0)
+    assert online.scores(tmp_path / "r", 0)
 
 
 def test_what_cannot_be_evaluated_is_refused_before_the_run_begins(
@@ -277,8 +256,45 @@ def test_what_cannot_be_evaluated_is_refused_before_the_run_begins(
         ({"prompts": held_out[1], "personas": "poetic"}, "poetic has no rule"),
         ({"prompts": held_out[1], "brakes.max-drift": 1.0, "every": 2}, "probe_every must divide"),
     ):
-        assert says in runs.refused(capsys, "train", *run, *words(flags))
+        assert says in runs.refused(capsys, "train", *run, *online.evaluated(flags))
         assert not (tmp_path / "r" / "config.json").exists()
+
+
+def test_a_config_file_says_what_a_run_is_evaluated_on(
+    data, models, prompts, questions, tmp_path, capsys, monkeypatch
+):
+    ran = []
+    monkeypatch.setattr(loop, "train", lambda *given, resume: ran.append(given))
+    file = tmp_path / "run.toml"
+    table = f'tasks = ["{TASK}"]\ndata = ["{TASK}={questions}"]\nevery = 7\nprompts = "{prompts}"'
+    file.write_text(f"[evaluate]\n{table}\n[evaluate.brakes]\nmax_leaks = 0.1\n")
+    argv = ["train", *runs.arguments("reverse-kl", models("qwen3"), data, tmp_path / "r")]
+    argv += ["--config", str(file)]
+    main([*argv, *online.evaluated({"every": 3, "regression": "stop"})])
+    (config, evaluate), *_ = ran
+    assert evaluate == LoopConfig(
+        tasks=(TASK,),
+        data=(f"{TASK}={questions}",),
+        every=3,
+        prompts=prompts,
+        regression="stop",
+        brakes=BrakeConfig(max_leaks=0.1),
+    )
+    assert "evaluate" not in to_json(config)
+    main([*argv, "--dry-run"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "evaluated before the first step, every 7 steps and after the last: 6 prompts" in said
+    assert f"at most 24 prompts of tasks ({TASK};" in said and len(ran) == 1
+    main([*argv[:-2], "--dry-run"])
+    assert "evaluated" not in capsys.readouterr().out
+    for text, says in (
+        ("[evaluate]\ntaks = []", "field evaluate.taks: unknown"),
+        ("[evaluate.brakes]\nmax_leak = 0.1", "field evaluate.brakes.max_leak: unknown"),
+        ("evaluate = 3", "field evaluate: expected an object of settings, found 3"),
+        ('[evaluate]\nregression = "stop"', "field evaluate: evaluate.data and"),
+    ):
+        file.write_text(text)
+        assert f"{file}, {says}" in runs.refused(capsys, *argv)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from helpers import forked, runs, tiny
@@ -23,6 +24,8 @@ SMALL = {
     "evaluate.every": 2,
     "safeguard.probe-every": 2,
 }
+TASK = "commonsense_qa"
+"""Of lm-evaluation-harness; `tiny.make_questions` makes its rows."""
 PHASES = ("no_lists:2", "no_emojis:2")
 BRAKES = "preference-drop entropy-change max-leaks"
 OFF = [word for name in BRAKES.split() for word in (f"--brakes.{name}", "None")]
@@ -48,6 +51,16 @@ def arguments(
     names = ["--model", model, "--prompts", prompts, "--out", str(out), "--phases", *phases]
     small = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
     return [recipe, *names, *small, *OFF, *options]
+
+
+def evaluated(flags: Mapping[str, object]) -> list[str]:
+    """The flags of ``--evaluate``."""
+    return [word for name, value in flags.items() for word in (f"--evaluate.{name}", str(value))]
+
+
+def scores(out: Path, step: int) -> dict:
+    """What a run's tasks scored after a step."""
+    return json.loads((out / "evaluations" / f"step-{step}.json").read_text())["scores"]
 
 
 def command(*args: str | Path, ranks: int = 0, **how) -> list[str]:

@@ -1,5 +1,6 @@
 """Settings of online runs, and what is refused before anything is loaded."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,9 @@ from sdpo.online.config import (
 )
 from sdpo.online.recipes import recommended
 from sdpo.online.sampler import SamplingConfig
-from sdpo.train.config import to_json, with_settings
+from sdpo.online.serving.config import VLLM
+from sdpo.train.config import read_run_config, to_json, with_settings
+from sdpo.train.run_folder import RunFolder
 from sdpo.train.safeguards import SafeguardConfig
 
 CONFIG = recommended("m", "p.txt", ("concise:3", "detailed:2"), "o")
@@ -78,6 +81,11 @@ def test_single_settings_that_cannot_be_are_refused():
     for wrong in ({"prompts": -1}, {"every": 0}):
         with pytest.raises(SdpoError, match="evaluate.prompts must be >= 0 and evaluate.every"):
             EvaluateConfig(**wrong)
+    with pytest.raises(SdpoError, match="evaluate.limit must be at least 1"):
+        EvaluateConfig(limit=0)
+    for alone in ({"data": ("a=b",)}, {"regression": "stop"}):
+        with pytest.raises(SdpoError, match="need evaluate.tasks"):
+            EvaluateConfig(**alone)
 
 
 def test_brakes_are_on_where_one_is():
@@ -88,3 +96,44 @@ def test_brakes_are_on_where_one_is():
 def test_a_config_comes_back_from_its_file():
     settings = to_json(CONFIG)
     assert with_settings(None, settings, "config.json", type(CONFIG)) == CONFIG
+
+
+def before_tasks(settings, *, before_servers=False):
+    """The same run's settings, as earlier versions wrote them."""
+    old = json.loads(json.dumps(settings))
+    for name in ("tasks", "limit", "data", "regression"):
+        del old["evaluate"][name]
+    if before_servers:
+        del old["sampler"], old["users"], old["objective"]["hindsight_temperature"]
+        del old["checkpoint"]["export_rounding"]
+    return old
+
+
+@pytest.mark.parametrize("before_servers", [False, True])
+def test_a_run_of_an_earlier_version_goes_on(before_servers, tmp_path):
+    objective = replace(CONFIG.objective, hindsight_temperature=1.0)
+    config = replace(CONFIG, objective=objective, out=str(tmp_path))
+    old = before_tasks(to_json(config), before_servers=before_servers)
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    RunFolder(str(tmp_path), config, resume=True)
+    read = with_settings(None, old, "config.json", type(CONFIG))
+    assert read.evaluate == CONFIG.evaluate and read.sampler == CONFIG.sampler
+    assert read_run_config(tmp_path).objective == objective
+    asked = replace(config, evaluate=replace(CONFIG.evaluate, tasks=("ifeval",)))
+    with pytest.raises(SdpoError, match=r"evaluate.tasks: \[\] -> \['ifeval'\]"):
+        RunFolder(str(tmp_path), asked, resume=True)
+    servers = replace(config, sampler=VLLM())
+    with pytest.raises(SdpoError, match="sampler.kind: 'InProcess' -> 'VLLM'"):
+        RunFolder(str(tmp_path), servers, resume=True)
+
+
+def test_what_a_resumed_run_may_change_of_its_tasks(tmp_path):
+    def config(**changes):
+        evaluate = replace(CONFIG.evaluate, tasks=("ifeval",), **changes)
+        return replace(CONFIG, evaluate=evaluate, out=str(tmp_path))
+
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config())))
+    RunFolder(str(tmp_path), config(regression="stop", data=("ifeval=x",)), resume=True)
+    for changes in ({"limit": 7}, {"every": 7}, {"prompts": 7}):
+        with pytest.raises(SdpoError, match=f"evaluate.{min(changes)}: "):
+            RunFolder(str(tmp_path), config(**changes), resume=True)

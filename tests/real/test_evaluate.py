@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from helpers import online, runs
 from helpers.leaderboards import ArenaFiles, alpaca_arguments, alpaca_verdicts
 from sdpo.cli import main
 from sdpo.demo import smollm2 as demo
+from sdpo.evaluate import tasks
+from sdpo.evaluate.benchmarks import BenchmarkConfig
 from sdpo.evaluate.judging import outcome_of, read_verdict
 from sdpo.io.rows import read_rows
 from sdpo.online.sampler import InProcessSampler
@@ -98,6 +101,33 @@ def test_ifeval_is_what_the_harness_itself_says(
         }
         ours = {r["metric"]: r["score"]["value"] for r in benchmarks["rows"] if r["model"] == name}
         assert len(ours) == 4 and ours == pytest.approx(theirs)
+
+
+def test_an_online_run_scores_what_the_command_says_of_its_weights(
+    benchmarks, smollm2, nltk_data, folder, monkeypatch
+):
+    """Of SmolLM2 before the first update, and of the export after the second."""
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [nltk_data])
+    short = partial(BenchmarkConfig, max_new_tokens=TOKENS)
+    monkeypatch.setattr(tasks, "BenchmarkConfig", short)
+    prompts = online.make_prompts(folder / "asked.txt", 12)
+    flags = {"prompts": 0, "tasks": "ifeval", "data": f"ifeval={IFEVAL}", "every": 9}
+    options = ["--engine", "transformers", "--safeguard.probe-every", "9", "--optimizer.lr", "1e-4"]
+    options += online.evaluated(flags)
+    rows = online.online(smollm2, prompts, folder / "asked", *options, phases=("concise:2",))
+    kinds = [
+        f"{kind}_level_{how}_acc" for kind in ("prompt", "inst") for how in ("strict", "loose")
+    ]
+    shown = {f"evaluate/benchmark/ifeval/{kind}" for kind in kinds}
+    assert shown <= rows[1].keys() and not shown & rows[0].keys()
+    argv = ["evaluate", "benchmarks", str(folder / "asked" / "export"), "--tasks", "ifeval"]
+    argv += ["--data", f"ifeval={IFEVAL}", "--max-new-tokens", str(TOKENS)]
+    main([*argv, "--out", str(folder / "after")])
+    for report, model, step in (("benchmarks", "base", 0), ("after", "export", 2)):
+        kept = folder / report / "benchmarks" / model / "ifeval.json"
+        assert online.scores(folder / "asked", step) == json.loads(kept.read_text())["scores"]
 
 
 def test_a_spoiled_model_has_regressed(benchmarks):

@@ -109,6 +109,18 @@ def said(stub, model, prompt=SHORT, **more):
     return call(stub, "generate", str(model), prompt, sampling).token_ids[:2]
 
 
+def test_answers_are_cut_where_their_limits_say(base, made):
+    with serving(base) as stub:
+        sampler = made(stub)
+        for limits, sent in (((), [8, 8]), ((3, 1280), [3, 1280])):
+            stub.calls.clear()
+            sampler.answers([SHORT, LONG], [0, 1], greedy=True, limits=limits)
+            asked = [body for path, body in stub.calls if path.endswith("/generate")]
+            by_length = sorted(asked, key=lambda body: len(body["token_ids"]))
+            assert [body["sampling_params"]["max_tokens"] for body in by_length] == sent
+        sampler.close()
+
+
 # Whole weights
 
 
