@@ -31,8 +31,13 @@ class MakeTasks(Protocol):
     """Makes the tasks of a run."""
 
     def __call__(self, config: TasksConfig, folder: Path, batch: int) -> Tasks:
-        """Raises:
-        SdpoError: the harness is not installed, or does not have a task.
+        """With scores in a folder.
+
+        Args:
+            batch: questions at a time, of a model in this process.
+
+        Raises:
+            SdpoError: the harness is not installed, or does not have a task.
         """
         ...
 
