@@ -437,6 +437,7 @@ def _telling(task: str, where: str) -> Iterator[None]:
 def show(report: Mapping[str, Any], console: Console) -> None:
     """Print all models' scores, and their changes."""
     table = Table("task", "metric", "model", "prompts", "score", "change", "verdict")
+    table.columns[1].overflow = "fold"  # names that differ in their ends
     for row in report["rows"]:
         change = told(row["change"]) if row["change"] else ""
         table.add_row(
