@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import SdpoError
+from ..online.recipes import TLDR
 from .results import Target, bench, curve, fell_below, reached, rose_above, signal_ratio, won
 from .steps import Cost, Step, answering, training
 
@@ -290,9 +291,15 @@ def online(
 
 
 def preference(
-    setup: Setup, name: str, model: str, base: str, personas: Sequence[str], *flags: str
+    setup: Setup,
+    name: str,
+    short: str,
+    model: str,
+    base: str,
+    personas: Sequence[str],
+    *flags: str,
 ) -> Step:
-    """A model against another, before personas."""
+    """A model against another, before personas. Snapshots are exported in float32 for it."""
     out = setup.out / name
     argv = ["evaluate", "preference", model, base, "--out", str(out), "--personas", *personas]
     argv += ["--prompts", setup.held_out, *flags]
@@ -300,10 +307,13 @@ def preference(
     if setup.small:
         argv += ["--first", "24", "--talk.max-new-tokens", "64"]
     else:
+        system = TLDR if short == BASE_4B else ""  # as in the runs' recipes
+        argv += ["--system", system]
         argv += ["--first", str(HELD_OUT), "--talk.max-new-tokens", "1024"]
         argv += ["--judges", f"judge={setup.judge or GIVEN}"]
         calls = 2 * HELD_OUT * len(personas)
-    cost = answering(2 * HELD_OUT, 1024) + Cost(calls=calls)
+    exported = sum("@" in one for one in (model, base)) * 4 * setup.parameters(short)
+    cost = answering(2 * HELD_OUT, 1024) + Cost(calls=calls, disk=exported / 2**30)
     return Step(name=name, argv=tuple(argv), makes=out / "preference.json", cost=cost)
 
 
@@ -322,7 +332,7 @@ def r5(setup: Setup) -> list[Step]:
             model = f"trained={setup.out / profile}@step-{point}"
             last = ("--oracle",) if point == (updates if setup.small else POINTS[-1]) else ()
             name = f"{profile}-after-{point}"
-            steps.append(preference(setup, name, model, base, [profile], *last))
+            steps.append(preference(setup, name, BASE_4B, model, base, [profile], *last))
     return steps
 
 
@@ -363,11 +373,10 @@ def r6(setup: Setup) -> list[Step]:
     base = f"base={setup.model(BASE_4B)}"
     personas = [persona for persona, _ in phases]
     points = _ends(setup) if setup.small else range(3, sum(n for _, n in phases) + 1, 3)
+    flipped = f"trained={setup.out / 'flip'}"
     looks = [
-        preference(
-            setup, f"after-{point}", f"trained={setup.out / 'flip'}@step-{point}", base, personas
-        )
-        for point in points
+        preference(setup, f"after-{p}", BASE_4B, f"{flipped}@step-{p}", base, personas)
+        for p in points
     ]
     return [run, *looks, report(setup, "flip", [str(look.makes.parent) for look in looks])]
 
@@ -415,7 +424,8 @@ def r7(setup: Setup) -> list[Step]:
         begins = f"introduced={chain}@phase-{at + 1}"
         for point in range(at + 1, len(names) + 1):
             model = f"after-phase-{point}={chain}@step-{point * updates}"
-            steps.append(preference(setup, f"{name}-after-{point}", model, begins, [name]))
+            step = preference(setup, f"{name}-after-{point}", "qwen3-8b", model, begins, [name])
+            steps.append(step)
     folders = [str(step.makes.parent) for step in steps[1:]]
     return [*steps, report(setup, "chain", folders)]
 

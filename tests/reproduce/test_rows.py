@@ -9,6 +9,7 @@ from transformers import Olmo3Config
 from helpers import tiny
 from sdpo.cli import main
 from sdpo.errors import SdpoError
+from sdpo.online.recipes import RECIPES
 from sdpo.reproduce import results
 from sdpo.reproduce.rows import ROWS, Setup, find_row
 from sdpo.reproduce.steps import Cost, Step, training
@@ -81,6 +82,20 @@ def test_settings_that_flags_cannot_hold_are_written_beside(tmp_path):
     assert json.loads(run.config_file.read_text())["user"]["model"] == "big"
     assert run.words[-2:] == ["--config", str(run.config_file)]
     assert run.cost.calls == 48 * 16
+
+
+def test_held_out_prompts_are_asked_as_those_of_training(tmp_path):
+    for name in ("R5", "R6", "R7"):
+        run, look, *_ = find_row(name).steps(Setup(out=tmp_path, prompts="p.txt", held_out="h.txt"))
+        system = look.argv[look.argv.index("--system") + 1]
+        assert system == RECIPES[run.argv[1]]().system
+
+
+def test_snapshots_that_are_exported_take_room(tmp_path):
+    _, look, *_ = find_row("R6").steps(Setup(out=tmp_path))
+    assert look.cost.disk == pytest.approx(4 * 4.0e9 / 2**30)
+    _, look, *_ = find_row("R7").steps(Setup(out=tmp_path))
+    assert look.cost.disk == pytest.approx(2 * 4 * 8.2e9 / 2**30)
 
 
 def test_every_target_is_read_of_what_a_step_makes(tmp_path):
