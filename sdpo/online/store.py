@@ -11,7 +11,6 @@ STORE/users.json        name -> phases
 STORE/users/alice/      all that there is of alice: what was said, adapters, optimizer, metrics
 """
 
-import json
 import os
 import shutil
 import sys
@@ -24,7 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import SdpoError
-from ..io.files import write_text
 from ..train.export import export as export_run
 from ..train.run_folder import read_metrics
 from . import snapshots
@@ -32,25 +30,9 @@ from .command import main as online
 from .config import parse_user
 from .snapshots import find_snapshot, read_snapshots
 from .tasks import MakeTasks
+from .together import read_users, write_users
 
-NAME = "users.json"
 FORGETTING = ".forgetting-"
-
-
-def read_users(store: str | Path) -> dict[str, tuple[str, ...]]:
-    """Name -> phases of a store's users.
-
-    Raises:
-        SdpoError: the list cannot be read.
-    """
-    path = Path(store) / NAME
-    if not path.is_file():
-        return {}
-    try:
-        listed = json.loads(path.read_text(encoding="utf-8"))
-        return {name: tuple(phases) for name, phases in listed.items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise SdpoError(f"{path}: not a list of users ({error})") from None
 
 
 def folder_of(store: str | Path, name: str) -> Path:
@@ -82,7 +64,7 @@ def add(
     users = read_users(store)
     if name in users:
         raise SdpoError(f"{store}: user {name!r} is there already, with {' '.join(users[name])}")
-    write_text(Path(store) / NAME, json.dumps(users | {name: phases}, indent=2) + "\n")
+    write_users(store, users | {name: phases})
 
 
 def train(args: Sequence[str], tasks: MakeTasks | None = None) -> None:
@@ -183,10 +165,7 @@ def forget(store: tyro.conf.Positional[str], name: tyro.conf.Positional[str], /)
                 os.rename(folder, gone)
         except Timeout:
             raise SdpoError(f"{folder}: a job is training there; stop it first") from None
-    write_text(
-        Path(store) / NAME,
-        json.dumps({n: p for n, p in users.items() if n != name}, indent=2) + "\n",
-    )
+    write_users(store, {n: p for n, p in users.items() if n != name})
     for left in (Path(store) / "users").glob(f"{FORGETTING}*"):  # also of a command that was killed
         shutil.rmtree(left)
     print(f"{store}: nothing is left of {name}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Users who share a model: each has adapters, an optimizer, a history, and a run's folder.
 
+    OUT/users.json      names, and the phases that each goes through
     OUT/users/alice/    what `sdpo online` leaves: rollouts, metrics, checkpoints, snapshots, export
     OUT/users/bob/
 
@@ -7,8 +8,9 @@ They take turns at one engine, an update each. Where answers come from servers, 
 while others' updates are made: no weights that they need are changing.
 """
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +20,39 @@ from sdpo_parallel.engine import Engine, Seat
 
 from ..chat import chat_format
 from ..errors import SdpoError
+from ..io.files import write_text
 from ..train.config import local_models
 from ..train.run_folder import RunFolder
 from ..train.trainer import Trainer, steps, watched
-from .config import OnlineConfig
+from .config import OnlineConfig, parse_user
 from .run import Base, build_base, gone_back, join
 from .sampler import InProcessSampler, Rollout
 from .serving.config import InProcess
 from .talk import Brake, Talk
 from .tasks import MakeTasks, Tasks, build_tasks
+
+NAME = "users.json"
+
+
+def read_users(store: str | Path) -> dict[str, tuple[str, ...]]:
+    """Name -> phases of a folder's users.
+
+    Raises:
+        SdpoError: the list cannot be read.
+    """
+    path = Path(store) / NAME
+    if not path.is_file():
+        return {}
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+        return {name: tuple(phases) for name, phases in listed.items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise SdpoError(f"{path}: not a list of users ({error})") from None
+
+
+def write_users(store: str | Path, users: Mapping[str, Sequence[str]]) -> None:
+    """Name -> phases, in place of what the folder has."""
+    write_text(Path(store) / NAME, json.dumps(users, indent=2) + "\n")
 
 
 @dataclass
@@ -118,6 +144,8 @@ def together(config: OnlineConfig, *, resume: bool, tasks: MakeTasks | None = No
         own = [build_tasks(run.config, tasks) for run in runs]
         base = build_base(local_models(config.of_user(config.users[0])))
         engine, start = base.engine, base.engine.seat()
+        if engine.ranks.is_main:
+            write_users(config.out, read_users(config.out) | dict(map(parse_user, config.users)))
         shared = _shared_sampler(config, base)
         members = [_member(base, *each, start, shared) for each in zip(runs, own, strict=True)]
         for member in members:

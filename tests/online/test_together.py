@@ -15,6 +15,7 @@ from sdpo.cli import main
 from sdpo.errors import SdpoError
 from sdpo.online.config import parse_user
 from sdpo.online.talk import Talk
+from sdpo.online.together import read_users
 
 LORA = ["--lora.rank", "4", "--lora.alpha", "8", "--optimizer.lr", "3e-3"]
 USERS = ("alice=no_lists:2,no_emojis:1", "bob=no_emojis:2")
@@ -83,6 +84,13 @@ def test_users_differ_and_have_folders_of_their_own(pair):
     assert a.keys() == b.keys() and not same(a, b)
     assert all(w.abs().max() > 0 for name, w in a.items() if "lora_B" in name)
     assert {r.persona for r in online.records(pair["bob"])} == {"no_emojis"}
+
+
+def test_the_folder_is_a_store_of_users(pair, capsys):
+    store = pair["alice"].parents[1]
+    assert read_users(store) == dict(map(parse_user, USERS))
+    main(["users", "list", str(store)])
+    assert "no_lists:2" in capsys.readouterr().out
 
 
 def test_a_turn_leaves_the_others_bytes_as_they_are(models, prompts, tmp_path, monkeypatch):
