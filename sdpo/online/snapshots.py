@@ -27,6 +27,8 @@ from ..train.export import export
 NAME = "snapshots.json"
 GOOD = "good"
 """The snapshot of the newest evaluation that no brake objected to."""
+END = "end"
+"""The snapshot of the last update."""
 
 
 @dataclass(frozen=True, kw_only=True)

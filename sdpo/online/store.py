@@ -53,7 +53,7 @@ def add(
     phases: tyro.conf.Positional[tuple[str, ...]],
     /,
 ) -> None:
-    """Add a user; the next ``sdpo users train`` begins with their first phase.
+    """Add a user, or phases to one that is there; the next ``sdpo users train`` goes through them.
 
     Args:
         store: the folder of all users; made if it is not there.
@@ -62,9 +62,7 @@ def add(
     """
     parse_user(f"{name}={','.join(phases)}")
     users = read_users(store)
-    if name in users:
-        raise SdpoError(f"{store}: user {name!r} is there already, with {' '.join(users[name])}")
-    write_users(store, users | {name: phases})
+    write_users(store, users | {name: (*users.get(name, ()), *phases)})
 
 
 def train(args: Sequence[str], tasks: MakeTasks | None = None) -> None:

@@ -46,7 +46,15 @@ from .measures import leaks
 from .prompts import Order, Prompt
 from .record import Record, read_update, write_update
 from .sampler import RemoteSampler, Rollout, Sampler
-from .snapshots import GOOD, Snapshot, attempts, read_snapshots, remember
+from .snapshots import (
+    END,
+    GOOD,
+    Snapshot,
+    attempts,
+    read_snapshots,
+    remember,
+    write_snapshots,
+)
 from .tasks import Tasks
 from .users.base import Exchange, Reply, User
 from .users.personas import Persona
@@ -321,7 +329,13 @@ class Talk:
         self.first_entropy = (
             self.engine.on_main(lambda: first_entropy(self.folder)) if step else 0.0
         )
-        self.engine.checkpoints.pinned = {s.step for s in read_snapshots(self.folder)}
+        snapshots = self.engine.on_main(lambda: read_snapshots(self.folder))
+        ends = [s for s in snapshots if s.name == END and s.step == step < self.steps]
+        if ends:  # phases were added: what was the end is where the next one begins
+            snapshots = [s for s in snapshots if s.name != END]
+            snapshots.append(self._begins(step, place_of(self.schedule, step + 1).phase))
+            self.engine.on_main(lambda: write_snapshots(self.folder, snapshots))
+        self.engine.checkpoints.pinned = {s.step for s in snapshots}
 
     def look(self, step: int, row: Mapping[str, float]) -> Looked:
         """After an update: evaluate where it is time to, keep snapshots, and see to the brakes."""
@@ -385,12 +399,15 @@ class Talk:
         phase, persona = place.phase, self.schedule[place.phase - 1].persona
         named = [Snapshot(name=GOOD, step=step, phase=phase, persona=persona)]
         if step == self.steps:
-            named.append(Snapshot(name="end", step=step, phase=phase, persona=persona))
+            named.append(Snapshot(name=END, step=step, phase=phase, persona=persona))
         elif place.is_last:
-            nxt = self.schedule[phase].persona
-            name = f"phase-{phase + 1}"
-            named.append(Snapshot(name=name, step=step, phase=phase + 1, persona=nxt))
+            named.append(self._begins(step, phase + 1))
         remember(self.folder, self.engine, named)
+
+    def _begins(self, step: int, phase: int) -> Snapshot:
+        """Of where a phase begins."""
+        persona = self.schedule[phase - 1].persona
+        return Snapshot(name=f"phase-{phase}", step=step, phase=phase, persona=persona)
 
     def _apart(self, row: Mapping[str, float]) -> SdpoError | None:
         """The sampler's log-probabilities are not the trainer's."""

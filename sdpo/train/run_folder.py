@@ -198,6 +198,15 @@ RESUMABLE = (
 def _refuse_changes(stored: Path, then: Mapping, now: Mapping) -> None:
     old, new = _flat(then), _flat(now)
     free = tuple(f"{name}." for name in RESUMABLE)
+    if _only_added(old.get("phases"), new.get("phases")):
+        steady = new["optimizer.schedule"] == "constant" and not new["optimizer.warmup_fraction"]
+        if not steady:
+            raise SdpoError(
+                f"cannot resume {stored.parent} with more phases: its learning rate depends on how "
+                "long the run is (optimizer.schedule, optimizer.warmup_fraction); start another "
+                "run from its export"
+            )
+        free += ("phases.",)
     changed = [
         f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
@@ -208,6 +217,11 @@ def _refuse_changes(stored: Path, then: Mapping, now: Mapping) -> None:
             f"cannot resume {stored.parent}: the config differs from the run's "
             f"({'; '.join(changed)}); use the same settings, or another --out"
         )
+
+
+def _only_added(then: list[str] | None, now: list[str] | None) -> bool:
+    """An online run goes on with phases behind those that it had."""
+    return bool(then and now and len(now) > len(then) and now[: len(then)] == then)
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

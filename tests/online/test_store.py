@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from helpers import online, runs
 from online.test_together import LORA, digests
 from sdpo.cli import main
+from sdpo.online.snapshots import read_snapshots
 from sdpo.online.store import FORGETTING, read_users
 
 
@@ -19,9 +20,9 @@ def prompts(tmp_path_factory):
     return online.make_prompts(tmp_path_factory.mktemp("prompts") / "prompts.txt")
 
 
-def train(store, model, prompts):
+def train(store, model, prompts, *options):
     """`sdpo users train` of a small model."""
-    argv = online.arguments(model, prompts, store, *LORA, phases=())
+    argv = online.arguments(model, prompts, store, *LORA, *options, phases=())
     recipe, *rest = argv
     at = rest.index("--out")
     del rest[at : at + 2]
@@ -63,6 +64,33 @@ def test_users_are_added_trained_and_listed(trained, capsys):
     for word in ("alice", "bob@home", "no_lists:1", "phase-1", "phase-2", "end", "satisfied"):
         assert word in told
     assert [r["step"] for r in runs.read_metrics(trained / "users" / "alice")] == [1, 2, 3]
+
+
+def test_phases_are_added_to_a_user_who_came_to_the_end(trained, models, prompts, tmp_path):
+    """The run is what it would have been with all phases from the beginning."""
+    later = tmp_path / "later"
+    main(["users", "add", str(later), "alice", "no_lists:1"])
+    train(later, models("qwen3"), prompts)
+    assert [s.name for s in read_snapshots(later / "users" / "alice")] == ["phase-1", "end", "good"]
+    main(["users", "add", str(later), "alice", "no_emojis:2"])
+    train(later, models("qwen3"), prompts)
+    here, there = (folder / "users" / "alice" for folder in (later, trained))
+    assert online.records(here) == online.records(there)
+    assert read_snapshots(here) == read_snapshots(there)
+    weights = [load_file(f / "export" / "adapter_model.safetensors") for f in (here, there)]
+    assert same(*weights)
+
+
+def test_phases_are_not_added_where_the_learning_rate_knows_the_end(
+    models, prompts, tmp_path, capsys
+):
+    store = tmp_path / "s"
+    main(["users", "add", str(store), "alice", "no_lists:1"])
+    train(store, models("qwen3"), prompts, "--optimizer.schedule", "cosine")
+    main(["users", "add", str(store), "alice", "no_emojis:1"])
+    with pytest.raises(SystemExit):
+        train(store, models("qwen3"), prompts, "--optimizer.schedule", "cosine")
+    assert "its learning rate depends on how long the run is" in capsys.readouterr().err
 
 
 def test_a_rollback_restores_the_answers_exactly(store, models, prompts, tmp_path):
@@ -142,7 +170,6 @@ def test_a_user_in_training_is_not_forgotten(store, capsys):
 
 
 def test_what_cannot_be_added_or_trained(store, tmp_path, capsys):
-    assert "is there already" in runs.refused(capsys, "users", "add", store, "alice", "no_lists:1")
     told = runs.refused(capsys, "users", "add", store, "../x", "no_lists:1")
     assert "expected NAME=PERSONA:UPDATES" in told
     assert "expected PERSONA:UPDATES" in runs.refused(
