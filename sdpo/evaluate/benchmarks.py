@@ -7,9 +7,11 @@ where it was. The first model is the base that others are compared with, prompt 
 import contextlib
 import difflib
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -435,18 +437,19 @@ def _telling(task: str, where: str) -> Iterator[None]:
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
-    """Print all models' scores, and their changes."""
-    table = Table("task", "metric", "model", "prompts", "score", "change", "verdict")
-    table.columns[1].overflow = "fold"  # names that differ in their ends
-    for row in report["rows"]:
-        change = told(row["change"]) if row["change"] else ""
-        table.add_row(
-            row["task"],
-            row["metric"],
-            row["model"],
-            str(row["prompts"]),
-            told(row["score"]),
-            change,
-            row["verdict"] or "",
-        )
-    console.print(table)
+    """Print a table for each task: all models' scores, and below them the changes."""
+    for (task, prompts), rows in groupby(report["rows"], lambda r: (r["task"], r["prompts"])):
+        cells = defaultdict[str, dict[str, str]](dict)  # metric -> model -> text
+        for row in rows:
+            lines = [told(row["score"])]
+            if row["change"]:
+                lines += [told(row["change"]), row["verdict"]]
+            cells[row["metric"]][row["model"]] = "\n".join(lines)
+        models = list(dict.fromkeys(model for scores in cells.values() for model in scores))
+        several = len(models) > 1
+        title = f"{task}, {prompts:,} prompts, %"
+        title += "; below, changes from the first model" if several else ""
+        table = Table("", *models, title=title, title_justify="left", show_lines=several)
+        for metric, scores in cells.items():
+            table.add_row(metric, *(scores.get(model, "-") for model in models))
+        console.print(table)
