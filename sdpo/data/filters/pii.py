@@ -244,7 +244,8 @@ _PREFIXED = re.compile(
 )
 _PEM = re.compile(
     r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----"
-    r"(?:(?:[^-]|-(?!----)){0,20000}+-----END [A-Z ]{0,20}PRIVATE KEY-----"
+    # not possessive, which Python 3.11.2 gets wrong here; nothing is tried twice all the same
+    r"(?:(?:[^-]|-(?!----)){0,20000}-----END [A-Z ]{0,20}PRIVATE KEY-----"
     r"|(?:\s{1,4}[A-Za-z0-9+/=]{40,100})+)"  # cut off before its end
 )
 _IN_URL = re.compile(r"://[^\s/:@\"'<>]{0,64}:([^\s/@\"'<>]{3,128})@")
