@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ..train.command import parse
-from ..train.config import to_json
+from ..train.config import local_models, to_json
+from ..train.dry_run import parameter_count, show_memory
 from .config import OnlineConfig
 from .prompts import read_prompts
 from .recipes import RECIPES
 from .run import online, split
+from .serving.config import InProcess
 from .talk import due
 from .tasks import MakeTasks, asked
 from .users.personas import load_persona
@@ -33,6 +35,11 @@ class OnlineCommand:
     may name the recipe, too: ``recipe = "online"``."""
     dry_run: bool = False
     """Print the resolved config and how many answers, replies and tokens the run will take."""
+    ranks: int = 1
+    """World size that --dry-run estimates memory for."""
+    gpu_memory_gib: float | None = None
+    """Memory of one GPU: --dry-run then estimates what a rank needs, the sampler's copy of the
+    model included, and fails if it does not fit."""
     resume: bool = False
     """Continue from the newest checkpoint in --out."""
 
@@ -41,16 +48,17 @@ def main(args: Sequence[str] | None = None, tasks: MakeTasks | None = None) -> N
     """Parse and run; ``tasks`` as `online` takes it."""
     command = parse(args, RECIPES, OnlineConfig, OnlineCommand, "online")
     if command.dry_run:
-        dry_run(command.config)
+        dry_run(command.config, ranks=command.ranks, gpu_memory_gib=command.gpu_memory_gib)
         return
     online(command.config, resume=command.resume, tasks=tasks)
 
 
-def dry_run(config: OnlineConfig) -> None:
-    """Print the config and what the run will ask for; nothing is loaded but prompts and personas.
+def dry_run(config: OnlineConfig, *, ranks: int = 1, gpu_memory_gib: float | None = None) -> None:
+    """Print the config and what the run will ask for, of a GPU's memory, too, where that is given;
+    nothing is loaded but prompts, personas and the model's config.json.
 
     Raises:
-        SdpoError: the prompts or a persona cannot be read.
+        SdpoError: the prompts or a persona cannot be read; or as `show_memory` does.
     """
     console = Console()
     console.print_json(json.dumps(to_json(config)))
@@ -71,3 +79,16 @@ def dry_run(config: OnlineConfig) -> None:
     )
     if config.evaluate.tasks:
         console.print(f"{asked(config.evaluate)} at each of {looks:,} evaluations")
+    if gpu_memory_gib is not None:
+        local = local_models(config)
+        beside = _sampler(local)
+        show_memory(console, local, ranks, gpu_memory_gib=gpu_memory_gib, beside=beside)
+
+
+def _sampler(config: OnlineConfig) -> dict[str, int]:
+    """Bytes of the sampler on each rank: a copy of the model. What it keeps of answers while it
+    makes them goes before activations come."""
+    if not isinstance(config.sampler, InProcess):
+        return {}
+    item = 4 if config.parallel.resolve_dtype("cuda") == "float32" else 2
+    return {"sampler's copy of the model": item * parameter_count(config.model)}

@@ -6,7 +6,7 @@ weights and a tokenizer.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby, product
@@ -28,7 +28,7 @@ from sdpo_parallel.memory import USABLE, Load, ModelShape, estimate, host_bytes,
 from ..batching import Stream, unit_of
 from ..errors import SdpoError
 from ..hindsight import Encoded, Truncated, encode
-from .config import TrainConfig, local_models, to_json
+from .config import RunConfig, TrainConfig, local_models, to_json
 from .loader import load_interactions
 from .shares import Read, sharing_of, slots_read, why_not
 from .trainer import engine_config
@@ -53,7 +53,7 @@ def parameter_count(folder: str) -> int:
         return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
-def load_of(config: TrainConfig, sample: Sequence[Encoded] = ()) -> Load:
+def load_of(config: RunConfig, sample: Sequence[Encoded] = ()) -> Load:
     """The fullest micro-batch: every slot of its larger pass used; the shares of response tokens
     and of the hindsight pass are those of ``sample``, or without one what the limits allow where
     nothing is shared."""
@@ -84,12 +84,17 @@ def load_of(config: TrainConfig, sample: Sequence[Encoded] = ()) -> Load:
 
 
 def memory_per_rank(
-    config: TrainConfig, ranks: int, load: Load, parallel: ParallelConfig | None = None
+    config: RunConfig,
+    ranks: int,
+    load: Load,
+    parallel: ParallelConfig | None = None,
+    beside: Mapping[str, int] = {},
 ) -> dict[str, int]:
     """Bytes by part and in total, of a rank on an accelerator.
 
     Args:
         parallel: another layout than the config's.
+        beside: bytes of what else it holds.
 
     Raises:
         SdpoError: the layout does not fit the number of ranks or the model.
@@ -99,17 +104,19 @@ def memory_per_rank(
     settings = (config.lora, config.teacher)
     frozen = config.teacher.folder if isinstance(config.teacher, Frozen) else None
     other = ModelShape.from_config(frozen) if frozen else None
-    if config.engine == "torchtitan":
-        return estimate(model, parallel, *settings, ranks=ranks, load=load, teacher_model=other)
-    if parallel.activation_checkpoint != "none":  # transformers knows one kind
-        parallel = replace(parallel, activation_checkpoint="full")
-    parts = estimate(model, parallel, *settings, ranks=1, load=load, teacher_model=other)
-    total = parts.pop("total")
-    copies = round(2 * model.parameters()) if parallel.resolve_dtype("cuda") != "float32" else 0
-    return parts | {"autocast's copies of the weights": copies, "total": total + copies}
+    more = dict(beside)
+    if config.engine == "transformers":
+        ranks = 1
+        if parallel.activation_checkpoint != "none":  # transformers knows one kind
+            parallel = replace(parallel, activation_checkpoint="full")
+        if parallel.resolve_dtype("cuda") != "float32":
+            more["autocast's copies of the weights"] = round(2 * model.parameters())
+    parts = estimate(model, parallel, *settings, ranks=ranks, load=load, teacher_model=other)
+    total = parts.pop("total") + sum(more.values())
+    return {**parts, **more, "total": total}
 
 
-def layouts(config: TrainConfig, ranks: int) -> list[ParallelConfig]:
+def layouts(config: RunConfig, ranks: int) -> list[ParallelConfig]:
     """The config's layout with other tensor and context degrees; what cannot run is left out."""
     if config.engine == "transformers":
         return [config.parallel]
@@ -121,7 +128,10 @@ def layouts(config: TrainConfig, ranks: int) -> list[ParallelConfig]:
 
 
 def alternatives(
-    config: TrainConfig, ranks: int, sample: Sequence[Encoded] = ()
+    config: RunConfig,
+    ranks: int,
+    sample: Sequence[Encoded] = (),
+    beside: Mapping[str, int] = {},
 ) -> dict[ParallelConfig, int]:
     """Bytes in total of each layout under each activation_checkpoint."""
     totals, loads = {}, {}
@@ -131,12 +141,13 @@ def alternatives(
         if (sharing := sharing_of(run)) not in loads:
             loads[sharing] = load_of(run, sample)
         with suppress(SdpoError):  # the degree does not divide the model's sizes
-            totals[other] = memory_per_rank(config, ranks, loads[sharing], other)["total"]
+            parts = memory_per_rank(config, ranks, loads[sharing], other, beside)
+            totals[other] = parts["total"]
     return totals
 
 
 def refuse_what_does_not_fit(
-    config: TrainConfig,
+    config: RunConfig,
     parts: dict[str, int],
     others: dict[ParallelConfig, int],
     gpu_memory_gib: float,
@@ -177,23 +188,44 @@ def dry_run(config: TrainConfig, *, ranks: int, gpu_memory_gib: float | None = N
     """Print the resolved config, the data, the model and the memory estimate.
 
     Raises:
-        SdpoError: the engine does not compute the model, or not on so many ranks; or, raised last,
-            the estimate is more than fits ``gpu_memory_gib``.
+        SdpoError: as `show_memory` does; or the data cannot be read.
     """
     console = Console()
     console.print_json(json.dumps(to_json(config)))
     config = local_models(config)
     ModelShape.from_config(config.model)  # names what is missing
-    check_support(config.engine, engine_config(config, total_steps=1), ranks)
     sample: list[Encoded] = []
     if any(Path(config.model).glob("*.safetensors")):
         sample = _show_data(console, config)
     else:
         console.print(f"{config.model} has no weights: memory alone, from config.json")
+    show_memory(console, config, ranks, sample, gpu_memory_gib=gpu_memory_gib)
+
+
+def show_memory(
+    console: Console,
+    config: RunConfig,
+    ranks: int,
+    sample: Sequence[Encoded] = (),
+    *,
+    gpu_memory_gib: float | None = None,
+    beside: Mapping[str, int] = {},
+) -> None:
+    """Print the memory estimate of a rank.
+
+    Args:
+        config: with models as local folders.
+        beside: bytes of what else a rank holds.
+
+    Raises:
+        SdpoError: the engine does not compute the model, or not on so many ranks; or, raised last,
+            the estimate is more than fits ``gpu_memory_gib``.
+    """
+    check_support(config.engine, engine_config(config, total_steps=1), ranks)
     console.print(f"parameters: {parameter_count(config.model):,}")
     load = load_of(config, sample)
-    parts = memory_per_rank(config, ranks, load)
-    others = alternatives(config, ranks, sample)
+    parts = memory_per_rank(config, ranks, load, beside=beside)
+    others = alternatives(config, ranks, sample, beside)
     _show_parts(console, config, parts, ranks, load)
     _show_alternatives(console, config, others, gpu_memory_gib)
     if gpu_memory_gib is not None:
@@ -262,7 +294,7 @@ def _show_shares(console: Console, config: TrainConfig, sample: Sequence[Encoded
 
 
 def _show_parts(
-    console: Console, config: TrainConfig, parts: dict[str, int], ranks: int, load: Load
+    console: Console, config: RunConfig, parts: dict[str, int], ranks: int, load: Load
 ) -> None:
     title = f"estimated memory per rank, {ranks} ranks"
     table = Table("part", "GiB", title=title, title_justify="left")
@@ -289,7 +321,7 @@ def _show_parts(
 
 def _show_alternatives(
     console: Console,
-    config: TrainConfig,
+    config: RunConfig,
     others: dict[ParallelConfig, int],
     gpu_memory_gib: float | None,
 ) -> None:

@@ -8,7 +8,7 @@ from sdpo_parallel.rows import Sharing
 
 from ..batching import Example, bundles, by_conversation
 from ..hindsight import ALONE, Encoded
-from .config import TrainConfig
+from .config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Read:
         return 3 * self.policy + self.hindsight
 
 
-def sharing_of(config: TrainConfig) -> Sharing:
+def sharing_of(config: RunConfig) -> Sharing:
     """What rows share in a run of this config, of a model that can read shared prefixes."""
     if why_not(config):
         return "none"
@@ -32,7 +32,7 @@ def sharing_of(config: TrainConfig) -> Sharing:
     return "keys" if reads_keys else "tries"
 
 
-def why_not(config: TrainConfig) -> str:
+def why_not(config: RunConfig) -> str:
     """The setting that keeps a run from sharing prefixes; empty where none does."""
     if config.batch.share_prefix == "none":
         return "batch.share_prefix none"
@@ -44,7 +44,7 @@ def why_not(config: TrainConfig) -> str:
 
 
 def slots_read(
-    sample: Sequence[Encoded], config: TrainConfig, sharing: Sharing, *, conversations: bool
+    sample: Sequence[Encoded], config: RunConfig, sharing: Sharing, *, conversations: bool
 ) -> Read:
     """What is read of ``sample``, padding not counted.
 

@@ -1,8 +1,10 @@
 """What the recipes say is what was published."""
 
+import re
+
 import pytest
 
-from helpers import online, runs
+from helpers import online, runs, tiny
 from sdpo.cli import main
 from sdpo.online.recipes import RECIPES
 from sdpo.train.config import to_json
@@ -108,6 +110,24 @@ def test_each_recipe_shows_what_it_will_do(recipe, tmp_path, capsys):
     assert "200 prompts to train on, 100 held out" in said
     assert f'"out": "{tmp_path}/o"' in said and "concise" in said
     assert not (tmp_path / "o").exists()
+
+
+def test_the_dry_run_estimates_memory_with_the_samplers_copy(tmp_path, capsys):
+    prompts = online.make_prompts(tmp_path / "p.txt", 300)
+    model = tiny.make_shape(tmp_path / "m", "qwen3-8b")
+    argv = ["online", "paper-online-helpsteer", "--model", model, "--prompts", prompts]
+    argv += ["--out", str(tmp_path / "o"), "--dry-run", "--ranks", "8", "--gpu-memory-gib"]
+    main([*argv, "80"])
+    alone = re.search(r"copy of the model\s*│\s*([\d.]+)", capsys.readouterr().out)
+    assert alone and float(alone[1]) == pytest.approx(2 * 8_190_735_360 / 2**30, abs=0.01)
+    assert "sampler's copy of the model 15.3" in runs.refused(capsys, *argv, "60")
+    served = tmp_path / "served.toml"
+    served.write_text(
+        'recipe = "paper-online-helpsteer"\n[sampler]\nkind = "VLLM"\nurls = ["http://h:1"]\n'
+    )
+    flags = [word for word in argv[2:] if word != "60"]
+    main(["online", "--config", str(served), *flags, "80"])
+    assert "copy of the model" not in capsys.readouterr().out
 
 
 def test_the_dry_run_names_what_is_missing(tmp_path, capsys):
