@@ -266,12 +266,12 @@ def online(
     run, updates = setup.out / name, sum(n for _, n in phases)
     argv = ["online", recipe, "--model", setup.model(short), "--prompts", setup.prompts]
     argv += ["--out", str(run), "--phases", *(f"{persona}:{n}" for persona, n in phases)]
-    argv += ["--checkpoint.keep", "0", *flags]
-    batch, cost = (16 if recipe.endswith("tldr") else 32), Cost()
-    config = None
+    argv += ["--checkpoint.keep", "2" if setup.small else "0", *flags]
+    batch, config = (16 if recipe.endswith("tldr") else 32), None
     if setup.small:
         argv += ["--evaluate.every", "1", "--evaluate.prompts", "24"]
-        argv += ["--checkpoint.interval", str(phases[0][1])]  # each takes gigabytes
+        # where phases begin, the end and the one before it stay; with the teacher, in float32
+        cost = Cost(disk=(len(phases) + 2) * 16 * setup.parameters(short) / 2**30)
     else:
         answers = updates * batch
         cost = training(setup.parameters(short), answers * TOKENS, checkpoints=updates // 3 + 1)
