@@ -100,7 +100,8 @@ class Tasks:
         if isinstance(sampler, RemoteSampler):
             from .asked import Asked  # an optional extra
 
-            yield Asked(sampler, load_tokenizer(folder))
+            self.lm = self.lm or Asked(sampler, load_tokenizer(folder))
+            yield self.lm
             return
         assert isinstance(sampler, LocalSampler)
         model, own = sampler.model, sampler.model.generation_config

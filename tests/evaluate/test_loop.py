@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers import forked, online, runs, tiny, train_killed
@@ -49,18 +48,6 @@ def tasks(questions):
     return online.evaluated({"tasks": TASK, "data": f"{TASK}={questions}", "limit": 20, "every": 2})
 
 
-def weights(folder):
-    return {
-        n: w for file in sorted(folder.glob("*.safetensors")) for n, w in load_file(file).items()
-    }
-
-
-def same(a: Path, b: Path) -> bool:
-    ours, theirs = weights(a), weights(b)
-    assert ours
-    return ours.keys() == theirs.keys() and all(torch.equal(w, theirs[n]) for n, w in ours.items())
-
-
 def checkpoints(out):
     return {path.name for path in (out / "checkpoints").iterdir()}
 
@@ -88,7 +75,7 @@ def test_a_run_is_the_same_and_shows_what_was_evaluated(
     assert looked == [0, 2, 4, 5] and len(rows) == STEPS
     for name in ("loss", "grad_norm", "entropy/policy"):
         assert [r[name] for r in rows] == [r[name] for r in bare]
-    assert same(out / "export", tmp_path / "bare" / "export")
+    assert runs.same_weights(out / "export", tmp_path / "bare" / "export")
     assert checkpoints(out) == checkpoints(tmp_path / "bare"), "nothing can end it"
 
     board = EventAccumulator(str(out / "tensorboard")).Reload()
@@ -189,7 +176,7 @@ def test_a_brake_goes_back_to_the_last_good_checkpoint(data, models, held_out, t
     assert "step 4: the policy drifted by" in told and "back at update 2" in told
     assert "--resume and other --evaluate.brakes" in told
     main(["export", str(tmp_path / "w"), "--step", "2", "--out", str(tmp_path / "e")])
-    assert same(out / "export", tmp_path / "e")
+    assert runs.same_weights(out / "export", tmp_path / "e")
     assert checkpoints(out) == {"step-0", "step-2"}
     assert [r["step"] for r in runs.read_metrics(out)] == [1, 2]
     assert [r["step"] for r in online.evaluations(out)] == [0, 2]
@@ -211,7 +198,7 @@ def test_a_task_that_falls_ends_the_run_where_asked(data, models, tasks, tmp_pat
     argv = runs.arguments("reverse-kl", model, data, tmp_path / "r", *lr, *tasks, *stop)
     told = runs.refused(capsys, "train", *argv)
     assert f"step 2: {TASK}'s acc changed by -" in told and "back at update 0" in told
-    assert same(tmp_path / "r" / "export", Path(model)), "what it started from"
+    assert runs.same_weights(tmp_path / "r" / "export", Path(model)), "what it started from"
     assert online.scores(tmp_path / "r", 0)[TASK]["metrics"]["acc"] == [1.0] * 20
     assert (tmp_path / "r" / "undone-1" / "evaluations" / "step-2.json").is_file()
     argv = [*argv, "--resume", *online.evaluated({"regression": "report"})]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers import forked, online, online_killed, runs, tiny
@@ -45,18 +44,6 @@ def tasks(questions):
     """Flags: a task, every third update and at the phases' ends."""
     flags = {"tasks": TASK, "data": f"{TASK}={questions}", "limit": 20}
     return [*online.evaluated(flags), *EVERY]
-
-
-def weights(folder):
-    return {
-        n: w for file in sorted(folder.glob("*.safetensors")) for n, w in load_file(file).items()
-    }
-
-
-def same(a: Path, b: Path) -> bool:
-    ours, theirs = weights(a), weights(b)
-    assert ours
-    return ours.keys() == theirs.keys() and all(torch.equal(w, theirs[n]) for n, w in ours.items())
 
 
 def numbers():
@@ -96,7 +83,7 @@ def test_a_run_is_the_same_and_shows_what_tasks_scored(
     for name in ("loss", "grad_norm", "entropy/policy", "sampler/gap", "user/satisfied"):
         assert [r[name] for r in rows] == [r[name] for r in bare]
     assert online.records(out) == online.records(tmp_path / "bare")
-    assert same(out / "export", tmp_path / "bare" / "export")
+    assert runs.same_weights(out / "export", tmp_path / "bare" / "export")
     if held_out:
         assert online.evaluations(out) == online.evaluations(tmp_path / "bare")
     board = EventAccumulator(str(out / "tensorboard")).Reload()
@@ -168,7 +155,7 @@ def test_a_task_that_falls_ends_the_run_where_asked(models, prompts, tasks, tmp_
     stop = online.evaluated({"regression": "stop"})
     told = runs.refused(capsys, "online", *argv, *stop)
     assert f"update 2: {TASK}'s acc changed by -" in told and "back at update 0" in told
-    assert same(out / "export", Path(model)), "what it started from"
+    assert runs.same_weights(out / "export", Path(model)), "what it started from"
     undone = out / "undone-1" / "evaluations"
     assert [p.name for p in undone.glob("step-*.json")] == ["step-2.json"]
     assert [p.name for p in (out / "evaluations").glob("step-*.json")] == ["step-0.json"]

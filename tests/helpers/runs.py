@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from helpers import forked
 from helpers.environment import ENV as ENV
@@ -105,3 +107,16 @@ def assert_same_trajectory(rows: list[dict], others: list[dict], tolerance: floa
         names += [own for own in OWN if own in a or own in b]
         for name in names:
             assert abs(a[name] - b[name]) <= tolerance * max(abs(a[name]), 1.0), (name, a, b)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a Hugging Face folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: w for file in files for name, w in load_file(file).items()}
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    """Two folders hold the same tensors, bit for bit."""
+    ours, theirs = weights(a), weights(b)
+    assert ours
+    return ours.keys() == theirs.keys() and all(torch.equal(w, theirs[n]) for n, w in ours.items())
